@@ -1,0 +1,65 @@
+"""Every number of the pocket base in one place, and where its files lie.
+
+Owns the sizes, budgets and paths that the stages share. Knows nothing about drawings, words or models.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+WORK = ROOT / "out" / "pocket"
+BASE = ROOT / "training" / "bases" / "pocket"
+JUDGE = ROOT / "training" / "bases" / "pocket-judge"
+DEMO_IMAGES = ROOT / "manifests" / "demo" / "images"
+DOCS = ROOT / "docs" / "pocket"
+
+IMAGE_PX = 64
+PROMPT_TOKENS = 24
+SEED = 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PoolSpec:
+    """How many composites a stage draws, in chunks that can each be made again from the seed alone."""
+
+    chunks: int
+    chunk_size: int = 4096
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VaeSpec:
+    block_out_channels: tuple[int, ...] = (32, 64, 96, 128)
+    latent_channels: int = 16
+    layers_per_block: int = 1
+    norm_groups: int = 8
+    batch_size: int = 16
+    learning_rate: float = 2e-3
+    core_minutes: float = 40.0
+    ema: float = 0.998
+    kl_weight: float = 1e-3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UnetSpec:
+    block_out_channels: tuple[int, ...] = (128, 224)
+    layers_per_block: int = 1
+    head_channels: int = 32
+    norm_groups: int = 16
+    text_width: int = 128
+    text_layers: int = 2
+    text_heads: int = 4
+    batch_size: int = 64
+    learning_rate: float = 1e-3
+    warmup_images: int = 6_400
+    ema_images: int = 32_000
+    min_snr_gamma: float = 5.0
+    caption_drop: float = 0.1
+    images: int = 2_000_000
+    tight_images: int = 100_000
+
+
+WIDE_POOL = PoolSpec(chunks=3)
+NARROW_POOL = PoolSpec(chunks=12)
+TIGHT_CHUNKS = 4
+VAE = VaeSpec()
+UNET = UnetSpec()
