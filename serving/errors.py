@@ -1,0 +1,50 @@
+"""Why a request gets no image.
+
+    UserError
+    └── Refused                   the request cannot be served as asked
+        ├── QueueFull             too much is waiting: try again after `retry_after_s` (429)
+        ├── DeadlineExceeded      it took longer than it may (504)
+        ├── AdapterUnavailable    the adapter is there but cannot be loaded onto this base (409)
+        └── NotReady              the server is starting or draining (503)
+    GenerationFailed              a fault of ours while working on one request; its neighbours went on (500)
+    Cancelled                     nobody waits for the request any more
+
+All of them pickle: they carry their message and plain numbers.
+"""
+
+from training.errors import UserError
+
+
+class Refused(UserError):
+    """The request cannot be served as asked; the message is for the client."""
+
+
+class QueueFull(Refused):
+    """Too much is waiting."""
+
+    def __init__(self, message: str, retry_after_s: float = 1.0) -> None:
+        super().__init__(message, retry_after_s)
+        self.retry_after_s = retry_after_s
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+class DeadlineExceeded(Refused):
+    """Not done within the request's time."""
+
+
+class AdapterUnavailable(Refused):
+    """The adapter exists, but its weights cannot be loaded onto this base."""
+
+
+class NotReady(Refused):
+    """The server is starting or draining."""
+
+
+class GenerationFailed(Exception):
+    """Something of ours broke while working on one request."""
+
+
+class Cancelled(Exception):
+    """The client went away, or asked to stop."""

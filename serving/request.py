@@ -1,0 +1,105 @@
+"""What an engine is asked for and what it answers: complete, checked, and free of torch and of HTTP.
+
+The HTTP app resolves ids, defaults and limits, so an engine sees a `GenerateRequest` with nothing left open. These
+types also cross the border of a Ray deployment, as pydantic dumps.
+"""
+
+import json
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+SamplerName = Literal["ddim", "euler", "euler_a", "dpm++_2m"]
+ImageFormat = Literal["png", "jpeg", "webp"]
+MAX_SEED = 2**63 - 1
+
+
+class Closed(BaseModel):
+    """Unknown keys are errors, and nothing changes after validation."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class AdapterRef(Closed):
+    """One immutable version of one adapter."""
+
+    tenant: str
+    id: str
+    version: str
+
+    def __str__(self) -> str:
+        return f"{self.tenant}/{self.id}@{self.version}"
+
+    def __hash__(self) -> int:
+        return hash((self.tenant, self.id, self.version))
+
+
+class AdapterUse(Closed):
+    """An adapter in a request's mix. `weight` scales its delta; negative weights subtract it."""
+
+    ref: AdapterRef
+    weight: float = 1.0
+
+
+class GenerateRequest(Closed):
+    """`count` images of one prompt; image i has seed `seed + i`."""
+
+    request_id: str = ""
+    tenant: str = "default"
+    prompt: str
+    negative_prompt: str = ""
+    adapters: tuple[AdapterUse, ...] = ()
+    width: int = Field(ge=1, description="pixels")
+    height: int = Field(ge=1, description="pixels")
+    count: int = Field(1, ge=1)
+    seed: int = Field(ge=0, le=MAX_SEED)
+    steps: int = Field(ge=1)
+    guidance_scale: float = Field(ge=0)
+    scheduler: SamplerName = "ddim"
+    image: bytes | None = Field(None, description="an encoded picture to start from (image-to-image)")
+    strength: float = Field(0.8, gt=0, le=1, description="how much of the picture is made anew")
+    previews: int = Field(0, ge=0, description="previews of each image while it runs")
+    output_format: ImageFormat = "png"
+    output_quality: int = Field(95, ge=0, le=100, description="of jpeg and webp")
+    deadline_s: float = Field(600.0, gt=0)
+
+
+class Preview(Closed):
+    """An image half made: the model's guess of it after `step` of `steps` steps."""
+
+    kind: Literal["preview"] = "preview"
+    index: int
+    number: int = Field(description="0 for the first preview of the image")
+    step: int
+    steps: int
+    data: bytes
+
+
+class Picture(Closed):
+    """A finished image, encoded."""
+
+    kind: Literal["picture"] = "picture"
+    index: int
+    seed: int
+    data: bytes
+
+
+Event = Annotated[Preview | Picture, Field(discriminator="kind")]
+
+
+class BaseFacts(Closed):
+    """What a client may know about a base, and what its sizes must obey."""
+
+    name: str
+    resolution: int
+    multiple: int = Field(description="width and height are multiples of it, pixels")
+
+
+def read_facts(name: str, folder: Path) -> BaseFacts:
+    """The facts of a base in a diffusers folder, from its configs alone."""
+    unet = json.loads((folder / "unet" / "config.json").read_text())
+    vae = json.loads((folder / "vae" / "config.json").read_text())
+    scale = 2 ** (len(vae["block_out_channels"]) - 1)
+    levels = 2 ** (len(unet["block_out_channels"]) - 1)
+    return BaseFacts(name=name, resolution=unet["sample_size"] * scale, multiple=scale * levels)
