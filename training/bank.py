@@ -1,0 +1,273 @@
+"""The bank: low-rank deltas of several adapters over one frozen base, where every row of a batch wears its own.
+
+Shape suffixes: S slots, P parameters of one slot, N rows of a batch, K adapters a row mixes, R rank, I and O a layer's
+inputs and outputs, T tokens.
+
+The parameters of all adapters are one buffer `weights_SP`; a slot is one row of it. A layer's `down_SRI` and `up_SRO`
+are views, so joining, leaving, checkpointing, publishing and swapping an adapter are one row copied. A `Route` says
+which slots each row of a batch wears; forward hooks add the delta while a route is in use. The bank does not know which
+family of model it lies over, nor whether it is trained or served.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.hooks import RemovableHandle
+
+from training.adapter import Adapter, LowRank
+from training.errors import UserError
+from training.family import canonical
+
+Layer = nn.Linear | nn.Conv2d
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """One layer that can wear a delta. `key` is its canonical name; `down` the shape behind the rank of its A."""
+
+    key: str
+    layer: Layer
+    down: tuple[int, ...]  # (I,) of a Linear, (I, kh, kw) of a Conv2d
+    out: int
+
+    def size(self, rank: int) -> int:
+        return rank * (prod(self.down) + self.out)
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """What one layer adds for N rows: `down_NRI` (R = K x rank) and `up_NRO`."""
+
+    down: Tensor
+    up: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """Which deltas the rows of one component's next forward wear; index = site, None = no row changes that layer."""
+
+    component: str
+    rows: int
+    deltas: tuple[Delta | None, ...]
+
+
+def find_sites(component: str, model: nn.Module, targets: Sequence[str]) -> tuple[Site, ...]:
+    """The layers of `model` whose names end in one of `targets` (whole name parts), in module order."""
+    ends = tuple(f".{target}" for target in targets)
+    sites = []
+    for name, layer in model.named_modules():
+        if not isinstance(layer, Layer) or not f".{name}".endswith(ends):
+            continue
+        if isinstance(layer, nn.Linear):
+            sites.append(Site(canonical(component, name), layer, (layer.in_features,), layer.out_features))
+        elif layer.groups == 1:
+            sites.append(
+                Site(canonical(component, name), layer, (layer.in_channels, *layer.kernel_size), layer.out_channels)
+            )
+    return tuple(sites)
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One adapter laid out as a slot: `weights_P`, and for each component the indices of the layers it changes."""
+
+    weights_P: Tensor
+    worn: Mapping[str, frozenset[int]]
+
+
+class Bank:
+    """`slots` adapters of rank <= `rank` over the layers `sites` of each component. All slots start empty (zero).
+
+    `weights_SP` is the one tensor that is trained or swapped; call `inject()` before the first forward.
+    """
+
+    def __init__(
+        self,
+        sites: Mapping[str, Sequence[Site]],
+        *,
+        slots: int,
+        rank: int,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.sites = {component: tuple(found) for component, found in sites.items()}
+        self.slots = slots
+        self.rank = rank
+        self._sizes = {component: [site.size(rank) for site in found] for component, found in self.sites.items()}
+        self._columns: dict[str, slice] = {}
+        start = 0
+        for component, sizes in self._sizes.items():
+            self._columns[component] = slice(start, start + sum(sizes))
+            start += sum(sizes)
+        self.weights_SP = torch.zeros(slots, start, device=device, dtype=dtype)
+        self._worn: list[Mapping[str, frozenset[int]]] = [{} for _ in range(slots)]
+        self._using: dict[str, Route] = {}
+        self._hooks: list[RemovableHandle] = []
+
+    # -- laying the bank over the base, and taking it off --
+
+    def inject(self) -> None:
+        """Hooks the layers. Without a route in use, the base computes exactly what it did."""
+        if self._hooks:
+            return
+        for component, sites in self.sites.items():
+            for index, site in enumerate(sites):
+                self._hooks.append(site.layer.register_forward_hook(self._hook(component, index)))
+
+    def eject(self) -> None:
+        """The inverse of `inject`: the base is as it was before, bit for bit."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+
+    def _hook(self, component: str, index: int) -> Callable[[Layer, tuple[Tensor, ...], Tensor], Tensor | None]:
+        def add_delta(layer: Layer, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+            route = self._using.get(component)
+            delta = route.deltas[index] if route is not None else None
+            if delta is None:
+                return None
+            if isinstance(layer, nn.Linear):
+                return _add_linear(inputs[0], output, delta)
+            return _add_conv(layer, inputs[0], output, delta)
+
+        return add_delta
+
+    # -- routing rows to slots --
+
+    def columns(self, component: str) -> slice:
+        """The columns of `weights_SP` that belong to one component."""
+        return self._columns[component]
+
+    def route(
+        self, component: str, slots_NK: Tensor, weights_NK: Tensor | None = None, dtype: torch.dtype | None = None
+    ) -> Route:
+        """Gathers what N rows wear: row n adds the sum over k of weights[n, k] x adapter in slots[n, k].
+
+        `slots_NK`: int64 [N, K] on the CPU; -1 wears nothing. `weights_NK`: [N, K], ones by default. Differentiable
+        towards `weights_SP`. A route is a snapshot: make a new one when a slot changes.
+        """
+        slots = [slot for row in slots_NK.tolist() for slot in row]
+        if min(slots) < 0:
+            weights_NK = (torch.ones(slots_NK.shape) if weights_NK is None else weights_NK) * (slots_NK >= 0)
+        if weights_NK is not None:
+            weights_NK = weights_NK.to(self.weights_SP)[:, :, None, None]
+        active = frozenset[int]().union(*(self._worn[slot].get(component, ()) for slot in set(slots) if slot >= 0))
+        index_NK = None if slots == list(range(self.slots)) else slots_NK.clamp(min=0).to(self.weights_SP.device)
+        chunks = self.weights_SP[:, self._columns[component]].split(self._sizes[component], dim=1)
+        deltas: list[Delta | None] = [None] * len(chunks)
+        for index in sorted(active):
+            rows_NKP = chunks[index].unsqueeze(1) if index_NK is None else chunks[index][index_NK]
+            deltas[index] = self._delta(self.sites[component][index], rows_NKP, weights_NK, dtype)
+        return Route(component, slots_NK.shape[0], tuple(deltas))
+
+    def _delta(self, site: Site, rows_NKP: Tensor, weights_NK11: Tensor | None, dtype: torch.dtype | None) -> Delta:
+        n, k, _ = rows_NKP.shape
+        down, up = rows_NKP.split([self.rank * prod(site.down), self.rank * site.out], dim=2)
+        up = up.reshape(n, k, self.rank, site.out)
+        if weights_NK11 is not None:
+            up = up * weights_NK11
+        return Delta(
+            down.reshape(n, k * self.rank, prod(site.down)).to(dtype or down.dtype),
+            up.reshape(n, k * self.rank, site.out).to(dtype or up.dtype),
+        )
+
+    @contextmanager
+    def using(self, *routes: Route) -> Iterator[None]:
+        """Rows wear `routes` inside. With gradient checkpointing, keep it open until backward is through."""
+        before = self._using
+        self._using = {route.component: route for route in routes}
+        try:
+            yield
+        finally:
+            self._using = before
+
+    # -- slots --
+
+    def pack(self, adapter: Adapter) -> Row:
+        """Lays an adapter out as a slot, on the CPU, in the bank's dtype.
+
+        Raises UserError naming what does not fit: a module without a layer here, a rank above the bank's, a shape.
+        """
+        row_P = torch.zeros(self.weights_SP.shape[1], dtype=self.weights_SP.dtype)
+        worn: dict[str, set[int]] = {component: set() for component in self.sites}
+        left = dict(adapter.modules)
+        for component, index, down, up in self._views(row_P):
+            site = self.sites[component][index]
+            low_rank = left.pop(site.key, None)
+            if low_rank is None:
+                continue
+            rank = low_rank.down.shape[0]
+            if rank > self.rank or low_rank.down.shape[1:] != down.shape[1:] or low_rank.up.shape[0] != site.out:
+                raise UserError(
+                    f"Adapter module '{site.key}' has shapes {tuple(low_rank.down.shape)} and "
+                    f"{tuple(low_rank.up.shape)}; here it takes rank <= {self.rank}, in {site.down}, out {site.out}."
+                )
+            down[:rank].copy_(low_rank.down)
+            up[:rank].copy_(low_rank.up.reshape(site.out, rank).T)
+            worn[component].add(index)
+        if left:
+            raise UserError(f"{len(left)} adapter modules have no layer in this base, the first is '{min(left)}'.")
+        return Row(row_P, {component: frozenset(found) for component, found in worn.items()})
+
+    def unpack(self, row: Row, rank: int | None = None, scale: float = 1.0) -> Adapter:
+        """The inverse of `pack`: the first `rank` ranks of the layers the row changes, `scale` folded into up."""
+        rank = self.rank if rank is None else rank
+        modules = {}
+        for component, index, down, up in self._views(row.weights_P):
+            if index in row.worn.get(component, ()):
+                site = self.sites[component][index]
+                tail = (1,) * (len(site.down) - 1)
+                up_OR = (up[:rank].T * scale).reshape(site.out, rank, *tail)
+                modules[site.key] = LowRank(down[:rank].clone(), up_OR.contiguous())
+        return Adapter(modules=modules)
+
+    def put(self, slot: int, row: Row) -> None:
+        """A row into a slot: one copy."""
+        self.weights_SP.detach()[slot].copy_(row.weights_P, non_blocking=True)
+        self._worn[slot] = row.worn
+
+    def take(self, slot: int) -> Row:
+        """A copy of a slot, on the CPU."""
+        return Row(self.weights_SP.detach()[slot].to("cpu", copy=True), self._worn[slot])
+
+    def clear(self, slot: int) -> None:
+        """Empties a slot: what wears it is the base."""
+        self.weights_SP.detach()[slot].zero_()
+        self._worn[slot] = {}
+
+    def _views(self, row_P: Tensor) -> Iterator[tuple[str, int, Tensor, Tensor]]:
+        """For every layer: component, index, `down_RI` [rank, *site.down] and `up_RO` [rank, out], views of the row."""
+        for component, sites in self.sites.items():
+            chunks = row_P[self._columns[component]].split(self._sizes[component])
+            for index, (site, chunk) in enumerate(zip(sites, chunks, strict=True)):
+                down, up = chunk.split([self.rank * prod(site.down), self.rank * site.out])
+                yield component, index, down.view(self.rank, *site.down), up.view(self.rank, site.out)
+
+
+def _add_linear(x: Tensor, output: Tensor, delta: Delta) -> Tensor:
+    """output [N, ..., O] + (x [N, ..., I] down^T) up, each row with its own down and up."""
+    n = delta.down.shape[0]
+    x_NTI = x.reshape(n, -1, x.shape[-1])
+    low_NTR = torch.bmm(x_NTI, delta.down.transpose(1, 2))
+    return torch.baddbmm(output.reshape(n, -1, output.shape[-1]), low_NTR, delta.up).view(output.shape)
+
+
+def _add_conv(layer: nn.Conv2d, x: Tensor, output: Tensor, delta: Delta) -> Tensor:
+    """The same for a convolution: N small convolutions run as one grouped one, then a 1x1 up."""
+    n, ranks, _ = delta.down.shape
+    kernel = layer.kernel_size
+    low = functional.conv2d(
+        x.reshape(1, -1, *x.shape[2:]),
+        delta.down.reshape(n * ranks, x.shape[1], *kernel),
+        stride=layer.stride,
+        padding=layer.padding,
+        dilation=layer.dilation,
+        groups=n,
+    )
+    low_NRT = low.reshape(n, ranks, -1)
+    return torch.baddbmm(output.reshape(n, output.shape[1], -1), delta.up.transpose(1, 2), low_NRT).view(output.shape)

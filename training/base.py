@@ -1,0 +1,143 @@
+"""The base: the frozen model that everything shares, loaded from a diffusers folder.
+
+A `Base` is the pieces (denoiser, VAE, text encoder, tokenizer, noise schedule) and the few facts about them that the
+rest needs. Nothing in it is ever changed; adapters lie over it in a bank.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from torch import Tensor
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from training.base_folder import find_base
+from training.errors import UserError
+from training.family import FAMILIES, Family
+
+
+@dataclass(frozen=True)
+class Base:
+    """A loaded base. `name` is what users call it; `hash` identifies its files."""
+
+    name: str
+    hash: str
+    folder: Path
+    family: Family
+    unet: UNet2DConditionModel
+    vae: AutoencoderKL
+    text_encoder: CLIPTextModel
+    tokenizer: CLIPTokenizer
+    scheduler_config: dict[str, Any]
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def models(self) -> dict[str, torch.nn.Module]:
+        """The components an adapter may change, by name."""
+        return {component: getattr(self, component) for component in self.family.components}
+
+    @property
+    def vae_scale(self) -> int:
+        """Pixels a latent cell, per side."""
+        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    @property
+    def resolution(self) -> int:
+        """The side in pixels the base was made for."""
+        return int(self.unet.config.sample_size) * self.vae_scale
+
+    @property
+    def latent_channels(self) -> int:
+        return int(self.unet.config.in_channels)
+
+    @property
+    def prediction_type(self) -> str:
+        return str(self.scheduler_config.get("prediction_type", "epsilon"))
+
+    @cached_property
+    def alphas_cumprod(self) -> Tensor:
+        """The noise schedule of training: [T] in float64 on the CPU, zero-terminal-SNR applied where configured."""
+        scheduler = DDPMScheduler.from_config(self.scheduler_config)
+        return scheduler.alphas_cumprod.double()
+
+    def tokens(self, prompts: Sequence[str]) -> Tensor:
+        """Token ids int64 [N, L], padded and cut to the tokenizer's length."""
+        return self.tokenizer(
+            list(prompts),
+            padding="max_length",
+            max_length=self.tokenizer.model_max_length,
+            truncation=True,
+            return_tensors="pt",
+        ).input_ids.to(self.device)
+
+    def encode_prompts(self, prompts: Sequence[str]) -> Tensor:
+        """Prompt embeddings [N, L, C]; differentiable where a bank's route is in use."""
+        return self.text_encoder(self.tokens(prompts))[0]
+
+    @torch.no_grad()
+    def encode_images(self, pixels_NCHW: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and std of the posterior of images in [-1, 1], scaled: two tensors [N, C, h, w] on the CPU."""
+        posterior = self.vae.encode(pixels_NCHW.to(self.device, self.vae.dtype)).latent_dist
+        scale = self.vae.config.scaling_factor
+        return (posterior.mean * scale).cpu(), (posterior.std * scale).cpu()
+
+    @torch.no_grad()
+    def decode(self, latents_NCHW: Tensor) -> Tensor:
+        """Images in [-1, 1], [N, 3, H, W], from scaled latents."""
+        latents = latents_NCHW.to(self.device, self.vae.dtype) / self.vae.config.scaling_factor
+        return self.vae.decode(latents).sample.clamp(-1, 1)
+
+
+def load_base(
+    name: str, *, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32, root: str = "."
+) -> Base:
+    """Loads a base, frozen and in eval mode. `name`: `pocket`, a diffusers folder or a hub id; `root`: where relative
+    folders start. Raises UserError if it cannot be found or is of a family that is not supported."""
+    folder = find_base(name, root)
+    index = json.loads((folder / "model_index.json").read_text())
+    family = FAMILIES.get(index["_class_name"])
+    if family is None:
+        raise UserError(f"Base '{name}' is a {index['_class_name']}; supported are {', '.join(FAMILIES)}.")
+    target = torch.device(device) if device is not None else best_device()
+    text_encoder = CLIPTextModel.from_pretrained(folder / "text_encoder", torch_dtype=dtype)
+    models = {
+        "unet": UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=dtype),
+        "vae": AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=dtype),
+        "text_encoder": text_encoder,
+    }
+    for model in models.values():
+        model.requires_grad_(False).eval().to(target)
+    return Base(
+        name=name,
+        hash=hash_base(folder),
+        folder=folder,
+        family=family,
+        tokenizer=CLIPTokenizer.from_pretrained(folder / "tokenizer"),
+        scheduler_config=json.loads((folder / "scheduler" / "scheduler_config.json").read_text()),
+        device=target,
+        dtype=dtype,
+        **models,
+    )
+
+
+def best_device() -> torch.device:
+    """The device this process should compute on: CUDA where it really works, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def hash_base(folder: Path) -> str:
+    """Content id of a base: sha256 over the names and contents of its configs and weights (hex)."""
+    digest = hashlib.sha256()
+    for file in sorted(folder.rglob("*")):
+        if file.suffix in (".json", ".safetensors", ".txt") and file.is_file():
+            digest.update(f"{file.relative_to(folder).as_posix()}\0".encode())
+            with file.open("rb") as stream:
+                digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()

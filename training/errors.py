@@ -1,0 +1,15 @@
+"""What can go wrong because of a user, and how a subject fails.
+
+    UserError                 bad input or usage: exit status 2, or HTTP 4xx; its message is the whole story
+    SubjectFailed             one subject cannot be trained; its reason is a result, never a crash of its pack
+
+Messages say what, the value, what is allowed and what to do. All errors carry only their message, so they pickle.
+"""
+
+
+class UserError(Exception):
+    """Something a user can cause and can mend; shown without a traceback."""
+
+
+class SubjectFailed(Exception):
+    """One subject ends as `failed`; `str(error)` is the reason a person reads."""

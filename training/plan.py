@@ -1,0 +1,168 @@
+"""Planning: which subjects fit into one pack, how large packs are, and what a run will take. Pure; knows no torch.
+
+Subjects of one profile can share a pack. Everything else (steps, learning rates, ranks, prompts, priors, batch sizes)
+may differ inside one.
+"""
+
+from collections.abc import Iterable, Sequence
+from math import ceil, prod
+from typing import Literal
+
+from training.base_folder import find_base, layer_shapes, read_config
+from training.manifest import Closed, Manifest, SubjectSpec
+
+MAX_ROWS = 32  # rows of one fused batch: throughput has flattened by there
+ADAPTER_LIMIT_MB = 6.0
+# fp32 weight, gradient and Adam's two moments
+STATE_BYTES = 16
+# measured on SD 1.x at 512 px in 16 bit without checkpointing: 0.97 GiB of saved activations a row
+ACTIVATION_BYTES = 0.97 * 2**30 / (320 * 64 * 64)
+
+
+class Profile(Closed):
+    """What subjects of one pack have in common."""
+
+    resolution: int
+    targets: tuple[str, ...]
+    text_encoder_targets: tuple[str, ...]
+    mixed_precision: Literal["auto", "no", "fp16", "bf16"]
+    gradient_checkpointing: Literal["auto"] | bool
+
+
+class PackPlan(Closed):
+    """Subjects that train on one device: `slots` at once, the rest follow as slots become free."""
+
+    profile: Profile
+    subjects: tuple[str, ...]
+    slots: int
+    rank: int
+    memory_mb: float
+
+
+class Plan(Closed):
+    """What a manifest comes to. Sizes in MB (10^6 bytes)."""
+
+    packs: tuple[PackPlan, ...]
+    steps: int
+    images: int
+    adapter_mb: dict[str, float]
+    disk_mb: float
+
+
+class BaseFacts(Closed):
+    """What planning needs to know of a base: its name, native resolution, width, and its layers' shapes."""
+
+    name: str
+    resolution: int
+    latent_side: int
+    width: int
+    parameters: int
+    layers: dict[str, dict[str, tuple[int, ...]]]
+
+
+def base_facts(name: str, root: str = ".") -> BaseFacts:
+    """Reads the facts from configs and file headers; no weights are loaded. Raises UserError for an unknown base."""
+    folder = find_base(name, root)
+    unet, vae = read_config(folder, "unet"), read_config(folder, "vae")
+    layers = {component: dict(layer_shapes(folder, component)) for component in ("unet", "text_encoder")}
+    return BaseFacts(
+        name=name,
+        resolution=unet["sample_size"] * 2 ** (len(vae["block_out_channels"]) - 1),
+        latent_side=unet["sample_size"],
+        width=unet["block_out_channels"][0],
+        parameters=sum(prod(shape) for found in layers.values() for shape in found.values()),
+        layers=layers,
+    )
+
+
+def profile_of(subject: SubjectSpec, base: BaseFacts) -> Profile:
+    return Profile(
+        resolution=subject.train.resolution or base.resolution,
+        targets=tuple(sorted(subject.lora.targets)),
+        text_encoder_targets=tuple(sorted(subject.lora.text_encoder_targets)) if subject.lora.text_encoder else (),
+        mixed_precision=subject.train.mixed_precision,
+        gradient_checkpointing=subject.train.gradient_checkpointing,
+    )
+
+
+def plan_run(manifest: Manifest, base: BaseFacts, *, lanes: int = 1, max_rows: int = MAX_ROWS) -> Plan:
+    """Groups the subjects by profile and splits each group over at most `lanes` packs, in manifest order."""
+    groups: dict[Profile, list[SubjectSpec]] = {}
+    for subject in manifest.subjects:
+        groups.setdefault(profile_of(subject, base), []).append(subject)
+    packs = [pack for profile, group in groups.items() for pack in _packs(profile, group, base, lanes, max_rows)]
+    sizes = {subject.id: adapter_bytes(subject, base) / 1e6 for subject in manifest.subjects}
+    checkpoints = sum(
+        8 * sizes[s.id] * min(s.train.keep_checkpoints, ceil(s.train.max_steps / s.train.checkpoint_every))
+        for s in manifest.subjects
+    )
+    return Plan(
+        packs=tuple(packs),
+        steps=sum(subject.train.max_steps for subject in manifest.subjects),
+        images=sum(rows_of(s) * s.train.max_steps * s.train.gradient_accumulation_steps for s in manifest.subjects),
+        adapter_mb=sizes,
+        disk_mb=sum(sizes.values()) + checkpoints,
+    )
+
+
+def _packs(
+    profile: Profile, group: Sequence[SubjectSpec], base: BaseFacts, lanes: int, max_rows: int
+) -> Iterable[PackPlan]:
+    slots_each = max(1, max_rows // max(rows_of(subject) for subject in group))
+    count = min(lanes, len(group))
+    for turn in range(count):
+        subjects = group[turn::count]
+        slots = min(slots_each, len(subjects))
+        rank = max(subject.lora.rank for subject in subjects)
+        yield PackPlan(
+            profile=profile,
+            subjects=tuple(subject.id for subject in subjects),
+            slots=slots,
+            rank=rank,
+            memory_mb=_memory_bytes(profile, subjects, slots, base) / 1e6,
+        )
+
+
+def rows_of(subject: SubjectSpec) -> int:
+    """Rows of the fused batch that a subject takes."""
+    return subject.train.batch_size * (2 if subject.prior.enabled else 1)
+
+
+def adapter_parameters(subject: SubjectSpec, base: BaseFacts) -> int:
+    """Parameters of a subject's adapter, exactly."""
+    wanted = {"unet": subject.lora.targets}
+    if subject.lora.text_encoder:
+        wanted["text_encoder"] = subject.lora.text_encoder_targets
+    total = 0
+    for component, ends in wanted.items():
+        for name, shape in base.layers[component].items():
+            if len(shape) > 1 and any(f".{name}".endswith(f".{end}") for end in ends):
+                total += subject.lora.rank * (shape[0] + prod(shape[1:]))
+    return total
+
+
+def adapter_bytes(subject: SubjectSpec, base: BaseFacts) -> int:
+    """Size of the published file: fp16 weights; the header is some ten kB more."""
+    return 2 * adapter_parameters(subject, base)
+
+
+def _memory_bytes(profile: Profile, subjects: Sequence[SubjectSpec], slots: int, base: BaseFacts) -> float:
+    """An estimate: the frozen base, the slots' state, and saved activations of every row."""
+    wide = 4 if profile.mixed_precision == "no" else 2
+    state = slots * STATE_BYTES * max(adapter_parameters(subject, base) for subject in subjects)
+    side = base.latent_side * profile.resolution / base.resolution
+    rows = slots * max(rows_of(subject) for subject in subjects)
+    saved = 0.15 if profile.gradient_checkpointing is True else 1.0
+    return wide * base.parameters + state + rows * saved * ACTIVATION_BYTES * base.width * side**2 * wide / 2
+
+
+def unmatched_targets(subject: SubjectSpec, base: BaseFacts) -> list[str]:
+    """Targets of a subject that no layer of the base has: misspelled, or of another family."""
+    wanted = [("unet", end) for end in subject.lora.targets]
+    if subject.lora.text_encoder:
+        wanted += [("text_encoder", end) for end in subject.lora.text_encoder_targets]
+    return [
+        end
+        for component, end in wanted
+        if not any(f".{name}".endswith(f".{end}") and len(s) > 1 for name, s in base.layers[component].items())
+    ]

@@ -1,0 +1,81 @@
+"""The prior: latents of class images, made once per (base, class prompt, settings) and shared by every subject of it.
+
+Generated class images never leave latent space. Image i depends on the prior's seed and i alone.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from training.base import Base
+from training.errors import UserError
+from training.latents import LatentSet, content_key, encode_photos, load_latents, photos_key, save_latents
+from training.manifest import PriorSpec, SubjectSpec
+from training.photos import list_photo_files, photos
+from training.sampler import sample
+from training.storage_base import Storage
+
+BATCH = 16
+
+
+def prior_key(base: Base, subject: SubjectSpec) -> str:
+    """The cache key of a generated prior: everything its images depend on."""
+    prior = subject.prior
+    settings = (prior.images, prior.steps, prior.guidance_scale, prior.seed, subject.negative_prompt)
+    resolution = subject.train.resolution or base.resolution
+    return content_key("priors", base.hash, str(base.dtype), subject.filled_class_prompt, resolution, *settings)
+
+
+def prepare_prior(
+    base: Base, storage: Storage, subject: SubjectSpec, root: str = "."
+) -> Iterator[tuple[int, int, LatentSet | None]]:
+    """Makes or finds the prior of a subject. Yields (images done, images wanted, the set once it is there)."""
+    prior = subject.prior
+    if prior.source == "folder":
+        yield 1, 1, _from_folder(base, storage, subject, Path(root))
+        return
+    key = prior_key(base, subject)
+    cached = load_latents(storage, key)
+    if cached is None:
+        made: list[torch.Tensor] = []
+        for start in range(0, prior.images, BATCH):
+            made.append(_generate(base, subject, range(start, min(start + BATCH, prior.images))))
+            yield start + len(made[-1]), prior.images, None
+        mean = torch.cat(made)
+        cached = mean, torch.zeros_like(mean)
+        save_latents(storage, key, *cached)
+    yield prior.images, prior.images, LatentSet(*cached, (subject.filled_class_prompt,) * len(cached[0]))
+
+
+def _generate(base: Base, subject: SubjectSpec, indices: range) -> torch.Tensor:
+    prior: PriorSpec = subject.prior
+    return (
+        sample(
+            base,
+            [subject.filled_class_prompt] * len(indices),
+            seeds=[prior.seed * 1_000_003 + index for index in indices],
+            steps=prior.steps,
+            guidance_scale=prior.guidance_scale,
+            negative_prompt=subject.negative_prompt,
+            resolution=subject.train.resolution,
+        )
+        .float()
+        .cpu()
+    )
+
+
+def _from_folder(base: Base, storage: Storage, subject: SubjectSpec, root: Path) -> LatentSet:
+    folder = root / (subject.prior.folder or "")
+    if not folder.is_dir():
+        raise UserError(f"prior.folder '{subject.prior.folder}' of subject '{subject.id}' is no folder.")
+    found = photos(list_photo_files(folder), min_photos=1).good[: subject.prior.images]
+    key = photos_key(base, found, subject.train)
+    cached = load_latents(storage, key)
+    if cached is None:
+        made = encode_photos(base, found, subject.train, subject.filled_class_prompt)
+        save_latents(storage, key, made.mean_VCHW, made.std_VCHW)
+        return made
+    each = len(cached[0]) // len(found)
+    prompts = [photo.caption or subject.filled_class_prompt for photo in found for _ in range(each)]
+    return LatentSet(*cached, tuple(prompts))
