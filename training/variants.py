@@ -1,0 +1,202 @@
+"""An image at the size the base trains at: every crop, mirror and colour variant, encoded once before the loop.
+
+Pure functions of their arguments: the same image, settings and seed give the same bytes in every process, so caches can
+be keyed by them. Knows nothing about latents, files or subjects.
+
+Shapes: an array `_HW3` is height x width x RGB, uint8. Sizes are (width, height) in px.
+"""
+
+import hashlib
+import importlib
+import importlib.util
+import math
+from collections.abc import Iterator, Sequence
+from functools import cache
+from typing import Literal, NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+Crop = Literal["center", "random", "face"]
+Size = tuple[int, int]
+Pixels = NDArray[np.uint8]
+
+# The jitter of the usual script, torchvision's ColorJitter(0.2, 0.1), drawn ahead of the loop.
+BRIGHTNESS = 0.2
+CONTRAST = 0.1
+JITTERS = 3
+
+
+class Face(NamedTuple):
+    """Where a face is: its box in px of the image."""
+
+    left: int
+    top: int
+    right: int
+    bottom: int
+
+
+class _Rectangle(Protocol):
+    def left(self) -> int: ...
+    def top(self) -> int: ...
+    def right(self) -> int: ...
+    def bottom(self) -> int: ...
+
+
+class _Detector(Protocol):
+    def __call__(self, image: Pixels, upsample: int) -> Sequence[_Rectangle]: ...
+
+
+def variants(
+    image: Image.Image,
+    resolution: int | Size,
+    *,
+    crop: Crop = "center",
+    crops: int = 4,
+    flip: bool = False,
+    color_jitter: bool = False,
+    seed: int = 0,
+) -> list[Pixels]:
+    """Every variant of an image, each `[height, width, 3]` uint8, always in the same order.
+
+    `resolution` is a square's side or a bucket's (width, height). The image is resized to cover it, then cropped:
+    `center` and `face` once, `random` at up to `crops` different places keyed by `seed` and the pixels (a square image
+    has one place only). `color_jitter` follows each crop with `JITTERS` changed ones. `flip` appends the mirror of
+    each, in order: `result[i + len(result) // 2]` mirrors `result[i]`. `face` is `center` where none can be found.
+    """
+    size = (resolution, resolution) if isinstance(resolution, int) else resolution
+    rgb = image.convert("RGB")
+    covering = cover(rgb, size)
+    identity = hashlib.sha256(f"{rgb.size}".encode() + rgb.tobytes()).hexdigest()
+    made: list[Pixels] = []
+    for place, (left, top) in enumerate(_places(covering, size, crop, crops, f"{seed}/{identity}")):
+        cropped_HW3 = np.asarray(covering.crop((left, top, left + size[0], top + size[1])))
+        made.append(cropped_HW3)
+        if color_jitter:
+            made += _jittered(cropped_HW3, f"{seed}/{identity}/{place}")
+    if flip:
+        made += [np.ascontiguousarray(variant_HW3[:, ::-1]) for variant_HW3 in made]
+    return made
+
+
+def cover(image: Image.Image, size: Size) -> Image.Image:
+    """The image, its proportions kept, at the smallest size that covers `size` (width, height)."""
+    scale = max(size[0] / image.width, size[1] / image.height)
+    target = (max(size[0], round(image.width * scale)), max(size[1], round(image.height * scale)))
+    return image if target == image.size else image.resize(target, Image.Resampling.LANCZOS)
+
+
+def bucket_sizes(resolution: int, multiple: int | None = None, max_aspect: float = 2.5) -> tuple[Size, ...]:
+    """The (width, height) of every aspect bucket, the square among them, widest first.
+
+    Sides are multiples of `multiple` (an eighth of `resolution` unless given: 64 at 512), no bucket has more pixels
+    than the square or is longer than `max_aspect` to one.
+    """
+    step = multiple or max(1, resolution // 8)
+    if resolution < step or resolution % step:
+        raise ValueError(f"resolution {resolution} is not a multiple of {step}")
+    sizes = {(resolution, resolution)}
+    for long in range(resolution, int(resolution * max_aspect) + 1, step):
+        short = resolution * resolution // long // step * step
+        if short > 0 and long / short <= max_aspect:
+            sizes |= {(long, short), (short, long)}
+    return tuple(sorted(sizes, key=lambda size: (-size[0] / size[1], -size[0] * size[1])))
+
+
+def assign_bucket(width: int, height: int, sizes: Sequence[Size]) -> Size:
+    """The bucket that crops least of a `width` x `height` image; of equals, the one with more pixels."""
+    if not sizes:
+        raise ValueError("no buckets")
+    aspect = math.log(width / height)
+    return min(sizes, key=lambda size: (round(abs(aspect - math.log(size[0] / size[1])), 9), -size[0] * size[1]))
+
+
+def replace_background(
+    image: Image.Image, mask: Image.Image, background: Image.Image | tuple[int, int, int]
+) -> Image.Image:
+    """`image` with `background`, a colour or an image cut to fit, where `mask` (L, 255 = keep) is not opaque.
+
+    `image` must lie on white, as `read_picture` gives it: the white in half-covered edge pixels is taken out exactly,
+    so hair and fur get no pale rim.
+    """
+    if mask.size != image.size:
+        raise ValueError(f"mask of {mask.size} px for an image of {image.size} px")
+    if isinstance(background, tuple):
+        behind = Image.new("RGB", image.size, background)
+    else:
+        behind = _centre_cut(cover(background.convert("RGB"), image.size), image.size)
+    clear_HW1 = 1 - np.asarray(mask.convert("L"), np.float32)[..., None] / 255
+    image_HW3 = np.asarray(image.convert("RGB"), np.float32)
+    # image = alpha * colour + (1 - alpha) * white, so the swap needs no division by alpha
+    replaced_HW3 = image_HW3 + clear_HW1 * (np.asarray(behind, np.float32) - 255)
+    return Image.fromarray(_to_bytes(replaced_HW3))
+
+
+def can_find_faces() -> bool:
+    """Whether the optional face detector (the `dlib` package) is installed."""
+    return importlib.util.find_spec("dlib") is not None
+
+
+def find_face(image: Image.Image) -> Face | None:
+    """The largest face, None if there is none or no detector is installed."""
+    if not can_find_faces():
+        return None
+    found = _face_detector()(np.asarray(image.convert("RGB")), 0)
+    faces = [Face(box.left(), box.top(), box.right(), box.bottom()) for box in found]
+    return max(faces, key=lambda face: (face.right - face.left) * (face.bottom - face.top), default=None)
+
+
+@cache
+def _face_detector() -> _Detector:
+    # dlib is optional and slow to load; its frontal detector ships inside the package.
+    detector: _Detector = importlib.import_module("dlib").get_frontal_face_detector()
+    return detector
+
+
+def _places(image: Image.Image, size: Size, crop: Crop, crops: int, key: str) -> list[tuple[int, int]]:
+    """The (left, top) of each crop of `size`, without repeats."""
+    free_x, free_y = image.width - size[0], image.height - size[1]
+    if crop == "random":
+        drawn = _uniforms(key)
+        places = [(int(next(drawn) * (free_x + 1)), int(next(drawn) * (free_y + 1))) for _ in range(crops)]
+        return list(dict.fromkeys(places))
+    face = find_face(image) if crop == "face" else None
+    if face is None:
+        return [(free_x // 2, free_y // 2)]
+    left = (face.left + face.right - size[0]) // 2
+    top = (face.top + face.bottom - size[1]) // 2
+    return [(min(max(left, 0), free_x), min(max(top, 0), free_y))]
+
+
+def _centre_cut(image: Image.Image, size: Size) -> Image.Image:
+    left, top = (image.width - size[0]) // 2, (image.height - size[1]) // 2
+    return image.crop((left, top, left + size[0], top + size[1]))
+
+
+def _jittered(image_HW3: Pixels, key: str) -> list[Pixels]:
+    """`JITTERS` copies with other brightness (a factor) and contrast (a blend with the mean grey)."""
+    drawn = _uniforms(key + "/jitter")
+    made = []
+    for _ in range(JITTERS):
+        brightness = 1 + BRIGHTNESS * (2 * next(drawn) - 1)
+        contrast = 1 + CONTRAST * (2 * next(drawn) - 1)
+        bright_HW3 = _to_bytes(image_HW3 * brightness)
+        # whole numbers are summed: exact, so the same on every machine
+        red, green, blue = bright_HW3.sum(axis=(0, 1), dtype=np.int64).tolist()
+        grey = (0.299 * red + 0.587 * green + 0.114 * blue) / (bright_HW3.shape[0] * bright_HW3.shape[1])
+        made.append(_to_bytes(bright_HW3 * contrast + grey * (1 - contrast)))
+    return made
+
+
+def _uniforms(key: str) -> Iterator[float]:
+    """Numbers in [0, 1) from a hash: unlike numpy's generators, promised to stay the same for ever."""
+    index = 0
+    while True:
+        digest = hashlib.sha256(f"{key}#{index}".encode()).digest()
+        yield int.from_bytes(digest[:6]) / 2**48
+        index += 1
+
+
+def _to_bytes(values_HW3: NDArray[np.float32] | NDArray[np.float64]) -> Pixels:
+    return np.clip(np.rint(values_HW3), 0, 255).astype(np.uint8)
