@@ -224,8 +224,8 @@ def _to_rgb(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
 
 def _sixteen_bit_grey(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
     """16-bit grey scaled to 8 bits (Pillow's own conversion cuts off); one value may be marked as transparent."""
-    values_HW = np.asarray(image).astype(np.uint16)
-    grey = Image.fromarray(((values_HW - (values_HW >> 8) + 128) >> 8).astype(np.uint8))  # rounds value / 257 exactly
+    values_HW = np.asarray(image).astype(np.uint32)
+    grey = Image.fromarray(((values_HW + 128) // 257).astype(np.uint8))  # 65535 = 257 * 255, rounded exactly
     clear = image.info.get("transparency")
     alpha = Image.fromarray(np.where(values_HW == clear, 0, 255).astype(np.uint8)) if isinstance(clear, int) else None
     return grey.convert("RGB"), alpha
