@@ -92,18 +92,21 @@ def photos(
     min_photos: int = 5,
     min_side_px: int | None = None,
     crop: Crop = "center",
+    max_photos: int = MAX_PHOTOS,
+    with_report: bool = True,
 ) -> Photos:
     """Reads a subject's files, in the order of their names.
 
     Captions, hidden files and sidecars are no photos; every other file is one or is rejected. `min_side_px` is a
-    quarter of `resolution` unless given. Raises `TooFewPhotos`, and `UserError` for more than `MAX_PHOTOS` files.
+    quarter of `resolution` unless given. Folders of class images are larger than `max_photos` and need no report, which
+    compares all pairs. Raises `TooFewPhotos`, and `UserError` for more than `max_photos` files.
     """
     ordered = sorted((file for file in files if not _hidden(file.name)), key=lambda file: file.name)
     wanted = [file for file in ordered if not _sidecar(file.name)]
     if len({file.name for file in ordered}) < len(ordered):
         raise UserError("Two of the files have the same name. Give every photo a name of its own.")
-    if len(wanted) > MAX_PHOTOS:
-        raise UserError(f"Too many photos: {len(wanted)}, at most {MAX_PHOTOS}. Choose the best: 5 to 30 are plenty.")
+    if len(wanted) > max_photos:
+        raise UserError(f"Too many photos: {len(wanted)}, at most {max_photos}. Choose the best: 5 to 30 are plenty.")
     limits = ImageLimits(min_side_px=max(16, resolution // 4) if min_side_px is None else min_side_px)
     texts = {file.name: file.data for file in ordered if PurePath(file.name).suffix.lower() == ".txt"}
     words, caption_warnings = captions(texts, [file.name for file in wanted])
@@ -116,8 +119,7 @@ def photos(
             rejected.append(Rejected(file.name, error.reason))
     if len(good) < min_photos:
         raise TooFewPhotos(len(good), min_photos, tuple(rejected))
-    seen = [Seen(photo.name, photo.image, min(photo.source_size), photo.sha256) for photo in good]
-    found = (*report(seen, resolution), *_faces(good, crop), *caption_warnings)
+    found = (*_report(good, resolution, crop), *caption_warnings) if with_report else ()
     return Photos(tuple(good), tuple(rejected), found)
 
 
@@ -178,6 +180,11 @@ def _reduced(picture: Picture, side_px: int) -> Picture:
     size = (round(picture.image.width * scale), round(picture.image.height * scale))
     mask = None if picture.mask is None else picture.mask.resize(size, Image.Resampling.LANCZOS)
     return Picture(picture.image.resize(size, Image.Resampling.LANCZOS), mask)
+
+
+def _report(good: Sequence[Photo], resolution: int, crop: Crop) -> tuple[PhotoWarning, ...]:
+    seen = [Seen(photo.name, photo.image, min(photo.source_size), photo.sha256) for photo in good]
+    return (*report(seen, resolution), *_faces(good, crop))
 
 
 def _faces(good: Sequence[Photo], crop: Crop) -> list[PhotoWarning]:

@@ -61,9 +61,10 @@ def variants(
     """Every variant of an image, each `[height, width, 3]` uint8, always in the same order.
 
     `resolution` is a square's side or a bucket's (width, height). The image is resized to cover it, then cropped:
-    `center` and `face` once, `random` at up to `crops` different places keyed by `seed` and the pixels (a square image
-    has one place only). `color_jitter` follows each crop with `JITTERS` changed ones. `flip` appends the mirror of
-    each, in order: `result[i + len(result) // 2]` mirrors `result[i]`. `face` is `center` where none can be found.
+    `center` and `face` once, `random` `crops` times at places keyed by `seed` and the pixels. `color_jitter` follows
+    each crop with `JITTERS` changed ones. `flip` appends the mirror of each, in order: `result[i + len(result) // 2]`
+    mirrors `result[i]`. `face` is `center` where none can be found. How many there are depends on the settings alone,
+    so every image of a subject weighs the same.
     """
     size = (resolution, resolution) if isinstance(resolution, int) else resolution
     rgb = image.convert("RGB")
@@ -155,12 +156,11 @@ def _face_detector() -> _Detector:
 
 
 def _places(image: Image.Image, size: Size, crop: Crop, crops: int, key: str) -> list[tuple[int, int]]:
-    """The (left, top) of each crop of `size`, without repeats."""
+    """The (left, top) of each crop of `size`; repeats where there are few places, as in a square image."""
     free_x, free_y = image.width - size[0], image.height - size[1]
     if crop == "random":
         drawn = _uniforms(key)
-        places = [(int(next(drawn) * (free_x + 1)), int(next(drawn) * (free_y + 1))) for _ in range(crops)]
-        return list(dict.fromkeys(places))
+        return [(int(next(drawn) * (free_x + 1)), int(next(drawn) * (free_y + 1))) for _ in range(crops)]
     face = find_face(image) if crop == "face" else None
     if face is None:
         return [(free_x // 2, free_y // 2)]

@@ -114,6 +114,13 @@ def test_findings_of_captions_and_of_pictures_are_reported_together() -> None:
     assert [warning.kind for warning in found.warnings] == ["identical", "caption"]
 
 
+def test_class_images_are_read_without_a_report() -> None:
+    several = [PhotoFile(f"{i}.png", files()[0].data) for i in range(300)]
+    found = photos(several, resolution=64, max_photos=1000, with_report=False)
+    assert len(found.good) == 300
+    assert found.warnings == ()
+
+
 def test_face_crop_without_its_detector_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(photos_module, "can_find_faces", lambda: False)
     (warning,) = photos(files(), resolution=64, crop="face").warnings
@@ -128,6 +135,8 @@ def test_face_crop_without_its_detector_is_a_warning(monkeypatch: pytest.MonkeyP
 def test_limits_of_number_and_names() -> None:
     with pytest.raises(UserError, match="Too many photos: 201, at most 200"):
         photos([PhotoFile(f"{i}.png", b"") for i in range(201)])
+    with pytest.raises(UserError, match="at most 4"):
+        photos(files(5), resolution=64, max_photos=4)
     with pytest.raises(UserError, match="same name"):
         photos([*files(), files()[0]])
 

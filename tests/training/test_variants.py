@@ -77,9 +77,9 @@ def test_random_crops_are_places_of_the_image_and_depend_on_seed_and_image() -> 
     image = picture(192, 64)
     made = variants(image, 64, crop="random", crops=6, seed=1)
     places = [np.asarray(image)[:, left : left + 64] for left in range(129)]
-    assert 4 <= len(made) <= 6
+    assert len(made) == 6
     assert all(any((variant == place).all() for place in places) for variant in made)
-    assert len({variant.tobytes() for variant in made}) == len(made)
+    assert len({variant.tobytes() for variant in made}) >= 4
     other_seed = variants(image, 64, crop="random", crops=6, seed=2)
     assert {variant.tobytes() for variant in made} != {variant.tobytes() for variant in other_seed}
 
@@ -89,8 +89,10 @@ def test_random_crops_reach_both_ends() -> None:
     assert lefts == {0, 1, 2, 3, 4}
 
 
-def test_a_square_image_has_one_crop() -> None:
-    assert len(variants(picture(80, 80), 64, crop="random", crops=8)) == 1
+def test_a_square_image_has_as_many_variants_as_others() -> None:
+    made = variants(picture(80, 80), 64, crop="random", crops=8)
+    assert len(made) == 8
+    assert len({variant.tobytes() for variant in made}) == 1
 
 
 def test_jitter_is_mild_and_keeps_the_plain_crop() -> None:
