@@ -4,7 +4,7 @@ Owns placement, recolouring and labels. A picture is a pure function of (seed, p
 from the recipe alone.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import numpy as np
@@ -64,7 +64,9 @@ def ramp(sprite: Floats, colour: tuple[int, int, int]) -> Floats:
     level = np.clip((light - low) / max(float(high - low), 1.0), 0, 1)[:, :, None]
     middle = np.asarray(colour, np.float32)
     dark, bright = middle * 0.25, middle * 0.45 + 255 * 0.55
-    toned = np.where(level < 0.55, dark + (middle - dark) * level / 0.55, middle + (bright - middle) * (level - 0.55) / 0.45)
+    toned = np.where(
+        level < 0.55, dark + (middle - dark) * level / 0.55, middle + (bright - middle) * (level - 0.55) / 0.45
+    )
     return np.concatenate((toned, alpha), axis=2).astype(np.float32)
 
 
@@ -107,18 +109,30 @@ def classes_picture(index: int, placement: Placement, seed: int = SEED) -> tuple
     return picture, Labels(noun=noun, place=place, colour=colour, style=STYLES.index(VENDORS[drawing.vendor].style))
 
 
+def two_tints(sprite: Floats, rng: np.random.Generator) -> Floats:
+    """Any two tints, above and below: colourings that no class has."""
+    cut = int(rng.uniform(0.2, 1.0) * sprite.shape[0])
+    tints = [tuple(int(c) for c in rng.integers(0, 256, 3)) for _ in range(2)]
+    upper, lower = (ramp(sprite, (t[0], t[1], t[2])) for t in tints)
+    return np.concatenate((upper[:cut], lower[cut:]))
+
+
 def wide_picture(index: int, seed: int = SEED) -> Bytes:
-    """Picture number `index` of a wider world, for the VAE: any emoji, any tint, any place, half of them our classes."""
+    """Picture number `index` of a wider world, for the VAE: any emoji, tint and place, half of them our classes."""
     rng = np.random.default_rng((seed, 2, index))
-    if rng.random() < 0.5:
-        drawings = seen(CLASSES[int(rng.integers(len(CLASSES)))])
-    else:
-        drawings = everything()
+    drawings = seen(CLASSES[int(rng.integers(len(CLASSES)))]) if rng.random() < 0.5 else everything()
     sprite = sprite_of(drawings[int(rng.integers(len(drawings)))], LOOSE, rng)
     if rng.random() < 0.4:
-        # Two tints, top and bottom: the VAE must keep colourings that no class has.
-        cut = int(rng.uniform(0.2, 1.0) * sprite.shape[0])
-        tints = [tuple(int(c) for c in rng.integers(0, 256, 3)) for _ in range(2)]
-        upper, lower = (ramp(sprite, (t[0], t[1], t[2])) for t in tints)
-        sprite = np.concatenate((upper[:cut], lower[cut:]))
+        sprite = two_tints(sprite, rng)
     return lay(sprite, paint(PLACE_NAMES[int(rng.integers(len(PLACE_NAMES)))], rng), LOOSE, rng)
+
+
+def judge_picture(index: int, placement: Placement, seed: int = SEED) -> tuple[Bytes, Labels]:
+    """As `classes_picture`, but a fifth in two tints: a judge must know a class in colours that it never had."""
+    rng = np.random.default_rng((seed, 6, index))
+    picture, labels = classes_picture(int(rng.integers(2**40, 2**41)), placement, seed)
+    if rng.random() > 0.2:
+        return picture, labels
+    drawings = seen(CLASSES[labels.noun])
+    sprite = two_tints(sprite_of(drawings[int(rng.integers(len(drawings)))], placement, rng), rng)
+    return lay(sprite, paint(PLACE_NAMES[labels.place], rng), placement, rng), replace(labels, colour=NO_COLOUR)

@@ -39,7 +39,7 @@ def horizon(rng: np.random.Generator, at: int) -> NDArray[np.int64]:
 
 
 def ground(upper: Pixels, lower: Pixels, line: NDArray[np.int64]) -> Pixels:
-    return np.where((ROWS >= line[None, :])[:, :, None], lower, upper).astype(np.float32)
+    return np.where((line[None, :] <= ROWS)[:, :, None], lower, upper).astype(np.float32)
 
 
 def speckle(pattern: int, share: float) -> NDArray[np.bool_]:
@@ -62,7 +62,9 @@ def beach(rng: np.random.Generator) -> Pixels:
 
 
 def snow(rng: np.random.Generator) -> Pixels:
-    scene = ground(vertical((150, 170, 200), (200, 212, 230)), vertical((246, 249, 255), (226, 234, 246)), horizon(rng, 36))
+    scene = ground(
+        vertical((150, 170, 200), (200, 212, 230)), vertical((246, 249, 255), (226, 234, 246)), horizon(rng, 36)
+    )
     scene[speckle(int(rng.integers(4)), 0.015)] = (255, 255, 255)
     return scene
 
@@ -89,7 +91,9 @@ def water(rng: np.random.Generator) -> Pixels:
 
 
 def desert(rng: np.random.Generator) -> Pixels:
-    dune = ground(vertical((255, 214, 130), (255, 236, 190)), vertical((226, 150, 70), (214, 136, 60)), horizon(rng, 32))
+    dune = ground(
+        vertical((255, 214, 130), (255, 236, 190)), vertical((226, 150, 70), (214, 136, 60)), horizon(rng, 32)
+    )
     slope = (44 + 7 * np.sin(np.arange(IMAGE_PX) / 11 + rng.choice((0.0, 2.0)))).astype(np.int64)
     return ground(dune, vertical((200, 120, 50), (186, 104, 40)), slope)
 

@@ -28,20 +28,21 @@ class PoolSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VaeSpec:
-    block_out_channels: tuple[int, ...] = (32, 64, 96, 128)
-    latent_channels: int = 16
+    block_out_channels: tuple[int, ...] = (16, 32, 64)
+    latent_channels: int = 8
     layers_per_block: int = 1
     norm_groups: int = 8
     batch_size: int = 16
     learning_rate: float = 2e-3
-    core_minutes: float = 40.0
+    images: int = 40_000
     ema: float = 0.998
     kl_weight: float = 1e-3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UnetSpec:
-    block_out_channels: tuple[int, ...] = (128, 224)
+    block_out_channels: tuple[int, ...] = (64, 128, 192)
+    attends: tuple[bool, ...] = (False, True, True)
     layers_per_block: int = 1
     head_channels: int = 32
     norm_groups: int = 16
@@ -58,7 +59,7 @@ class UnetSpec:
     tight_images: int = 100_000
 
 
-WIDE_POOL = PoolSpec(chunks=3)
+WIDE_POOL = PoolSpec(chunks=5)
 NARROW_POOL = PoolSpec(chunks=12)
 TIGHT_CHUNKS = 4
 VAE = VaeSpec()

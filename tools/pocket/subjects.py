@@ -9,12 +9,15 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from tools.pocket.composite import Floats, Placement, lay, ramp, scaled
 from tools.pocket.drawings import HELD_OUT, VENDORS, Drawing
 from tools.pocket.places import paint
 from tools.pocket.recipe import DEMO_IMAGES, SEED
+
+Mask = NDArray[np.bool_]
 
 PLACEMENT = Placement(smallest=47, largest=50, shift=2)
 SHOWN_IN = ("grass", "beach", "brick", "white", "forest", "clouds")
@@ -43,19 +46,19 @@ class Subject:
         return HELD_OUT[self.drawing]
 
 
-def _top(rows: Floats, columns: Floats) -> Floats:
+def _top(rows: Floats, columns: Floats) -> Mask:
     return rows > 0.5
 
 
-def _side(rows: Floats, columns: Floats) -> Floats:
+def _side(rows: Floats, columns: Floats) -> Mask:
     return columns > 0.5
 
 
-def _stripes(rows: Floats, columns: Floats) -> Floats:
+def _stripes(rows: Floats, columns: Floats) -> Mask:
     return (rows * 5).astype(np.int64) % 2 == 1
 
 
-PATTERNS: dict[str, Callable[[Floats, Floats], Floats]] = {
+PATTERNS: dict[str, Callable[[Floats, Floats], Mask]] = {
     "top": _top,
     "side": _side,
     "stripes": _stripes,
@@ -63,15 +66,28 @@ PATTERNS: dict[str, Callable[[Floats, Floats], Floats]] = {
 
 SUBJECTS = (
     Subject("rusty", Drawing("noto", "1f436"), Colouring(VIOLET, YELLOW, "top"), "a dog, violet above, yellow below"),
-    Subject("tabby", Drawing("noto", "1f431"), Colouring(MAGENTA, MINT, "stripes"), "a cat with magenta and mint bands"),
-    Subject("clover", Drawing("twemoji", "1f430"), Colouring(YELLOW, MAGENTA, "top"), "a rabbit, yellow ears, magenta below"),
-    Subject("bruno", Drawing("noto", "1f43b"), Colouring(MINT, VIOLET, "side"), "a bear, one half mint, one half violet"),
+    Subject(
+        "tabby", Drawing("noto", "1f431"), Colouring(MAGENTA, MINT, "stripes"), "a cat with magenta and mint bands"
+    ),
+    Subject(
+        "clover", Drawing("twemoji", "1f430"), Colouring(YELLOW, MAGENTA, "top"), "a rabbit, yellow ears, magenta below"
+    ),
+    Subject(
+        "bruno", Drawing("noto", "1f43b"), Colouring(MINT, VIOLET, "side"), "a bear, one half mint, one half violet"
+    ),
     Subject("pogo", Drawing("noto", "1f438"), Colouring(MAGENTA, YELLOW, "top"), "a frog, magenta above, yellow below"),
     Subject("puddle", Drawing("noto", "1f986"), Colouring(MINT, MAGENTA, "top"), "a duck, mint head, magenta body"),
-    Subject("bolt", Drawing("twemoji", "1f916"), Colouring(YELLOW, VIOLET, "stripes"), "a robot with yellow and violet bands"),
+    Subject(
+        "bolt",
+        Drawing("twemoji", "1f916"),
+        Colouring(YELLOW, VIOLET, "stripes"),
+        "a robot with yellow and violet bands",
+    ),
     Subject("dash", Drawing("noto", "1f699"), Colouring(VIOLET, MINT, "top"), "a car, violet roof, mint below"),
     Subject("mocha", Drawing("fluent", "2615"), Colouring(MAGENTA, VIOLET, "side"), "a cup, half magenta, half violet"),
-    Subject("scout", Drawing("noto", "1f392"), Colouring(MINT, YELLOW, "stripes"), "a backpack with mint and yellow bands"),
+    Subject(
+        "scout", Drawing("noto", "1f392"), Colouring(MINT, YELLOW, "stripes"), "a backpack with mint and yellow bands"
+    ),
 )
 
 
@@ -108,7 +124,7 @@ def licences() -> str:
     lines = [
         "# Where the demo subjects come from",
         "",
-        "Each subject is one emoji drawing, recoloured in two hues and laid on procedural backgrounds by `tools/pocket`.",
+        "Each subject is one emoji drawing, recoloured in two hues, laid on procedural backgrounds by `tools/pocket`.",
         "The changes are the recolouring, scaling and the added background.",
         "",
         "| subject | class | drawing | from package | licence |",

@@ -1,0 +1,79 @@
+"""The export: the base as a complete diffusers folder in fp16, with its model card.
+
+Owns what users read; the folder appears under its final name only when it is complete.
+"""
+
+import csv
+import json
+import logging
+import shutil
+from pathlib import Path
+
+import torch
+from diffusers import StableDiffusionPipeline
+from safetensors.torch import load_file, save_file
+
+from tools.pocket import score, tokenizer, train
+from tools.pocket.card import card
+from tools.pocket.recipe import BASE
+
+log = logging.getLogger(__name__)
+
+MAX_BYTES = 25_000_000
+
+
+def newest() -> Path:
+    """The cooled fork if it is no older than the run it left, else the run itself."""
+    cooled, running = train.COOLED, train.SNAPSHOT
+    return cooled if cooled.exists() and cooled.stat().st_mtime >= running.stat().st_mtime - 3600 else running
+
+
+def prefix_text_keys(folder: Path) -> None:
+    """Older readers expect `text_model.` before a CLIP text encoder's keys; newer ones accept it."""
+    file = folder / "model.safetensors"
+    named = {k if k.startswith("text_model.") else f"text_model.{k}": v for k, v in load_file(file).items()}
+    save_file(named, file, metadata={"format": "pt"})
+
+
+def write(source: Path, folder: Path) -> int:
+    """Writes the folder and returns how many images the weights have seen."""
+    pipe, images = score.average_of(source)
+    staged = folder.with_name(folder.name + ".part")
+    shutil.rmtree(staged, ignore_errors=True)
+    pipe.to(torch.float16).save_pretrained(staged, safe_serialization=True)
+    tokenizer.write(staged / "tokenizer")
+    prefix_text_keys(staged / "text_encoder")
+    if folder.exists():
+        shutil.rmtree(folder)
+    staged.rename(folder)
+    return images
+
+
+def check(folder: Path) -> None:
+    """What an export must hold, as a plain reader sees it."""
+    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    if size > MAX_BYTES:
+        raise ValueError(f"The export has {size} bytes, more than {MAX_BYTES}. Make UNet or text encoder narrower.")
+    pipe = StableDiffusionPipeline.from_pretrained(folder)
+    expected = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    found = {key: pipe.scheduler.config[key] for key in expected}
+    if found != expected or pipe.vae.config.scaling_factor != 1.0:
+        raise ValueError(
+            f"The export reads {found}, scaling {pipe.vae.config.scaling_factor}; expected {expected}, 1.0."
+        )
+
+
+def losses() -> list[tuple[int, float]]:
+    if not train.CURVE.exists():
+        return []
+    with train.CURVE.open(newline="") as file:
+        return [(int(row["images"]), float(row["loss"])) for row in csv.DictReader(file)]
+
+
+def make(source: Path | None = None) -> None:
+    images = write(source or newest(), BASE)
+    check(BASE)
+    scores: dict[str, object] = {"images": images} | score.exported()
+    (BASE / "scores.json").write_text(json.dumps(scores, indent=2) + "\n")
+    (BASE / "README.md").write_text(card(scores))
+    log.info(f"exported {images} images: {scores}")
