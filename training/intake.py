@@ -7,8 +7,7 @@ uploaded to the run's own storage.
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-
-from pydantic.main import IncEx
+from typing import Any
 
 from training.errors import UserError
 from training.manifest import SubjectSpec
@@ -18,7 +17,7 @@ from training.storage_base import Storage
 
 UPLOADED = "storage:"
 # these decide what is kept or shown, not what is learned
-_NO_EFFECT: IncEx = {
+_NO_EFFECT: dict[str, Any] = {
     "id": True,
     "images": True,
     "sample_prompts": True,

@@ -124,7 +124,8 @@ class PerSlot:
             }
             for name, number in state.numbers.items():
                 if name.startswith("group."):
-                    optimizer.param_groups[0][name[6:]] = type(optimizer.param_groups[0][name[6:]])(number)
+                    kind = type(optimizer.param_groups[0].get(name[6:], number))
+                    optimizer.param_groups[0][name[6:]] = kind(number)
 
     def leave(self, slot: int) -> None:
         self._optimizers.pop(slot, None)

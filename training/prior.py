@@ -69,7 +69,9 @@ def _from_folder(base: Base, storage: Storage, subject: SubjectSpec, root: Path)
     folder = root / (subject.prior.folder or "")
     if not folder.is_dir():
         raise UserError(f"prior.folder '{subject.prior.folder}' of subject '{subject.id}' is no folder.")
-    found = photos(list_photo_files(folder), min_photos=1).good[: subject.prior.images]
+    resolution = subject.train.resolution or base.resolution
+    files = list_photo_files(folder)[: subject.prior.images]
+    found = photos(files, resolution=resolution, min_photos=1, max_photos=len(files), with_report=False).good
     key = photos_key(base, found, subject.train)
     cached = load_latents(storage, key)
     if cached is None:

@@ -1,0 +1,317 @@
+"""The subject loop: lease subjects, prepare them, keep a pack full, checkpoint, publish. It knows no Ray.
+
+Ray's lanes, the local main and tests call `work` with a `Source` of their own. A subject's failure is an `Outcome` with
+a reason; it never raises here and never costs another subject a step.
+"""
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+import torch
+
+from training.base import Base
+from training.checkpoint import SubjectState, dump_state, load_state
+from training.errors import SubjectFailed, UserError
+from training.intake import read_files
+from training.latents import LatentSet, encode_photos, load_latents, photos_key, save_latents
+from training.manifest import SubjectSpec
+from training.pack import Pack, Report, Subject
+from training.photos import Photos, photos
+from training.plan import PackPlan
+from training.prior import prepare_prior
+from training.publish import Publication, publish_subject
+from training.registry import Registry
+from training.run import RunStore
+from training.storage_base import Storage
+from training.trainer import Ended, Progress, train
+
+log = logging.getLogger(__name__)
+BEAT_SECONDS = 1.0
+
+Kind = Literal["done", "bad subject", "diverged", "out of memory", "cancelled", "unknown"]
+
+
+@dataclass(frozen=True)
+class Task:
+    """A leased subject. `fingerprint` identifies what will be published."""
+
+    spec: SubjectSpec
+    fingerprint: str
+
+
+@dataclass
+class Beat:
+    """A sign of life: what every subject of this worker is doing. Step and loss of those that train."""
+
+    phase: dict[str, str] = field(default_factory=dict)
+    steps: dict[str, int] = field(default_factory=dict)
+    losses: dict[str, float] = field(default_factory=dict)
+    images_per_second: float = 0.0
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Orders:
+    """What the source answers a beat: subjects to drop, and whether to checkpoint everything and stop."""
+
+    cancel: frozenset[str] = frozenset()
+    stop: bool = False
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a subject ended here. `version` if it was published; `warnings` about its photos."""
+
+    id: str
+    kind: Kind
+    reason: str | None = None
+    version: str | None = None
+    step: int = 0
+    loss: float | None = None
+    seconds: float = 0.0
+    warnings: tuple[str, ...] = ()
+
+
+class Source(Protocol):
+    """Where subjects come from and where their outcomes go."""
+
+    def lease(self, count: int) -> Sequence[Task]: ...
+
+    def beat(self, beat: Beat) -> Orders: ...
+
+    def ended(self, outcome: Outcome) -> None: ...
+
+
+@dataclass
+class _Held:
+    """A leased subject while it is here."""
+
+    task: Task
+    since: float
+    found: Photos | None = None
+    saved_step: int = -1
+
+
+class Worker:
+    """One device's worth of work. `work` is the way in."""
+
+    def __init__(
+        self, base: Base, plan: PackPlan, source: Source, run: RunStore, *, tenant: str, root: str = "."
+    ) -> None:
+        self.base = base
+        self.source = source
+        self.run = run
+        self.tenant = tenant
+        self.root = root
+        self.registry = Registry(run.storage)
+        self.pack = Pack(
+            base,
+            slots=plan.slots,
+            rank=plan.rank,
+            targets={
+                "unet": plan.profile.targets,
+                **({"text_encoder": plan.profile.text_encoder_targets} if plan.profile.text_encoder_targets else {}),
+            },
+            gradient_checkpointing=plan.profile.gradient_checkpointing is True,
+        )
+        self._held: dict[str, _Held] = {}
+        self._beat = Beat()
+        self._beaten = 0.0
+        self._stop = False
+        self._rate: list[tuple[float, int]] = []
+
+    @property
+    def storage(self) -> Storage:
+        return self.run.storage
+
+    def work(self) -> None:
+        """Until the source has nothing more, or says stop."""
+        try:
+            for progress in train(self.pack, self._feed):
+                self._follow(progress)
+                if self._stop:
+                    break
+        finally:
+            self._checkpoint_all()
+            self.pack.close()
+
+    # -- in --
+
+    def _feed(self, count: int) -> list[Subject]:
+        """Leases up to `count` subjects and prepares them; those that cannot be prepared end here."""
+        ready: list[Subject] = []
+        while len(ready) < count and not self._stop:
+            tasks = self.source.lease(count - len(ready))
+            if not tasks:
+                break
+            for task in tasks:
+                self._held[task.spec.id] = _Held(task, time.time())
+            for task in tasks:
+                try:
+                    ready.append(self._prepare(task))
+                except (UserError, SubjectFailed) as error:
+                    self._end(task.spec.id, "bad subject", str(error))
+        return ready
+
+    def _prepare(self, task: Task) -> Subject:
+        """Photos, latents, prior and the latest checkpoint of a subject."""
+        spec = task.spec
+        self._say(spec.id, "reading photos")
+        resolution = spec.train.resolution or self.base.resolution
+        found = photos(
+            read_files(spec, self.storage, self.root),
+            resolution=resolution,
+            min_photos=spec.min_images,
+            crop=spec.train.cropping,
+        )
+        self._held[spec.id].found = found
+        instance = self._latents(spec, found)
+        prior = self._prior(spec) if spec.prior.enabled and spec.prior.source != "prediction" else None
+        state = self._resume(spec)
+        self._held[spec.id].saved_step = state.step if state else -1
+        return Subject(spec, instance, prior, state)
+
+    def _latents(self, spec: SubjectSpec, found: Photos) -> LatentSet:
+        key = photos_key(self.base, found.good, spec.train)
+        cached = load_latents(self.storage, key)
+        if cached is None:
+            self._say(spec.id, "encoding photos")
+            made = encode_photos(self.base, found.good, spec.train, spec.filled_instance_prompt)
+            save_latents(self.storage, key, made.mean_VCHW, made.std_VCHW)
+            return made
+        each = len(cached[0]) // len(found.good)
+        prompts = [photo.caption or spec.filled_instance_prompt for photo in found.good for _ in range(each)]
+        return LatentSet(*cached, tuple(prompts))
+
+    def _prior(self, spec: SubjectSpec) -> LatentSet:
+        for done, wanted, prior in prepare_prior(self.base, self.storage, spec, self.root):
+            self._say(spec.id, f"class images {done}/{wanted}")
+            if prior is not None:
+                return prior
+        raise AssertionError("prepare_prior ends with a set")
+
+    def _resume(self, spec: SubjectSpec) -> SubjectState | None:
+        """The latest whole checkpoint; a torn one is passed over."""
+        for step, data in self.run.load_checkpoints(spec.id):
+            try:
+                return load_state(data)
+            except UserError as error:
+                self._beat.notes.append(f"{spec.id}: checkpoint of step {step} is passed over: {error}")
+        return None
+
+    # -- on --
+
+    def _follow(self, progress: Progress) -> None:
+        """What one fused step means for storage, registry and source."""
+        for id in progress.joined:
+            self._say(id, "training")
+        for report in progress.reports:
+            self._note(report)
+        for ended in progress.ended:
+            self._finish(ended)
+        self._beat.notes += progress.notes
+        self._measure(progress)
+        orders = self._send()
+        for id in orders.cancel & set(self._held):
+            if id in self.pack.ids:
+                self.pack.leave(id)
+            self._end(id, "cancelled", "cancelled by the user")
+        self._stop = self._stop or orders.stop
+
+    def _note(self, report: Report) -> None:
+        held = self._held[report.id]
+        self._beat.steps[report.id], self._beat.losses[report.id] = report.step, report.loss
+        every = held.task.spec.train.checkpoint_every
+        last = report.step >= held.task.spec.train.max_steps
+        if report.failure is None and (report.step % every == 0 or last):
+            self._checkpoint(report.id)
+
+    def _checkpoint(self, id: str) -> None:
+        state = self.pack.state(id)
+        held = self._held[id]
+        if state.step > held.saved_step:
+            self.run.save_checkpoint(id, state.step, dump_state(state), held.task.spec.train.keep_checkpoints)
+            held.saved_step = state.step
+
+    def _checkpoint_all(self) -> None:
+        """On the way out nothing that was learned is lost."""
+        for id in self.pack.ids:
+            if id in self._held and self.pack.state(id).step > 0:
+                self._checkpoint(id)
+
+    # -- out --
+
+    def _finish(self, ended: Ended) -> None:
+        held = self._held[ended.id]
+        if ended.reason is not None:
+            kind: Kind = ended.kind if ended.kind in ("diverged", "out of memory") else "bad subject"  # type: ignore[assignment]
+            self._end(ended.id, kind, ended.reason)
+            return
+        self._say(ended.id, "publishing")
+        assert held.found is not None
+        publication = Publication(
+            spec=held.task.spec,
+            fingerprint=held.task.fingerprint,
+            state=self.pack.state(ended.id),
+            adapter=self.pack.adapter(ended.id),
+            photos=held.found,
+            run=self.run.run,
+            tenant=self.tenant,
+        )
+        slot, scale = self.pack.slot(ended.id)
+        version = publish_subject(self.registry, self.base, publication, self.pack.bank, slot, scale)
+        self._end(ended.id, "done", version=version)
+
+    def _end(self, id: str, kind: Kind, reason: str | None = None, version: str | None = None) -> None:
+        held = self._held.pop(id)
+        warnings = tuple(f"{', '.join(w.names)}: {w.message}" for w in held.found.warnings) if held.found else ()
+        outcome = Outcome(
+            id=id,
+            kind=kind,
+            reason=reason,
+            version=version,
+            step=self._beat.steps.get(id, max(held.saved_step, 0)),
+            loss=self._beat.losses.get(id),
+            seconds=time.time() - held.since,
+            warnings=warnings,
+        )
+        for about in (self._beat.phase, self._beat.steps, self._beat.losses):
+            about.pop(id, None)
+        self.source.ended(outcome)
+
+    # -- signs of life --
+
+    def _say(self, id: str, phase: str) -> None:
+        """A change of phase is sent at once if the last beat is old enough; long preparation keeps the lease alive."""
+        self._beat.phase[id] = phase
+        orders = self._send()
+        self._stop = self._stop or orders.stop
+
+    def _send(self) -> Orders:
+        if time.monotonic() - self._beaten < BEAT_SECONDS:
+            return Orders()
+        self._beaten = time.monotonic()
+        orders = self.source.beat(self._beat)
+        self._beat.notes.clear()
+        return orders
+
+    def _measure(self, progress: Progress) -> None:
+        """Images a second over the last steps."""
+        self._rate = [*self._rate[-19:], (progress.seconds, progress.rows)]
+        seconds = sum(seconds for seconds, _ in self._rate)
+        self._beat.images_per_second = sum(rows for _, rows in self._rate) / seconds if seconds else 0.0
+
+
+def work(base: Base, plan: PackPlan, source: Source, run: RunStore, *, tenant: str, root: str = ".") -> None:
+    """Trains what `source` leases, in one pack, until it has nothing more or says stop. See the module's docstring."""
+    Worker(base, plan, source, run, tenant=tenant, root=root).work()
+
+
+def precision(name: str, device: torch.device) -> torch.dtype:
+    """The dtype that `mixed_precision` means on a device: `auto` is bf16 on CUDA, fp32 on a CPU."""
+    if name == "auto":
+        name = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "no"
+    return {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[name]
