@@ -13,8 +13,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing.spawn as mp
 from torch import Tensor
+from torch.multiprocessing.spawn import spawn
 
 
 @dataclass(slots=True)
@@ -89,4 +89,4 @@ def run(worker: Worker, size: int | None = None) -> None:
     os.environ["OMP_NUM_THREADS"] = "1" if not torch.cuda.is_available() else os.environ.get("OMP_NUM_THREADS", "4")
     memory = "/dev/shm" if Path("/dev/shm").is_dir() else None
     with tempfile.TemporaryDirectory(dir=memory) as folder:
-        mp.spawn(_sit, args=(members, str(Path(folder) / "rendezvous"), worker), nprocs=members)
+        spawn(_sit, args=(members, str(Path(folder) / "rendezvous"), worker), nprocs=members)
