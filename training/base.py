@@ -4,7 +4,6 @@ A `Base` is the pieces (denoiser, VAE, text encoder, tokenizer, noise schedule) 
 rest needs. Nothing in it is ever changed; adapters lie over it in a bank.
 """
 
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from training.base_folder import find_base
+from training.base_folder import find_base, hash_base
 from training.errors import UserError
 from training.family import FAMILIES, Family
 
@@ -130,14 +129,3 @@ def load_base(
 def best_device() -> torch.device:
     """The device this process should compute on: CUDA where it really works, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def hash_base(folder: Path) -> str:
-    """Content id of a base: sha256 over the names and contents of its configs and weights (hex)."""
-    digest = hashlib.sha256()
-    for file in sorted(folder.rglob("*")):
-        if file.suffix in (".json", ".safetensors", ".txt") and file.is_file():
-            digest.update(f"{file.relative_to(folder).as_posix()}\0".encode())
-            with file.open("rb") as stream:
-                digest.update(hashlib.file_digest(stream, "sha256").digest())
-    return digest.hexdigest()

@@ -3,6 +3,7 @@
 `layer_shapes` reads the shapes of its layers from the headers of the weight files, so that planning needs no torch.
 """
 
+import hashlib
 import json
 import struct
 from collections.abc import Iterator
@@ -65,3 +66,14 @@ def read_config(folder: Path, component: str) -> dict[str, Any]:
         raise UserError(f"Base folder '{folder}' has no {component}/config.json.")
     config: dict[str, Any] = json.loads(file.read_text())
     return config
+
+
+def hash_base(folder: Path) -> str:
+    """Content id of a base: sha256 over the names and contents of its configs and weights (hex)."""
+    digest = hashlib.sha256()
+    for file in sorted(folder.rglob("*")):
+        if file.suffix in (".json", ".safetensors", ".txt") and file.is_file():
+            digest.update(f"{file.relative_to(folder).as_posix()}\0".encode())
+            with file.open("rb") as stream:
+                digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()

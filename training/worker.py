@@ -6,9 +6,7 @@ a reason; it never raises here and never costs another subject a step.
 
 import logging
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from dataclasses import dataclass
 
 import torch
 
@@ -25,64 +23,12 @@ from training.prior import prepare_prior
 from training.publish import Publication, publish_subject
 from training.registry import Registry
 from training.run import RunStore
+from training.source import Beat, Kind, Orders, Outcome, Source, Task
 from training.storage_base import Storage
 from training.trainer import Ended, Progress, train
 
 log = logging.getLogger(__name__)
 BEAT_SECONDS = 1.0
-
-Kind = Literal["done", "bad subject", "diverged", "out of memory", "cancelled", "unknown"]
-
-
-@dataclass(frozen=True)
-class Task:
-    """A leased subject. `fingerprint` identifies what will be published."""
-
-    spec: SubjectSpec
-    fingerprint: str
-
-
-@dataclass
-class Beat:
-    """A sign of life: what every subject of this worker is doing. Step and loss of those that train."""
-
-    phase: dict[str, str] = field(default_factory=dict)
-    steps: dict[str, int] = field(default_factory=dict)
-    losses: dict[str, float] = field(default_factory=dict)
-    images_per_second: float = 0.0
-    notes: list[str] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class Orders:
-    """What the source answers a beat: subjects to drop, and whether to checkpoint everything and stop."""
-
-    cancel: frozenset[str] = frozenset()
-    stop: bool = False
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How a subject ended here. `version` if it was published; `warnings` about its photos."""
-
-    id: str
-    kind: Kind
-    reason: str | None = None
-    version: str | None = None
-    step: int = 0
-    loss: float | None = None
-    seconds: float = 0.0
-    warnings: tuple[str, ...] = ()
-
-
-class Source(Protocol):
-    """Where subjects come from and where their outcomes go."""
-
-    def lease(self, count: int) -> Sequence[Task]: ...
-
-    def beat(self, beat: Beat) -> Orders: ...
-
-    def ended(self, outcome: Outcome) -> None: ...
 
 
 @dataclass
