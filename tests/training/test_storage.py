@@ -290,7 +290,7 @@ def test_put_and_delete_tree_at_once_lose_no_put(tmp_path: Path) -> None:
     def sweep() -> None:
         while not stop.is_set():
             storage.delete_tree("a")
-            time.sleep(0.002)
+            time.sleep(0.02)
 
     with ThreadPoolExecutor(1) as pool:
         future = pool.submit(sweep)

@@ -1,0 +1,77 @@
+"""The card of a published version: where it came from, how it was made, how it was judged, and who agreed to it.
+
+Owns the fields of `card.json`. A card holds no path, host, token or key.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, StringConstraints
+
+Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+Fingerprint = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{8,64}$")]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+
+
+class Score(_Part):
+    """One number about one step, and the model that gave it."""
+
+    name: str
+    value: Finite
+    model: str
+    step: int | None = None
+
+
+class Chosen(_Part):
+    """Which step was published, and why."""
+
+    step: int
+    reason: str
+
+
+class Consent(_Part):
+    """Who allowed the use of a person's photos, for what and until when. Times are ISO 8601 with an offset."""
+
+    kind: Literal["person", "pet", "object"]
+    scope: str
+    granted_by: str
+    granted_at: str
+    evidence_sha256: Sha256 | None = None
+    expires_at: str | None = None
+    is_minor: Literal[False] = False
+
+
+class Card(_Part):
+    """What is known about one version; never changed after publication."""
+
+    # the weights
+    sha256: Sha256
+    size: int  # bytes
+    created: str  # ISO 8601 with an offset
+    fingerprint: Fingerprint  # of everything that decides the weights: equal fingerprints train nothing twice
+    # the base and what was changed in it
+    base: str
+    base_hash: str
+    rank: int
+    alpha: float  # as trained; the file has alpha / rank folded in
+    targets: tuple[str, ...]
+    text_encoder_targets: tuple[str, ...] = ()
+    # the subject
+    instance_prompt: str
+    class_prompt: str | None = None
+    class_name: str = Field(alias="class")
+    trigger: str = ""
+    image_hashes: tuple[str, ...] = ()
+    consent: Consent | None = None
+    # the training
+    run: str | None = None  # None: imported
+    settings: dict[str, JsonValue] = Field(default_factory=dict)
+    steps: int = 0
+    loss: Finite | None = None
+    scores: tuple[Score, ...] = ()
+    chosen: Chosen | None = None
+    # who may see it
+    public: bool = False
