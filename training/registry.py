@@ -127,9 +127,12 @@ class Registry:
         name = f"{resolved.name}@{resolved.version[:12]}"
         try:
             data = self.read(resolved, WEIGHTS)
-        except NotFound as error:
-            self.resolve(resolved.name, resolved.version)
-            raise CorruptAdapter(f"Adapter {name} has lost its weights. Publish it again.") from error
+        except NotFound:
+            self.resolve(resolved.name, resolved.version)  # UnknownAdapter if it was deleted meanwhile
+            try:
+                data = self.read(resolved, WEIGHTS)  # or it was, and is published again
+            except NotFound as error:
+                raise CorruptAdapter(f"Adapter {name} has lost its weights. Publish it again.") from error
         if content_id(data) != resolved.version:
             raise CorruptAdapter(
                 f"Adapter {name} is damaged: its {len(data)} stored bytes do not have the published hash. Publish it "
