@@ -1,0 +1,116 @@
+"""`python -m training MANIFEST [--storage DIR]`: a whole manifest on this machine, without Ray.
+
+Prints a line a second; the exit status is 0 if every subject was published, 1 if some failed, 2 for bad input.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+
+from training.base import best_device, load_base
+from training.errors import UserError
+from training.intake import fingerprint, read_files
+from training.manifest import Manifest, load_manifest
+from training.plan import PackPlan, base_facts, plan_run
+from training.registry import Registry
+from training.run import RunRecord, RunStore, digest_of, find_unfinished, new_run_id
+from training.source import Beat, Orders, Outcome, Task
+from training.storage import Storage, open_storage
+from training.worker import precision, work
+
+
+class LocalSource:
+    """Subjects of one pack plan, in order; outcomes are printed and counted."""
+
+    def __init__(self, manifest: Manifest, plan: PackPlan, storage: Storage, base_hash: str) -> None:
+        self._todo = [subject for subject in manifest.subjects if subject.id in plan.subjects]
+        self._manifest = manifest
+        self._storage = storage
+        self._base_hash = base_hash
+        self.failed = 0
+
+    def lease(self, count: int) -> Sequence[Task]:
+        tasks: list[Task] = []
+        while self._todo and len(tasks) < count:
+            subject = self._todo.pop(0)
+            try:
+                files = read_files(subject, self._storage, self._manifest.root)
+            except UserError as error:
+                self.ended(Outcome(subject.id, "bad subject", str(error)))
+                continue
+            mark = fingerprint(subject, self._base_hash, files)
+            version = Registry(self._storage).find(self._manifest.tenant, subject.id, mark)
+            if version is not None:
+                print(f"{subject.id}: reused {version[:12]}")
+            else:
+                tasks.append(Task(subject, mark))
+        return tasks
+
+    def beat(self, beat: Beat) -> Orders:
+        doing = " ".join(
+            f"{id}={beat.steps[id]}({beat.losses[id]:.3f})" if id in beat.steps else f"{id}: {phase}"
+            for id, phase in beat.phase.items()
+        )
+        print(f"{beat.images_per_second:6.1f} images/s  {doing}", flush=True)
+        return Orders()
+
+    def ended(self, outcome: Outcome) -> None:
+        self.failed += outcome.version is None
+        print(f"{outcome.id}: {outcome.reason or f'published {(outcome.version or str())[:12]}'}", flush=True)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m training", description=__doc__)
+    parser.add_argument("manifest")
+    parser.add_argument("--storage", default="storage")
+    asked = parser.parse_args()
+    try:
+        return _run(load_manifest(asked.manifest), open_storage(asked.storage), asked.manifest)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+
+
+def _run(manifest: Manifest, storage: Storage, path: str) -> int:
+    plan = plan_run(manifest, base_facts(manifest.base, manifest.root))
+    failed, started = 0, time.time()
+    for pack in plan.packs:
+        dtype = precision(pack.profile.mixed_precision, best_device())
+        base = load_base(manifest.base, dtype=dtype, root=manifest.root)
+        run = _open_run(manifest, storage, base.hash, path)
+        source = LocalSource(manifest, pack, storage, base.hash)
+        work(base, pack, source, run, tenant=manifest.tenant, root=manifest.root)
+        failed += source.failed
+    record = run.record()
+    run.save(record.model_copy(update={"state": "failed" if failed else "done", "finished": time.time()}))
+    print(f"run {run.run}: {len(manifest.subjects) - failed} published, {failed} failed, {time.time() - started:.0f} s")
+    return 1 if failed else 0
+
+
+def _open_run(manifest: Manifest, storage: Storage, base_hash: str, path: str) -> RunStore:
+    """The unfinished run of the same manifest, or a new one."""
+    digest = digest_of(manifest, base_hash)
+    unfinished = find_unfinished(storage, manifest.name, digest)
+    if unfinished is not None:
+        return RunStore(storage, unfinished.run)
+    run = RunStore(storage, new_run_id(storage, manifest.name, digest))
+    with open(path, encoding="utf-8") as file:
+        text = file.read()
+    run.create(
+        RunRecord(
+            run=run.run,
+            name=manifest.name,
+            tenant=manifest.tenant,
+            base=manifest.base,
+            base_hash=base_hash,
+            digest=digest,
+            manifest=manifest,
+        ),
+        text,
+    )
+    return run
+
+
+if __name__ == "__main__":
+    sys.exit(main())
