@@ -11,8 +11,8 @@ from serving.request import Closed, SamplerName
 
 UNET_TARGETS = (
     "to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out",
-    "conv1", "conv2", "conv_shortcut", "time_emb_proj", "downsamplers.0.conv", "upsamplers.0.conv", "conv_in", "conv_out",
-    "time_embedding.linear_1", "time_embedding.linear_2",
+    "conv1", "conv2", "conv_shortcut", "time_emb_proj", "downsamplers.0.conv", "upsamplers.0.conv",
+    "conv_in", "conv_out", "time_embedding.linear_1", "time_embedding.linear_2",
 )  # fmt: skip
 TEXT_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
 

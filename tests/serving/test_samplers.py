@@ -10,7 +10,6 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
-    StableDiffusionImg2ImgPipeline,
     StableDiffusionPipeline,
 )
 from torch import Tensor
@@ -27,7 +26,7 @@ CLASSES: dict[SamplerName, Any] = {
 }
 ZERO_SNR = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
 # (prediction type, changes of the base's scheduler config)
-BASES = {
+BASES: dict[str, tuple[str, dict[str, Any]]] = {
     "epsilon": ("epsilon", {}),
     "epsilon-outdated": ("epsilon", {"clip_sample": True, "steps_offset": 0}),
     "epsilon-linspace": ("epsilon", {"timestep_spacing": "linspace"}),
