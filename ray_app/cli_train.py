@@ -1,0 +1,195 @@
+"""`validate`, `train` and `drive`: from a manifest to published adapters."""
+
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from ray_app import options
+from ray_app.cluster import JOBS, LOCAL, check_address, connect
+from training.errors import UserError
+from training.storage import open_storage
+
+if TYPE_CHECKING:
+    from ray_app.submission import Submission
+    from training.manifest import Manifest
+    from training.plan import Plan
+    from training.run import RunRecord, SubjectRecord
+
+_GOOD = ("published", "reused")
+manifest_path = click.argument("manifest", type=click.Path(path_type=Path))
+lanes = click.option("--lanes", type=click.IntRange(1), help="packs at once; default: one a GPU, or one a node")
+max_gpus = click.option("--max-gpus", type=click.IntRange(1), help="GPUs at most; an autoscaler may add them")
+
+
+@click.command()
+@manifest_path
+@options.as_json
+def validate(manifest: Path, as_json: bool) -> None:
+    """Check a manifest and its photos; print the plan. Trains nothing."""
+    from ray_app.submission import photo_report, read_manifest
+    from training.plan import plan_run
+
+    checked, facts = read_manifest(manifest)
+    plan = plan_run(checked, facts)
+    problems, warnings = photo_report(checked, facts)
+    if as_json:
+        options.print_json(_plan_json(checked, plan, problems, warnings))
+    else:
+        _print_plan(options.console(), checked, plan, problems, warnings)
+    if problems:
+        raise UserError("\n".join(f"{manifest}: subject '{id}': {problem}" for id, problem in problems.items()))
+
+
+@click.command()
+@manifest_path
+@options.address
+@options.storage
+@click.option("--detach", is_flag=True, help="answer the run's id at once; `dreamfleet status RUN --watch` follows it")
+@lanes
+@max_gpus
+@options.as_json
+def train(
+    manifest: Path, address: str, storage: str, detach: bool, lanes: int | None, max_gpus: int | None, as_json: bool
+) -> None:
+    """Train the subjects of MANIFEST. The same command again takes an unfinished run up, and trains nothing twice."""
+    from ray_app.submission import submit
+
+    check_address(address)
+    submission = submit(manifest, open_storage(storage), upload=address != LOCAL)
+    follow(submission, address, lanes, max_gpus, as_json, detach=detach or address.startswith(JOBS))
+
+
+@click.command(hidden=True)
+@click.argument("run")
+@options.address
+@options.storage
+@lanes
+@max_gpus
+@options.as_json
+def drive(run: str, address: str, storage: str, lanes: int | None, max_gpus: int | None, as_json: bool) -> None:
+    """Go on with a run that is on the storage; what detached runs and Ray jobs call."""
+    from ray_app.submission import reopen
+    from training.run import RunStore
+
+    follow(reopen(RunStore(open_storage(storage), run)), address, lanes, max_gpus, as_json)
+
+
+def follow(
+    submission: "Submission", address: str, lanes: int | None, max_gpus: int | None, as_json: bool, detach: bool = False
+) -> None:
+    """Drives a run to its end, shows it, prints how it ended and exits with the status that says so."""
+    from training.run import ENDED
+
+    console = options.console(as_json)
+    started = time.monotonic()
+    run = submission.record.run
+    ended = sum(subject.state in ENDED for subject in submission.subjects)
+    verb = "takes up" if submission.taken_up else "is"
+    console.print(f"run {verb} {run}: {len(submission.subjects)} subjects, {ended} of them done already")
+    try:
+        record, subjects = _drive(submission, address, lanes, max_gpus, console)
+    except KeyboardInterrupt:
+        console.print(f"run {run} is stopped; its checkpoints are kept. The same command goes on with it.")
+        sys.exit(130)
+    _print_end(record, subjects, time.monotonic() - started, console, as_json)
+    sys.exit(0 if all(subject.state in _GOOD for subject in subjects) else 1)
+
+
+def _drive(
+    submission: "Submission", address: str, lanes: int | None, max_gpus: int | None, console: Console
+) -> tuple["RunRecord", Sequence["SubjectRecord"]]:
+    from ray_app.console import RunConsole
+    from ray_app.train import Driver, Limits, finish
+    from training.run import ENDED
+
+    if all(subject.state in ENDED for subject in submission.subjects):
+        return finish(submission.store, submission.record, submission.subjects), submission.subjects
+    with connect(address) as cluster, RunConsole(console, submission.record.run) as watcher:
+        driver = Driver(submission, cluster, watcher, Limits(lanes=lanes, gpus=max_gpus))
+        record = driver.run()
+        return record, tuple(driver.records.values())
+
+
+def _print_end(
+    record: "RunRecord", subjects: Sequence["SubjectRecord"], seconds: float, console: Console, as_json: bool
+) -> None:
+    from ray_app.console import result_table
+
+    console.print(result_table(subjects))
+    console.print(f"run {record.run}: {record.state} in {seconds:.1f} s")
+    if as_json:
+        options.print_json(run_json(record, subjects, seconds))
+
+
+def run_json(record: "RunRecord", subjects: Sequence["SubjectRecord"], seconds: float) -> dict[str, object]:
+    """A run as `train --json` and `status --json` print it."""
+    return {
+        "run": record.run,
+        "state": record.state,
+        "seconds": round(seconds, 1),
+        "subjects": [
+            {
+                "id": subject.id,
+                "state": subject.state,
+                "adapter": f"{record.tenant}/{subject.id}" if subject.state in _GOOD else None,
+                "version": subject.version,
+                "steps": subject.step,
+                "loss": subject.loss,
+                "seconds": round(subject.seconds, 1),
+                "pack": subject.pack,
+                "reason": subject.reason,
+                "warnings": list(subject.warnings),
+                "attempts": [attempt.model_dump(mode="json") for attempt in subject.attempts],
+            }
+            for subject in subjects
+        ],
+    }
+
+
+def _plan_json(
+    manifest: "Manifest", plan: "Plan", problems: dict[str, str], warnings: dict[str, list[str]]
+) -> dict[str, object]:
+    return {
+        "name": manifest.name,
+        "tenant": manifest.tenant,
+        "base": manifest.base,
+        "subjects": len(manifest.subjects),
+        "steps": plan.steps,
+        "images": plan.images,
+        "disk_mb": round(plan.disk_mb, 2),
+        "packs": [pack.model_dump(mode="json") for pack in plan.packs],
+        "adapter_mb": {id: round(size, 3) for id, size in plan.adapter_mb.items()},
+        "problems": dict(problems),
+        "warnings": {id: list(found) for id, found in warnings.items()},
+    }
+
+
+def _print_plan(
+    console: Console, manifest: "Manifest", plan: "Plan", problems: dict[str, str], warnings: dict[str, list[str]]
+) -> None:
+    packs = Table(
+        title=f"{manifest.name}: {len(manifest.subjects)} subjects on base {manifest.base}", title_style="bold"
+    )
+    for column in ("pack", "subjects", "at once", "resolution", "rank", "memory"):
+        packs.add_column(column, justify="left" if column == "subjects" else "right")
+    for index, pack in enumerate(plan.packs):
+        shown = ", ".join(pack.subjects[:8]) + (f" and {len(pack.subjects) - 8} more" if len(pack.subjects) > 8 else "")
+        size = f"{pack.profile.resolution} px"
+        packs.add_row(str(index), shown, str(pack.slots), size, str(pack.rank), f"{pack.memory_mb:,.0f} MB")
+    console.print(packs)
+    sizes = plan.adapter_mb.values()
+    console.print(
+        f"{plan.steps:,} steps, {plan.images:,} images; an adapter is {min(sizes):.2f} to {max(sizes):.2f} MB; "
+        f"{plan.disk_mb:,.0f} MB of disk at most"
+    )
+    for id, found in warnings.items():
+        for warning in found:
+            console.print(f"warning: {id}: {warning}", style="yellow", markup=False)
+    if not problems:
+        console.print("the manifest is good", style="green")

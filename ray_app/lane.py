@@ -1,0 +1,170 @@
+"""A lane: one long-lived Ray Train run on one device. Its base is loaded once; the subject queue keeps its pack filled.
+
+`run_lane` is the Ray task that holds the run; `lane_worker` is what the run's worker does. Both get an `Order` as the
+plain dict that crosses Ray's border.
+"""
+
+import logging
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from pydantic import TypeAdapter
+
+from ray_app.silence import silence
+from training.errors import UserError
+from training.manifest import Closed, SubjectSpec
+from training.plan import PackPlan
+from training.run import RunStore
+from training.source import Beat, Orders, Outcome, Task
+from training.storage import open_storage
+
+IDLE_SECONDS = 1.0  # how long an empty answer of the queue holds while the pack is busy
+QUEUE_TIMEOUT_S = 60.0
+_ORDERS = TypeAdapter(Orders)
+
+log = logging.getLogger(__name__)
+
+
+class Order(Closed):
+    """What a lane is told. `storage` is a whole URI; `threads`: compute threads, 0 for torch's own choice."""
+
+    run: str
+    storage: str
+    lane: int
+    profile: int
+    plan: PackPlan
+    queue: str
+    threads: int = 0
+    resources: dict[str, float]
+
+
+class QueueSource:
+    """The subject queue as the subject loop sees it: every call goes to the queue's actor."""
+
+    def __init__(self, queue: Any, lane: int, specs: Mapping[str, SubjectSpec]) -> None:
+        self._queue = queue
+        self._lane = lane
+        self._specs = specs
+        self._held: set[str] = set()
+        self._empty_until = 0.0
+
+    def lease(self, count: int) -> Sequence[Task]:
+        if self._held and time.monotonic() < self._empty_until:
+            return []
+        leases = self._ask("lease", count)
+        self._held |= {lease["id"] for lease in leases}
+        if not leases:
+            self._empty_until = time.monotonic() + IDLE_SECONDS
+        return [Task(self._specs[lease["id"]], lease["fingerprint"]) for lease in leases]
+
+    def beat(self, beat: Beat) -> Orders:
+        return _ORDERS.validate_python(self._ask("beat", asdict(beat)))
+
+    def ended(self, outcome: Outcome) -> None:
+        self._held.discard(outcome.id)
+        self._ask("ended", asdict(outcome))
+
+    def enter(self, profile: int) -> bool:
+        return bool(self._ask("enter", profile))
+
+    def leave(self, reason: str | None) -> None:
+        """Gives back what is still held: `reason` is what went wrong, None for a stop that was asked for."""
+        self._ask("leave", reason)
+
+    def trouble(self) -> str | None:
+        """Why this lane cannot work, if it cannot."""
+        trouble: str | None = self._ask("trouble")
+        return trouble
+
+    def _ask(self, method: str, *values: object) -> Any:
+        import ray
+
+        return ray.get(getattr(self._queue, method).remote(self._lane, *values), timeout=QUEUE_TIMEOUT_S)
+
+
+def lane_worker(payload: dict[str, Any]) -> None:
+    """Loads the base and works until the queue has nothing more for this lane. Runs in Ray Train's worker."""
+    silence()
+    order = Order.model_validate(payload)
+    import ray
+
+    run = RunStore(open_storage(order.storage), order.run)
+    record = run.record()
+    specs = {subject.id: subject for subject in record.manifest.subjects}
+    source = QueueSource(ray.get_actor(order.queue), order.lane, specs)
+    if not source.enter(order.profile):
+        return  # one more try would end like those before; `run_lane` asks why
+    reason: str | None = "its worker failed"
+    try:
+        _work(order, run, source)
+        reason = None
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise
+    finally:
+        source.leave(reason)
+
+
+def _work(order: Order, run: RunStore, source: QueueSource) -> None:
+    import torch
+
+    from training.base import best_device, load_base
+    from training.worker import precision, work
+
+    if order.threads:
+        torch.set_num_threads(order.threads)
+    record = run.record()
+    device = best_device()
+    dtype = precision(order.plan.profile.mixed_precision, device)
+    base = load_base(record.base, device=device, dtype=dtype, root=record.manifest.root)
+    if base.hash != record.base_hash:
+        raise UserError(
+            f"Base '{record.base}' on node {os.uname().nodename} is not the one the run was submitted with "
+            f"({base.hash[:12]} instead of {record.base_hash[:12]}). Put the same files on every node."
+        )
+    work(base, order.plan, source, run, tenant=record.tenant, root=record.manifest.root)
+
+
+def run_lane(payload: dict[str, Any]) -> None:
+    """One Ray Train run from start to end. A Ray task of its own, so that it can live on any node."""
+    silence()
+    order = Order.model_validate(payload)
+    import ray
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    # Train's own notes of the run; checkpoints go to the storage, subject by subject
+    notes = tempfile.mkdtemp(prefix="dreamfleet-lane-", dir=os.environ.get("RAY_TMPDIR"))
+    trainer = TorchTrainer(
+        lane_worker,
+        train_loop_config=payload,
+        # said outright: with logical GPUs on a CPU machine Ray would choose nccl
+        torch_config=TorchConfig(backend="nccl" if _has_cuda() else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=1, use_gpu=order.resources.get("GPU", 0) > 0, resources_per_worker=order.resources
+        ),
+        run_config=RunConfig(
+            name=f"lane-{order.lane}-{time.time_ns():x}",
+            storage_path=notes,
+            # the queue counts what a subject costs; a lane itself is never given up for its workers' deaths
+            failure_config=FailureConfig(max_failures=-1),
+        ),
+    )
+    try:
+        trainer.fit()
+        trouble = QueueSource(ray.get_actor(order.queue), order.lane, {}).trouble()
+        if trouble is not None:
+            raise RuntimeError(trouble)
+    finally:
+        shutil.rmtree(notes, ignore_errors=True)
+
+
+def _has_cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()

@@ -1,0 +1,37 @@
+"""Options that several commands have, and how results leave: `--json` puts one object on stdout, all else on stderr."""
+
+import json
+import sys
+from collections.abc import Callable, Mapping
+from typing import TypeVar
+
+import click
+from rich.console import Console
+
+Function = TypeVar("Function", bound=Callable[..., object])
+
+as_json = click.option("--json", "as_json", is_flag=True, help="one JSON object on stdout, everything else on stderr")
+storage = click.option(
+    "--storage",
+    default="./storage",
+    show_default=True,
+    envvar="DREAMFLEET_STORAGE",
+    help="a folder, s3://bucket/prefix?... or gs://bucket/prefix",
+)
+address = click.option(
+    "--address",
+    default="local",
+    show_default=True,
+    envvar="DREAMFLEET_ADDRESS",
+    help="local (starts Ray here), auto, host:port, ray://host:10001, http://host:8265",
+)
+tenant = click.option("--tenant", default="default", show_default=True, envvar="DREAMFLEET_TENANT")
+
+
+def console(as_json: bool = False) -> Console:
+    """Where a person reads: stdout, but stderr when stdout is for JSON."""
+    return Console(stderr=as_json, highlight=False, soft_wrap=not (sys.stderr if as_json else sys.stdout).isatty())
+
+
+def print_json(value: Mapping[str, object]) -> None:
+    click.echo(json.dumps(value, ensure_ascii=False))
