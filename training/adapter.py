@@ -88,7 +88,7 @@ def save_adapter(adapter: Adapter) -> bytes:
     if not tensors:
         raise AdapterError("An adapter without any module cannot be saved. Train or import at least one.")
     halves = {key: tensor.detach().to("cpu", torch.float16) for key, tensor in tensors.items()}
-    _check_finite(halves)
+    check_finite(halves)
     metadata = {key: adapter.metadata[key] for key in METADATA if adapter.metadata.get(key)}
     return write_tensors(halves, _FORMAT | metadata)
 
@@ -99,7 +99,7 @@ def load_adapter(data: bytes) -> Adapter:
         file = read_tensors(data, "The adapter file", MAX_BYTES)
     except TensorFileError as error:
         raise AdapterError(str(error)) from error
-    _check_finite(file.tensors)
+    check_finite(file.tensors)
     halves: dict[str, dict[str, torch.Tensor]] = {}
     embeddings, unknown = {}, []
     for key, tensor in file.tensors.items():
@@ -133,8 +133,13 @@ def check_adapter(adapter: Adapter, shapes: Mapping[str, tuple[int, ...]], max_r
             raise AdapterError(f"Module {name} has the shape {made}; this base needs {tuple(shapes[name])}.")
         if low.rank > max_rank:
             raise AdapterError(f"Module {name} has rank {low.rank}; at most {max_rank} is allowed. Reduce the rank.")
-    _check_finite({name: part for name, low in adapter.modules.items() for part in low})
-    _check_finite(adapter.embeddings)
+    check_finite(named_tensors(adapter))
+
+
+def named_tensors(adapter: Adapter) -> dict[str, torch.Tensor]:
+    """All tensors of `adapter` under names for messages: `<module>.down`, `<module>.up`, tokens."""
+    halves = {f"{name}.{part}": t for name, low in adapter.modules.items() for part, t in low._asdict().items()}
+    return halves | adapter.embeddings
 
 
 def pair(name: str, half: Mapping[str, torch.Tensor]) -> LowRank:
@@ -189,7 +194,8 @@ def _check_form(name: str, low: LowRank) -> None:
         )
 
 
-def _check_finite(tensors: Mapping[str, torch.Tensor]) -> None:
+def check_finite(tensors: Mapping[str, torch.Tensor]) -> None:
+    """Raises AdapterError naming the tensors with NaN or infinite values."""
     bad = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
     if bad:
         raise AdapterError(f"{len(bad)} tensors hold NaN or infinite values: {some(bad)}.")
