@@ -2,30 +2,38 @@
 
 import argparse
 import logging
+from functools import partial
 
-from tools.pocket import drawings, export, judge, latents, pool, score, subjects, train, vae
-
-STAGES = {
-    "fetch": drawings.fetch,
-    "subjects": subjects.write,
-    "data": pool.draw,
-    "vae": vae.make,
-    "latents": latents.make,
-    "judge": judge.make,
-    "unet": train.make,
-    "cool": train.cool,
-    "score": score.make,
-    "export": export.make,
-}
+from tools.pocket import drawings, export, figures, judge, latents, pool, score, subjects, train, vae
+from tools.pocket.recipe import UNET
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tools.pocket", description=__doc__)
-    parser.add_argument("stages", nargs="+", choices=[*STAGES, "all"])
+    parser.add_argument("--images", type=int, default=UNET.images, help="train the UNet until it has seen so many")
+    parser.add_argument("--warm-start", action="store_true", help="without a snapshot, go on from the exported weights")
+    stages = {
+        "fetch": drawings.fetch,
+        "subjects": subjects.write,
+        "data": pool.draw,
+        "vae": vae.make,
+        "latents": latents.make,
+        "judge": judge.make,
+        "unet": train.make,
+        "cool": train.cool,
+        "score": score.make,
+        "export": export.make,
+        "figures": figures.make,
+    }
+    parser.add_argument(
+        "stages", nargs="+", choices=[*stages, "all"], metavar="STAGE", help=f"{', '.join(stages)}, all"
+    )
     arguments = parser.parse_args()
+    stages["unet"] = partial(train.make, images=arguments.images, warm=arguments.warm_start)
+    stages["vae"] = partial(vae.make, warm=arguments.warm_start)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    for name in STAGES if "all" in arguments.stages else arguments.stages:
-        STAGES[name]()
+    for name in stages if "all" in arguments.stages else arguments.stages:
+        stages[name]()
 
 
 if __name__ == "__main__":

@@ -128,10 +128,10 @@ def wide_picture(index: int, seed: int = SEED) -> Bytes:
 
 
 def judge_picture(index: int, placement: Placement, seed: int = SEED) -> tuple[Bytes, Labels]:
-    """As `classes_picture`, but a fifth in two tints: a judge must know a class in colours that it never had."""
+    """As `classes_picture`, but two fifths in two tints: a judge must know a class in colours that it never had."""
     rng = np.random.default_rng((seed, 6, index))
     picture, labels = classes_picture(int(rng.integers(2**40, 2**41)), placement, seed)
-    if rng.random() > 0.2:
+    if rng.random() > 0.4:
         return picture, labels
     drawings = seen(CLASSES[labels.noun])
     sprite = two_tints(sprite_of(drawings[int(rng.integers(len(drawings)))], placement, rng), rng)

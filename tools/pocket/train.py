@@ -4,6 +4,7 @@ Stopped at any moment it goes on from its last snapshot; from exported weights a
 """
 
 import csv
+import json
 import logging
 import math
 import signal
@@ -179,7 +180,7 @@ def is_due(images: int) -> bool:
     return any(before < at <= images for at in LOOK_AT) or images // LOOK_EVERY > before // LOOK_EVERY
 
 
-def train(seat: Seat, warm_images: int = 0, cooldown: Cooldown | None = None) -> None:
+def train(seat: Seat, images: int, warm_images: int = 0, cooldown: Cooldown | None = None) -> None:
     training, batch = Training(seat), Batch(seat)
     if not training.restore(SNAPSHOT) and warm_images:
         training.warm_start(warm_images)
@@ -187,9 +188,8 @@ def train(seat: Seat, warm_images: int = 0, cooldown: Cooldown | None = None) ->
     # SIGINT is also what a worker gets when the process that started it ends.
     for wish in (signal.SIGTERM, signal.SIGINT):
         signal.signal(wish, lambda number, frame: stopping.append(number))
-    first, target = training.images, UNET.images
-    if cooldown:
-        target = first + cooldown.images
+    first = training.images
+    target = first + cooldown.images if cooldown else images
     losses: list[float] = []
     last_save = last_log = time.monotonic()
     while training.images < target:
@@ -217,12 +217,14 @@ def train(seat: Seat, warm_images: int = 0, cooldown: Cooldown | None = None) ->
         training.save(COOLED if cooldown else SNAPSHOT)
 
 
-def make(warm_images: int = 0) -> None:
+def make(images: int = UNET.images, warm: bool = False) -> None:
+    """Trains until `images` have been seen, from the last snapshot; `warm`: without one, from the exported weights."""
     state = snapshot.load(SNAPSHOT)
-    if state is None or int(state["step"]) * UNET.batch_size < UNET.images:
-        run(partial(train, warm_images=warm_images))
+    if state is None or int(state["step"]) * UNET.batch_size < images:
+        warm_images = int(json.loads((BASE / "scores.json").read_text())["images"]) if warm else 0
+        run(partial(train, images=images, warm_images=warm_images))
 
 
 def cool(images: int = 40_000) -> None:
     """Forks the run's last snapshot into COOLED; small steps at the end sharpen what large ones blur."""
-    run(partial(train, cooldown=Cooldown(images)))
+    run(partial(train, images=0, cooldown=Cooldown(images)))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tools.pocket import snapshot
 from tools.pocket.composite import wide_picture
 from tools.pocket.pool import UNSEEN, narrow_path, wide_path
-from tools.pocket.recipe import SEED, VAE, WIDE_POOL, WORK
+from tools.pocket.recipe import BASE, SEED, VAE, WIDE_POOL, WORK
 from tools.pocket.subjects import SUBJECTS, picture
 from tools.pocket.team import Seat, run
 
@@ -188,6 +188,11 @@ def fold(vae: AutoencoderKL, mean: Tensor, scale: Tensor) -> None:
     back.weight *= scale[None, :, None, None]
 
 
-def make() -> None:
-    if not FOLDER.exists():
+def make(warm: bool = False) -> None:
+    """Trains the VAE once; `warm` takes the exported one, which exported weights of the UNet depend on."""
+    if FOLDER.exists():
+        return
+    if warm:
+        AutoencoderKL.from_pretrained(BASE / "vae").float().save_pretrained(FOLDER)
+    else:
         run(train)
