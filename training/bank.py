@@ -1,7 +1,7 @@
 """The bank: low-rank deltas of several adapters over one frozen base, where every row of a batch wears its own.
 
-Shape suffixes: S slots, P parameters of one slot, N rows of a batch, K adapters a row mixes, R rank, I and O a layer's
-inputs and outputs, T tokens.
+Shape suffixes: S slots, P parameters of one slot, N rows of a batch, G groups of neighbouring rows that wear the same,
+K adapters a row mixes, R rank, I and O a layer's inputs and outputs, T tokens.
 
 The parameters of all adapters are one buffer `weights_SP`; a slot is one row of it. A layer's `down_SRI` and `up_SRO`
 are views, so joining, leaving, checkpointing, publishing and swapping an adapter are one row copied. A `Route` says
@@ -12,7 +12,7 @@ family of model it lies over, nor whether it is trained or served.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from math import prod
+from math import gcd, prod
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +41,7 @@ class Site:
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """What one layer adds for N rows: `down_NRI` (R = K x rank) and `up_NRO`."""
+    """What one layer adds: `down` [G, R, I] (R = K x rank) and `up` [G, R, O], for G groups of neighbouring rows."""
 
     down: Tensor
     up: Tensor
@@ -149,31 +149,37 @@ class Bank:
         """Gathers what N rows wear: row n adds the sum over k of weights[n, k] x adapter in slots[n, k].
 
         `slots_NK`: int64 [N, K] on the CPU; -1 wears nothing. `weights_NK`: [N, K], ones by default. Differentiable
-        towards `weights_SP`. A route is a snapshot: make a new one when a slot changes.
+        towards `weights_SP`. A route is a snapshot: make a new one when a slot changes. Neighbouring rows that wear the
+        same share one gathered delta, and slots in order without a gap are not copied at all: keep rows in slot order.
         """
-        slots = [slot for row in slots_NK.tolist() for slot in row]
-        if min(slots) < 0:
-            weights_NK = (torch.ones(slots_NK.shape) if weights_NK is None else weights_NK) * (slots_NK >= 0)
-        if weights_NK is not None:
-            weights_NK = weights_NK.to(self.weights_SP)[:, :, None, None]
+        if weights_NK is None:
+            weights_NK = torch.ones(slots_NK.shape, dtype=torch.float64)
+        weights_NK = weights_NK.double().cpu() * (slots_NK >= 0)
+        run = _common_run(torch.cat([slots_NK.double(), weights_NK], dim=1))
+        slots_GK, weights_GK = slots_NK[::run], weights_NK[::run]
+        slots = slots_GK.flatten().tolist()
         active = frozenset[int]().union(*(self._worn[slot].get(component, ()) for slot in set(slots) if slot >= 0))
-        index_NK = None if slots == list(range(self.slots)) else slots_NK.clamp(min=0).to(self.weights_SP.device)
+        first = slots[0]
+        in_order = first >= 0 and slots_GK.shape[1] == 1 and slots == list(range(first, first + len(slots)))
+        index_GK = slots_GK.clamp(min=0).to(self.weights_SP.device)
+        scale_GK11 = None if (weights_GK == 1).all() else weights_GK.to(self.weights_SP)[:, :, None, None]
         chunks = self.weights_SP[:, self._columns[component]].split(self._sizes[component], dim=1)
         deltas: list[Delta | None] = [None] * len(chunks)
         for index in sorted(active):
-            rows_NKP = chunks[index].unsqueeze(1) if index_NK is None else chunks[index][index_NK]
-            deltas[index] = self._delta(self.sites[component][index], rows_NKP, weights_NK, dtype)
+            chunk_SP = chunks[index]
+            rows_GKP = chunk_SP[first : first + len(slots)].unsqueeze(1) if in_order else chunk_SP[index_GK]
+            deltas[index] = self._delta(self.sites[component][index], rows_GKP, scale_GK11, dtype)
         return Route(component, slots_NK.shape[0], tuple(deltas))
 
-    def _delta(self, site: Site, rows_NKP: Tensor, weights_NK11: Tensor | None, dtype: torch.dtype | None) -> Delta:
-        n, k, _ = rows_NKP.shape
-        down, up = rows_NKP.split([self.rank * prod(site.down), self.rank * site.out], dim=2)
-        up = up.reshape(n, k, self.rank, site.out)
-        if weights_NK11 is not None:
-            up = up * weights_NK11
+    def _delta(self, site: Site, rows_GKP: Tensor, scale_GK11: Tensor | None, dtype: torch.dtype | None) -> Delta:
+        g, k, _ = rows_GKP.shape
+        down, up = rows_GKP.split([self.rank * prod(site.down), self.rank * site.out], dim=2)
+        up = up.reshape(g, k, self.rank, site.out)
+        if scale_GK11 is not None:
+            up = up * scale_GK11
         return Delta(
-            down.reshape(n, k * self.rank, prod(site.down)).to(dtype or down.dtype),
-            up.reshape(n, k * self.rank, site.out).to(dtype or up.dtype),
+            down.reshape(g, k * self.rank, prod(site.down)).to(dtype or down.dtype),
+            up.reshape(g, k * self.rank, site.out).to(dtype or up.dtype),
         )
 
     @contextmanager
@@ -249,25 +255,37 @@ class Bank:
                 yield component, index, down.view(self.rank, *site.down), up.view(self.rank, site.out)
 
 
+def _common_run(rows_NX: Tensor) -> int:
+    """The largest m such that every m rows from the start on are equal."""
+    n = rows_NX.shape[0]
+    changes = (rows_NX[1:] != rows_NX[:-1]).any(dim=1).nonzero().flatten().tolist()
+    run = n
+    for change in changes:
+        run = gcd(run, change + 1)
+    return run
+
+
 def _add_linear(x: Tensor, output: Tensor, delta: Delta) -> Tensor:
-    """output [N, ..., O] + (x [N, ..., I] down^T) up, each row with its own down and up."""
-    n = delta.down.shape[0]
-    x_NTI = x.reshape(n, -1, x.shape[-1])
-    low_NTR = torch.bmm(x_NTI, delta.down.transpose(1, 2))
-    return torch.baddbmm(output.reshape(n, -1, output.shape[-1]), low_NTR, delta.up).view(output.shape)
+    """output [N, ..., O] + (x [N, ..., I] down^T) up; each of G groups of rows has its own down and up."""
+    g = delta.down.shape[0]
+    x_GTI = x.reshape(g, -1, x.shape[-1])
+    low_GTR = torch.bmm(x_GTI, delta.down.transpose(1, 2))
+    return torch.baddbmm(output.reshape(g, -1, output.shape[-1]), low_GTR, delta.up).view(output.shape)
 
 
 def _add_conv(layer: nn.Conv2d, x: Tensor, output: Tensor, delta: Delta) -> Tensor:
-    """The same for a convolution: N small convolutions run as one grouped one, then a 1x1 up."""
-    n, ranks, _ = delta.down.shape
-    kernel = layer.kernel_size
+    """The same for a convolution: G small convolutions run as one grouped one, then a 1x1 up for every row."""
+    g, ranks, _ = delta.down.shape
+    n, channels, *size = x.shape
+    m = n // g  # rows a group
     low = functional.conv2d(
-        x.reshape(1, -1, *x.shape[2:]),
-        delta.down.reshape(n * ranks, x.shape[1], *kernel),
+        x.view(g, m, channels, *size).transpose(0, 1).reshape(m, g * channels, *size),
+        delta.down.reshape(g * ranks, channels, *layer.kernel_size),
         stride=layer.stride,
         padding=layer.padding,
         dilation=layer.dilation,
-        groups=n,
+        groups=g,
     )
-    low_NRT = low.reshape(n, ranks, -1)
-    return torch.baddbmm(output.reshape(n, output.shape[1], -1), delta.up.transpose(1, 2), low_NRT).view(output.shape)
+    low_NRT = low.view(m, g, ranks, -1).transpose(0, 1).reshape(n, ranks, -1)
+    up_NOR = delta.up.transpose(1, 2).repeat_interleave(m, dim=0) if m > 1 else delta.up.transpose(1, 2)
+    return torch.baddbmm(output.reshape(n, output.shape[1], -1), up_NOR, low_NRT).view(output.shape)

@@ -257,7 +257,14 @@ def work(base: Base, plan: PackPlan, source: Source, run: RunStore, *, tenant: s
 
 
 def precision(name: str, device: torch.device) -> torch.dtype:
-    """The dtype that `mixed_precision` means on a device: `auto` is bf16 on CUDA, fp32 on a CPU."""
+    """The dtype that `mixed_precision` means on a device: `auto` is bf16 where the device computes in it, else fp32."""
     if name == "auto":
-        name = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "no"
+        has_bf16 = torch.cuda.is_bf16_supported() if device.type == "cuda" else _cpu_has_bf16()
+        name = "bf16" if has_bf16 else "no"
     return {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[name]
+
+
+def _cpu_has_bf16() -> bool:
+    """Whether the CPU multiplies in bf16 itself; emulated, it would be slower than fp32."""
+    found = torch.cpu.get_capabilities()
+    return bool(found.get("avx512_bf16") or found.get("amx_bf16"))

@@ -91,6 +91,19 @@ def test_each_row_wears_its_own_adapter_and_no_other(tiny64: Base, bank: Bank) -
     assert (together[0] - forward(tiny64, rows)[0]).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("worn", [[0, 0, 1, 1, 2, 2, 3, 3], [2, 2, 2, 1, 1, 1], [1, 1, 1], [-1, -1, 0, 0], [3, 3, 0]])
+def test_neighbouring_rows_that_wear_the_same_share_a_delta(tiny64: Base, bank: Bank, worn: list[int]) -> None:
+    for slot in range(4):
+        bank.put(slot, bank.pack(random_adapter(bank, 4, seed=slot)))
+    rows = inputs(len(worn))
+    with bank.using(bank.route("unet", torch.tensor(worn)[:, None])):
+        together = forward(tiny64, rows)
+    for row, slot in enumerate(worn):
+        alone = (rows[0][row : row + 1], rows[1][row : row + 1], rows[2][row : row + 1])
+        with bank.using(bank.route("unet", torch.tensor([[slot]]))):
+            assert (together[row] - forward(tiny64, alone)[0]).abs().max() < 1e-10
+
+
 def test_a_row_can_mix_adapters_with_weights(tiny64: Base, bank: Bank) -> None:
     first, second = random_adapter(bank, 3, seed=1), random_adapter(bank, 2, seed=2)
     bank.put(0, bank.pack(first))

@@ -1,0 +1,221 @@
+"""Training throughput: packs of subjects against the usual loop, on one base in one run.
+
+    python -m benchmarks.training [--base pocket] [--steps 12] [--threads 2] [--write]
+
+Peers, same base, same LoRA (rank 8 on attention), same batch of one image a step, AdamW:
+(a) the usual script: diffusers + PEFT, one subject at a time, VAE and text encoder in every step
+(b) the same with latents and prompt embeddings cached
+(c) as (a), one process per subject, its start-up included
+"""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import torch
+from diffusers import DDPMScheduler
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+
+from training.base import Base, load_base
+from training.latents import LatentSet
+from training.manifest import SubjectSpec, parse_manifest
+from training.pack import Pack, Subject
+
+TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
+RESULT = Path(__file__).with_suffix(".md")
+
+
+@dataclass
+class Line:
+    """One row of the table. `subjects_per_hour` at 400 steps each."""
+
+    name: str
+    images_per_second: float
+    seconds_per_step: float
+
+    @property
+    def subjects_per_hour(self) -> float:
+        return 3600 * self.images_per_second / 400
+
+
+def spec(index: int, prior: bool) -> SubjectSpec:
+    text = json.dumps(
+        {
+            "version": 1,
+            "name": "bench",
+            "subjects": [
+                {
+                    "id": f"s{index}",
+                    "images": "x",
+                    "class": "dog",
+                    "lora": {"text_encoder": False},
+                    "prior": {"enabled": prior},
+                    "train": {"seed": index, "max_steps": 10**6},
+                }
+            ],
+        }
+    )
+    return parse_manifest(text).subjects[0]
+
+
+def make_subject(base: Base, index: int, prior: bool) -> Subject:
+    side = base.resolution // base.vae_scale
+    generator = torch.Generator().manual_seed(index)
+    mean = torch.randn(5, base.latent_channels, side, side, generator=generator)
+    made = spec(index, prior)
+    latents = LatentSet(mean, 0.1 * torch.ones_like(mean), (made.filled_instance_prompt,) * 5)
+    return Subject(made, latents, LatentSet(mean, 0 * mean, (made.filled_class_prompt,) * 5))
+
+
+def timed(step: Callable[[], object], steps: int) -> float:
+    """Median seconds of a step, after two that warm up."""
+    for _ in range(2):
+        step()
+    seconds = []
+    for _ in range(steps):
+        started = time.perf_counter()
+        step()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - started)
+    return sorted(seconds)[len(seconds) // 2]
+
+
+def ours(base: Base, size: int, steps: int, prior: bool = False) -> Line:
+    pack = Pack(base, slots=size, rank=8, targets={"unet": TARGETS})
+    for index in range(size):
+        pack.join(make_subject(base, index, prior))
+    seconds = timed(pack.step, steps)
+    pack.close()
+    rows = size * (2 if prior else 1)
+    return Line(f"ours, pack of {size}" + (", with prior (2 rows a subject)" if prior else ""), rows / seconds, seconds)
+
+
+class UsualLoop:
+    """The training loop that everybody's script has: one subject, PEFT's layers, torch's AdamW."""
+
+    def __init__(self, base: Base, cached: bool) -> None:
+        self.base = base
+        self.cached = cached
+        inject_adapter_in_model(LoraConfig(r=8, lora_alpha=8, target_modules=list(TARGETS)), base.unet)
+        self.parameters = [p for name, p in base.unet.named_parameters() if "lora_" in name]
+        for parameter in self.parameters:
+            parameter.requires_grad_(True)
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-4)
+        self.scheduler = DDPMScheduler.from_config(base.scheduler_config)
+        self.pixels = torch.rand(5, 3, base.resolution, base.resolution, device=base.device) * 2 - 1
+        self.subject = make_subject(base, 0, prior=False)
+        self.tokens = base.tokens([self.subject.spec.filled_instance_prompt])
+        with torch.no_grad():
+            self.embedding = base.text_encoder(self.tokens)[0]
+        self.turn = 0
+
+    def close(self) -> None:
+        for name, module in list(self.base.unet.named_modules()):
+            if isinstance(module, LoraLayer):
+                parent = self.base.unet.get_submodule(name.rpartition(".")[0])
+                setattr(parent, name.rpartition(".")[2], module.get_base_layer())
+
+    def step(self) -> None:
+        base, index = self.base, self.turn % 5
+        self.turn += 1
+        if self.cached:
+            latents = self.subject.instance.draw([index], torch.Generator().manual_seed(self.turn)).to(base.device)
+            embedding = self.embedding
+        else:
+            with torch.no_grad():
+                latents = base.vae.encode(self.pixels[index : index + 1].to(base.dtype)).latent_dist.sample()
+                latents = latents * base.vae.config.scaling_factor
+                embedding = base.text_encoder(self.tokens)[0]
+        latents = latents.to(base.dtype)
+        noise = torch.randn_like(latents)
+        timesteps = torch.randint(0, 1000, (1,), device=base.device)
+        noisy = self.scheduler.add_noise(latents, noise, timesteps)
+        prediction = base.unet(noisy, timesteps, encoder_hidden_states=embedding).sample
+        goal = noise
+        if base.prediction_type == "v_prediction":
+            goal = self.scheduler.get_velocity(latents, noise, timesteps)
+        torch.nn.functional.mse_loss(prediction.float(), goal.float()).backward()
+        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+def usual(base: Base, cached: bool, steps: int) -> Line:
+    loop = UsualLoop(base, cached)
+    seconds = timed(loop.step, steps * 3)
+    loop.close()
+    name = "(b) usual loop, latents and embeddings cached" if cached else "(a) usual loop, one by one, nothing cached"
+    return Line(name, 1 / seconds, seconds)
+
+
+def start_up(base: str) -> float:
+    """Seconds that a process of its own needs before its first step: interpreter, imports, base."""
+    code = f"from training.base import load_base; import peft; load_base({base!r})"
+    started = time.perf_counter()
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+    return time.perf_counter() - started
+
+
+def table(lines: list[Line], asked: argparse.Namespace, seconds: float, device: str) -> str:
+    slowest, cached = lines[0].images_per_second, lines[1].images_per_second
+    rows = [
+        f"| {line.name} | {line.images_per_second:.1f} | {line.subjects_per_hour:.0f} | "
+        f"{line.images_per_second / slowest:.2f} | {line.images_per_second / cached:.2f} |"
+        for line in lines
+    ]
+    per_process = 3600 / (400 / slowest + seconds)
+    head = [
+        "# Training throughput",
+        "",
+        f"{datetime.now(UTC):%Y-%m-%d}, {device}, torch {torch.__version__}, base `{asked.base}`, fp32, "
+        f"{asked.threads} threads, rank 8 on attention, one image a subject and step unless said otherwise. "
+        f"`python -m benchmarks.training`",
+        "",
+        "| | images/s | subjects/hour (400 images) | x (a) | x (b) |",
+        "|---|---|---|---|---|",
+    ]
+    tail = [
+        f"| (c) as (a), a process per subject ({seconds:.1f} s start-up) | | {per_process:.0f} | | |",
+        "",
+    ]
+    return "\n".join([*head, *rows, *tail])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", default="pocket")
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--sizes", default="1,2,4,8,16,32")
+    parser.add_argument("--write", action="store_true", help=f"write {RESULT.name} beside this program")
+    asked = parser.parse_args()
+    torch.set_num_threads(asked.threads)
+    base = load_base(asked.base)
+    device = (
+        torch.cuda.get_device_name() if base.device.type == "cuda" else f"{os.cpu_count()} cores {platform.machine()}"
+    )
+    lines = [usual(base, cached=False, steps=asked.steps), usual(base, cached=True, steps=asked.steps)]
+    for size in map(int, asked.sizes.split(",")):
+        lines.append(ours(base, size, asked.steps))
+        print(json.dumps(asdict(lines[-1])), file=sys.stderr, flush=True)
+    lines.append(ours(base, 8, asked.steps, prior=True))
+    text = table(lines, asked, start_up(asked.base), device)
+    print(text)
+    if asked.write:
+        RESULT.write_text(text + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
