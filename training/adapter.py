@@ -21,7 +21,9 @@ from training.tensor_file import TensorFileError, read_tensors, write_tensors
 
 MAX_BYTES = 256 << 20
 METADATA = ("base", "base_hash", "class", "trigger")  # the file carries these and nothing else that is not a tensor
-_FORMAT = {"format": "pt", "dreamfleet": "1"}
+_PADDED = "dreamfleet.padded"
+CANONICAL = "dreamfleet"  # the metadata key, with the version of the layout, that marks a canonical file
+_FORMAT = {"format": "pt", CANONICAL: "1"}
 _EMBEDDING = "lora_embeddings."  # diffusers refuses a file with a key that lacks `lora`, and ignores this prefix
 _SUFFIXES = {
     "unet": (".lora.down.weight", ".lora.up.weight"),
@@ -75,12 +77,12 @@ def version_of(data: bytes) -> str:
 def save_adapter(adapter: Adapter) -> bytes:
     """The canonical file: float16 safetensors with the keys that diffusers 0.30 to 0.42 loads as they are.
 
+    Ranks that differ within a component are padded: diffusers before 0.42 scales all its modules by the first rank.
     Equal adapters give equal bytes. Metadata beyond `METADATA` is dropped. Raises AdapterError if a value is not finite
     in float16, a key belongs to no known component, or nothing is in it.
     """
     tensors = {}
-    for name, low in adapter.modules.items():
-        _check_form(name, low)
+    for name, low in padded(adapter.modules).items():
         down, up = _SUFFIXES[_component(name)]
         tensors[name + down], tensors[name + up] = low.down, low.up
     for token, vectors in adapter.embeddings.items():
@@ -90,7 +92,7 @@ def save_adapter(adapter: Adapter) -> bytes:
     halves = {key: tensor.detach().to("cpu", torch.float16) for key, tensor in tensors.items()}
     check_finite(halves)
     metadata = {key: adapter.metadata[key] for key in METADATA if adapter.metadata.get(key)}
-    return write_tensors(halves, _FORMAT | metadata)
+    return write_tensors(halves, _FORMAT | metadata | padding_note(adapter.modules))
 
 
 def load_adapter(data: bytes) -> Adapter:
@@ -111,8 +113,9 @@ def load_adapter(data: bytes) -> Adapter:
             unknown.append(key)
     if unknown:
         raise AdapterError(f"The adapter file has keys that are not canonical: {some(unknown)}. Import it instead.")
+    modules = {name: pair(name, half) for name, half in sorted(halves.items())}
     metadata = {key: value for key, value in file.metadata.items() if key in METADATA}
-    return Adapter({name: pair(name, half) for name, half in sorted(halves.items())}, embeddings, metadata)
+    return Adapter(trimmed(modules, file.metadata), embeddings, metadata)
 
 
 def check_adapter(adapter: Adapter, shapes: Mapping[str, tuple[int, ...]], max_rank: int) -> None:
@@ -134,6 +137,27 @@ def check_adapter(adapter: Adapter, shapes: Mapping[str, tuple[int, ...]], max_r
         if low.rank > max_rank:
             raise AdapterError(f"Module {name} has rank {low.rank}; at most {max_rank} is allowed. Reduce the rank.")
     check_finite(named_tensors(adapter))
+
+
+def padded(modules: Mapping[str, LowRank]) -> dict[str, LowRank]:
+    """The same changes with one rank for each component; the added components are zero."""
+    ranks: dict[str, int] = {}
+    for name, low in modules.items():
+        _check_form(name, low)
+        component = _component(name)
+        ranks[component] = max(ranks.get(component, 0), low.rank)
+    return {name: _pad(low, ranks[_component(name)]) for name, low in modules.items()}
+
+
+def padding_note(modules: Mapping[str, LowRank]) -> dict[str, str]:
+    """The metadata that makes `trimmed` take away what `padded` has added to `modules`."""
+    changed = any(low.rank != modules[name].rank for name, low in padded(modules).items())
+    return {_PADDED: "1"} if changed else {}
+
+
+def trimmed(modules: Mapping[str, LowRank], metadata: Mapping[str, str]) -> dict[str, LowRank]:
+    """Inverse of `padded` for a file with `metadata`; other files' modules stay as they are."""
+    return {name: _trim(low) for name, low in modules.items()} if _PADDED in metadata else dict(modules)
 
 
 def named_tensors(adapter: Adapter) -> dict[str, torch.Tensor]:
@@ -172,6 +196,22 @@ def _component(name: str) -> str:
     if component != "unet" and not path.startswith("text_model.") and path != "text_projection":
         raise AdapterError(f"Module {name!r} is not canonical: expected {component}.text_model.{path}.")
     return component
+
+
+def _pad(low: LowRank, rank: int) -> LowRank:
+    more = rank - low.rank
+    if not more:
+        return low
+    down = torch.cat([low.down, low.down.new_zeros(more, *low.down.shape[1:])])
+    up = torch.cat([low.up, low.up.new_zeros(low.up.shape[0], more, *low.up.shape[2:])], dim=1)
+    return LowRank(down, up)
+
+
+def _trim(low: LowRank) -> LowRank:
+    """`low` without the components at its end that are zero on both sides; one is always left."""
+    used = low.down.flatten(1).any(1) | low.up.transpose(0, 1).flatten(1).any(1)
+    rank = int(used.nonzero().max()) + 1 if used.any() else 1
+    return LowRank(low.down[:rank].contiguous(), low.up[:, :rank].contiguous())
 
 
 def _split(key: str) -> tuple[str, str] | None:

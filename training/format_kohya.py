@@ -13,7 +13,7 @@ from typing import Literal
 
 import torch
 
-from training.adapter import Adapter, AdapterError
+from training.adapter import Adapter, AdapterError, padded, padding_note
 from training.format_parts import Parts, Source, halves, own_metadata
 from training.tensor_file import write_tensors
 
@@ -38,10 +38,13 @@ def is_kohya(keys: Sequence[str]) -> bool:
 
 
 def write_kohya(adapter: Adapter, label: Label) -> bytes:
-    """The file, alpha = rank. Tokens are no part of it: readers refuse a file with other keys."""
+    """The file, alpha = rank. Tokens are no part of it: readers refuse a file with other keys.
+
+    The modules of a component get one rank, padded with zeros: diffusers gives them all the most frequent alpha.
+    """
     two = any(name.startswith("text_encoder_2.") for name in adapter.modules)
     tensors: dict[str, torch.Tensor] = {}
-    for module, low in adapter.modules.items():
+    for module, low in padded(adapter.modules).items():
         name = kohya_name(module, two)
         if f"{name}.alpha" in tensors:
             raise AdapterError(f"Two modules have the kohya name {name}; this format cannot hold both.")
@@ -89,21 +92,25 @@ def _metadata(adapter: Adapter, label: Label, tensors: dict[str, torch.Tensor]) 
     v2 = label.architecture.startswith("stable-diffusion-v2")
     plain = write_tensors(tensors, {})
     body = plain[8 + int.from_bytes(plain[:8], "little") :]
-    made = own_metadata(adapter) | {
-        "ss_v2": str(v2),
-        "ss_base_model_version": "sd_v2" if v2 else "sd_v1",
-        "ss_network_module": "networks.lora",
-        "ss_network_dim": str(adapter.rank),
-        "ss_network_alpha": str(float(adapter.rank)),
-        "ss_output_name": label.name,
-        "ss_resolution": f"({label.resolution_px}, {label.resolution_px})",
-        "sshs_model_hash": hashlib.sha256(body).hexdigest(),
-        "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.architecture": f"{label.architecture}/lora",
-        "modelspec.implementation": "diffusers",
-        "modelspec.title": label.name,
-        "modelspec.resolution": f"{label.resolution_px}x{label.resolution_px}",
-    }
+    made = (
+        own_metadata(adapter)
+        | padding_note(adapter.modules)
+        | {
+            "ss_v2": str(v2),
+            "ss_base_model_version": "sd_v2" if v2 else "sd_v1",
+            "ss_network_module": "networks.lora",
+            "ss_network_dim": str(adapter.rank),
+            "ss_network_alpha": str(float(adapter.rank)),
+            "ss_output_name": label.name,
+            "ss_resolution": f"({label.resolution_px}, {label.resolution_px})",
+            "sshs_model_hash": hashlib.sha256(body).hexdigest(),
+            "modelspec.sai_model_spec": "1.0.1",
+            "modelspec.architecture": f"{label.architecture}/lora",
+            "modelspec.implementation": "diffusers",
+            "modelspec.title": label.name,
+            "modelspec.resolution": f"{label.resolution_px}x{label.resolution_px}",
+        }
+    )
     if base := adapter.metadata.get("base"):
         made["ss_sd_model_name"] = base
     if trigger := adapter.metadata.get("trigger"):

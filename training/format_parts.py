@@ -27,6 +27,7 @@ class Parts:
     modules: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)  # key -> down, up, alpha
     embeddings: dict[str, torch.Tensor] = field(default_factory=dict)
     metadata: dict[str, str] = field(default_factory=dict)
+    notes: dict[str, str] = field(default_factory=dict)  # the files' own metadata
     unused: list[str] = field(default_factory=list)
 
     def add(self, module: str, part: str, tensor: torch.Tensor) -> None:

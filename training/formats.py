@@ -14,6 +14,7 @@ from typing import Literal, get_args
 import torch
 
 from training.adapter import (
+    CANONICAL,
     MAX_BYTES,
     METADATA,
     Adapter,
@@ -25,6 +26,7 @@ from training.adapter import (
     pair,
     save_adapter,
     some,
+    trimmed,
 )
 from training.format_kohya import Label, is_kohya, read_kohya, write_kohya
 from training.format_lora_diffusion import is_lora_diffusion, read_lora_diffusion, write_lora_diffusion
@@ -84,9 +86,9 @@ def import_adapter(files: Mapping[str, bytes], modules: Collection[str]) -> Adap
         count = f"{len(parts.unused)} keys fit no module of this base: {some(sorted(parts.unused))}"
         raise AdapterError(f"{count}. Was it trained on another base, or with a method other than plain LoRA?")
     adapter = Adapter(
-        {name: _low_rank(name, half) for name, half in sorted(parts.modules.items())},
+        trimmed({name: _low_rank(name, half) for name, half in sorted(parts.modules.items())}, parts.notes),
         parts.embeddings,
-        {key: value for key, value in parts.metadata.items() if key in METADATA},
+        {key: parts.metadata[key] for key in METADATA if key in parts.metadata},
     )
     if not adapter.modules and not adapter.embeddings:
         raise AdapterError(f"The import attaches no module: {some(sorted(files))} hold no low-rank weights.")
@@ -148,7 +150,11 @@ def _read(source: Source, modules: frozenset[str], parts: Parts) -> None:
         parts.embed(check_token(stem if key == "emb_params" else key), source.tensors[key])
     else:
         read_named(source, modules, parts)
-    parts.metadata |= {key.removeprefix(OWN): value for key, value in source.metadata.items() if key.startswith(OWN)}
+    ours = CANONICAL in source.metadata
+    for key, value in source.metadata.items():
+        if key.startswith(OWN) or ours:
+            parts.metadata[key.removeprefix(OWN)] = value
+    parts.notes |= source.metadata
 
 
 def _low_rank(name: str, half: Mapping[str, torch.Tensor]) -> LowRank:

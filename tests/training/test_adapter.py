@@ -108,6 +108,17 @@ def test_save_then_load_is_the_same_and_bytes_do_not_depend_on_order() -> None:
     assert save_adapter(secret) == data
 
 
+def test_ranks_that_differ_are_padded_in_the_file_and_back_in_memory() -> None:
+    low, wide = LowRank(torch.ones(1, 4), torch.ones(3, 1)), LowRank(torch.ones(3, 4), torch.ones(3, 3))
+    adapter = Adapter({"unet.a": low, "unet.b": wide, "text_encoder.text_model.c": low})
+    tensors = read_tensors(save_adapter(adapter)).tensors
+    assert tensors["unet.a.lora.down.weight"].shape == tensors["unet.b.lora.down.weight"].shape == (3, 4)
+    assert tensors["text_encoder.text_model.c.lora_linear_layer.down.weight"].shape == (1, 4)
+    assert_equal(load_adapter(save_adapter(adapter)), adapter)
+    zero = Adapter({"unet.a": LowRank(torch.zeros(2, 4), torch.zeros(3, 2))})
+    assert_equal(load_adapter(save_adapter(zero)), zero)  # nothing was padded, nothing is trimmed
+
+
 def test_the_keys_are_those_of_every_diffusers() -> None:
     assert set(read_tensors(save_adapter(small())).tensors) == {
         "unet.mid_block.attentions.0.to_q.lora.down.weight",
