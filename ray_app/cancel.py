@@ -23,7 +23,7 @@ def forget(store: RunStore) -> None:
     store.storage.delete(_key(store))
 
 
-def cancel_run(store: RunStore, record: RunRecord, subjects: Sequence[str], driven: bool = True) -> bool:
+def cancel_run(store: RunStore, record: RunRecord, subjects: Sequence[str], *, driven: bool) -> bool:
     """Leaves the wish for the driver; where no driver lives, cancels at once. Whether the run has ended now."""
     store.storage.put(_key(store), json.dumps({"subjects": list(subjects)}).encode())
     if driven:

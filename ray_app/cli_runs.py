@@ -9,14 +9,13 @@ import click
 from rich.table import Table
 
 from ray_app import options
-from ray_app.cli_train import follow, lanes, max_gpus, run_json
+from ray_app.cli_train import follow, lanes_option, max_gpus_option, run_json
+from ray_app.cluster import Limits
 from training.errors import UserError
 from training.storage import open_storage
 
 if TYPE_CHECKING:
-    from training.run import RunRecord, RunStore, SubjectRecord
-
-WATCH_SECONDS = 1.0
+    from training.run import RunRecord
 
 
 @click.command()
@@ -26,6 +25,7 @@ WATCH_SECONDS = 1.0
 @options.as_json
 def status(run: str | None, storage: str, watch: bool, as_json: bool) -> None:
     """Show all runs, or the subjects of one."""
+    from ray_app.drive import read_run
     from training.run import RunStore
 
     if run is None:
@@ -35,8 +35,11 @@ def status(run: str | None, storage: str, watch: bool, as_json: bool) -> None:
     store = RunStore(open_storage(storage), run)
     console = options.console(as_json)
     if watch:
-        _watch(store, as_json)
-    record, subjects = _read(store)
+        from ray_app.drive import look_on
+
+        record, subjects = look_on(store, console)
+    else:
+        record, subjects = read_run(store)
     if as_json:
         return options.print_json(run_json(record, subjects, _seconds(record)))
     from ray_app.console import result_table
@@ -72,6 +75,7 @@ def logs(run: str, subject: str | None, storage: str, as_json: bool) -> None:
 def cancel(run: str, subjects: Sequence[str], storage: str, as_json: bool) -> None:
     """Stop a run, or some of its subjects. What is published stays published."""
     from ray_app.cancel import cancel_run
+    from ray_app.lead import Lead
     from training.run import RunStore
 
     store = RunStore(open_storage(storage), run)
@@ -79,7 +83,7 @@ def cancel(run: str, subjects: Sequence[str], storage: str, as_json: bool) -> No
     _check_subjects(record, subjects)
     if record.state != "running":
         raise UserError(f"Run '{run}' has ended already: {record.state}. There is nothing to cancel.")
-    ended = cancel_run(store, record, subjects)
+    ended = cancel_run(store, record, subjects, driven=Lead(store).living() is not None)
     said = "is cancelled" if ended else "will be cancelled by its driver within seconds"
     if as_json:
         return options.print_json({"run": run, "subjects": list(subjects), "ended": ended})
@@ -90,8 +94,8 @@ def cancel(run: str, subjects: Sequence[str], storage: str, as_json: bool) -> No
 @click.argument("run")
 @options.address
 @options.storage
-@lanes
-@max_gpus
+@lanes_option
+@max_gpus_option
 @options.as_json
 def retry(run: str, address: str, storage: str, lanes: int | None, max_gpus: int | None, as_json: bool) -> None:
     """Take up what failed or was cancelled in a run, from its checkpoints."""
@@ -99,7 +103,7 @@ def retry(run: str, address: str, storage: str, lanes: int | None, max_gpus: int
     from training.run import RunStore
 
     store = RunStore(open_storage(storage), run)
-    follow(reopen(store, retry=True), address, lanes, max_gpus, as_json)
+    follow(reopen(store), address, Limits(lanes, max_gpus), as_json, retry=True)
 
 
 def _list(storage: str, as_json: bool) -> None:
@@ -122,32 +126,6 @@ def _list(storage: str, as_json: bool) -> None:
         count = str(len(record.manifest.subjects))
         table.add_row(record.run, record.state, count, record.base, started, f"{_seconds(record):.0f}")
     options.console().print(table)
-
-
-def _watch(store: "RunStore", as_json: bool) -> None:
-    """Shows the states on the storage until the run has ended. Ctrl-C ends the looking on, not the run."""
-    from ray_app.console import RunConsole
-    from ray_app.subject_queue import View
-
-    console = options.console(as_json)
-    with RunConsole(console, store.run) as watcher:
-        while True:
-            record, subjects = _read(store)
-            view = View.of_records(subjects)
-            watcher.see(view, {subject.id: subject for subject in subjects})
-            if record.state != "running":
-                return
-            time.sleep(WATCH_SECONDS)
-
-
-def _read(store: "RunStore") -> tuple["RunRecord", Sequence["SubjectRecord"]]:
-    from training.run import SubjectRecord
-
-    record = store.record()
-    return record, [
-        store.subject(subject.id) or SubjectRecord(id=subject.id, max_steps=subject.train.max_steps)
-        for subject in record.manifest.subjects
-    ]
 
 
 def _check_subjects(record: "RunRecord", subjects: Sequence[str]) -> None:

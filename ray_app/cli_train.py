@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ray_app import options
-from ray_app.cluster import JOBS, LOCAL, check_address, connect
+from ray_app.cluster import LOCAL, Limits, check_address
 from training.errors import UserError
 from training.storage import open_storage
 
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 _GOOD = ("published", "reused")
 manifest_path = click.argument("manifest", type=click.Path(path_type=Path))
-lanes = click.option("--lanes", type=click.IntRange(1), help="packs at once; default: one a GPU, or one a node")
-max_gpus = click.option("--max-gpus", type=click.IntRange(1), help="GPUs at most; an autoscaler may add them")
+lanes_option = click.option("--lanes", type=click.IntRange(1), help="packs at once; default: one a GPU, or one a node")
+max_gpus_option = click.option("--max-gpus", type=click.IntRange(1), help="GPUs at most; an autoscaler may add them")
 
 
 @click.command()
@@ -50,9 +50,9 @@ def validate(manifest: Path, as_json: bool) -> None:
 @manifest_path
 @options.address
 @options.storage
-@click.option("--detach", is_flag=True, help="answer the run's id at once; `dreamfleet status RUN --watch` follows it")
-@lanes
-@max_gpus
+@click.option("--detach", is_flag=True, help="answer the run's id at once; `status RUN --watch` follows it")
+@lanes_option
+@max_gpus_option
 @options.as_json
 def train(
     manifest: Path, address: str, storage: str, detach: bool, lanes: int | None, max_gpus: int | None, as_json: bool
@@ -62,58 +62,55 @@ def train(
 
     check_address(address)
     submission = submit(manifest, open_storage(storage), upload=address != LOCAL)
-    follow(submission, address, lanes, max_gpus, as_json, detach=detach or address.startswith(JOBS))
+    limits = Limits(lanes, max_gpus)
+    if detach:
+        from ray_app.drive import detach_run
+
+        log = detach_run(submission, address, limits)
+        options.console(as_json=True).print(f"run {submission.record.run} runs on its own; its driver's log: {log}")
+        if as_json:
+            return options.print_json({"run": submission.record.run, "state": "running", "log": str(log)})
+        return click.echo(submission.record.run)
+    follow(submission, address, limits, as_json)
 
 
 @click.command(hidden=True)
 @click.argument("run")
 @options.address
 @options.storage
-@lanes
-@max_gpus
+@lanes_option
+@max_gpus_option
 @options.as_json
 def drive(run: str, address: str, storage: str, lanes: int | None, max_gpus: int | None, as_json: bool) -> None:
     """Go on with a run that is on the storage; what detached runs and Ray jobs call."""
     from ray_app.submission import reopen
     from training.run import RunStore
 
-    follow(reopen(RunStore(open_storage(storage), run)), address, lanes, max_gpus, as_json)
+    follow(reopen(RunStore(open_storage(storage), run)), address, Limits(lanes, max_gpus), as_json)
 
 
 def follow(
-    submission: "Submission", address: str, lanes: int | None, max_gpus: int | None, as_json: bool, detach: bool = False
+    submission: "Submission",
+    address: str,
+    limits: Limits,
+    as_json: bool,
+    *,
+    retry: bool = False,
 ) -> None:
-    """Drives a run to its end, shows it, prints how it ended and exits with the status that says so."""
-    from training.run import ENDED
+    """Drives a run to its end, or looks on while another driver does; prints how it ended and exits accordingly."""
+    from ray_app.drive import drive_run
 
     console = options.console(as_json)
     started = time.monotonic()
     run = submission.record.run
-    ended = sum(subject.state in ENDED for subject in submission.subjects)
-    verb = "takes up" if submission.taken_up else "is"
-    console.print(f"run {verb} {run}: {len(submission.subjects)} subjects, {ended} of them done already")
+    console.print(f"run {run}{' goes on' if submission.taken_up else ''}: {len(submission.manifest.subjects)} subjects")
     try:
-        record, subjects = _drive(submission, address, lanes, max_gpus, console)
+        record, subjects = drive_run(submission, address, limits, console, retry=retry)
     except KeyboardInterrupt:
         console.print(f"run {run} is stopped; its checkpoints are kept. The same command goes on with it.")
         sys.exit(130)
     _print_end(record, subjects, time.monotonic() - started, console, as_json)
     sys.exit(0 if all(subject.state in _GOOD for subject in subjects) else 1)
-
-
-def _drive(
-    submission: "Submission", address: str, lanes: int | None, max_gpus: int | None, console: Console
-) -> tuple["RunRecord", Sequence["SubjectRecord"]]:
-    from ray_app.console import RunConsole
-    from ray_app.train import Driver, Limits, finish
-    from training.run import ENDED
-
-    if all(subject.state in ENDED for subject in submission.subjects):
-        return finish(submission.store, submission.record, submission.subjects), submission.subjects
-    with connect(address) as cluster, RunConsole(console, submission.record.run) as watcher:
-        driver = Driver(submission, cluster, watcher, Limits(lanes=lanes, gpus=max_gpus))
-        record = driver.run()
-        return record, tuple(driver.records.values())
 
 
 def _print_end(

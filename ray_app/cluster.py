@@ -54,6 +54,17 @@ class Cluster(NamedTuple):
         return self.gpus or self.nodes
 
 
+class Limits(NamedTuple):
+    """What a run may take of the cluster. `lanes`: at most so many at once; None: as many as there are seats.
+
+    `gpus` are waited for where there are fewer: an autoscaler sees the demand.
+    """
+
+    lanes: int | None = None
+    gpus: int | None = None
+    cpus_per_lane: int = 1
+
+
 def check_address(address: str) -> str:
     """`address`, if it is of a known form; raises UserError otherwise."""
     if address in (LOCAL, AUTO) or address.startswith((CLIENT, *JOBS)) or _is_host_port(address):

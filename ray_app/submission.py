@@ -25,12 +25,12 @@ _DONE = ("published", "reused")
 
 @dataclass(frozen=True)
 class Submission:
-    """A run that is ready to be worked on: `subjects` in manifest order, as they stand on the storage."""
+    """A run that is on the storage. `manifest` is what photos are read by here: its folders may be local."""
 
     store: RunStore
     record: RunRecord
+    manifest: Manifest
     facts: BaseFacts
-    subjects: tuple[SubjectRecord, ...]
     taken_up: bool
 
 
@@ -81,17 +81,34 @@ def submit(path: str | Path, storage: Storage, *, upload: bool = False) -> Submi
     if upload:
         record = record.model_copy(update={"manifest": _uploaded(manifest, store)})
         store.save(record)
-    return Submission(store, record, facts, _states(store, record, manifest), taken_up)
+    return Submission(store, record, manifest, facts, taken_up)
 
 
-def reopen(store: RunStore, retry: bool = False) -> Submission:
-    """A run that is on the storage already, to go on with; with `retry` its failed and cancelled subjects as well."""
+def reopen(store: RunStore) -> Submission:
+    """A run that is on the storage already, to go on with."""
     record = store.record()
-    facts = base_facts(record.base, record.manifest.root)
-    if retry:
-        record = record.model_copy(update={"state": "running", "finished": None})
-        store.save(record)
-    return Submission(store, record, facts, _states(store, record, record.manifest, retry), True)
+    return Submission(store, record, record.manifest, base_facts(record.base, record.manifest.root), True)
+
+
+def settle(submission: Submission, retry: bool = False) -> tuple[SubjectRecord, ...]:
+    """Every subject as it stands, in manifest order; what changed is written down. Only who leads the run may do this.
+
+    What the storage says is corrected by the photos as they are and by the registry. With `retry`, what failed or was
+    cancelled is queued again.
+    """
+    store, record, manifest = submission.store, submission.record, submission.manifest
+    registry = Registry(store.storage)
+
+    def stand(subject: SubjectSpec) -> SubjectRecord:
+        before = store.subject(subject.id)
+        found = _find(subject, record, manifest, store.storage)
+        now = _state(store, registry, record, subject, before, found, retry)
+        if now != before:
+            store.save_subject(now)
+        return now
+
+    with ThreadPoolExecutor(READERS) as pool:
+        return tuple(pool.map(stand, manifest.subjects))
 
 
 def photo_report(manifest: Manifest, facts: BaseFacts) -> tuple[dict[str, str], dict[str, list[str]]]:
@@ -131,22 +148,6 @@ def _problems(manifest: Manifest, facts: BaseFacts) -> Iterator[str]:
                     f"subject '{subject.id}': {name} '{what}': folder '{folder}' {why}. Give the subject's folder of "
                     "photos, relative to the manifest, or a URI."
                 )
-
-
-def _states(store: RunStore, record: RunRecord, manifest: Manifest, retry: bool = False) -> tuple[SubjectRecord, ...]:
-    """Every subject as it stands: what the storage says, corrected by its photos as they are and by the registry."""
-    registry = Registry(store.storage)
-
-    def state(subject: SubjectSpec) -> SubjectRecord:
-        before = store.subject(subject.id)
-        found = _find(subject, record, manifest, store.storage)
-        now = _state(store, registry, record, subject, before, found, retry)
-        if now != before:
-            store.save_subject(now)
-        return now
-
-    with ThreadPoolExecutor(READERS) as pool:
-        return tuple(pool.map(state, manifest.subjects))
 
 
 def _find(subject: SubjectSpec, record: RunRecord, manifest: Manifest, storage: Storage) -> Found:

@@ -13,8 +13,10 @@ from typing import Any, Protocol
 
 from pydantic import TypeAdapter
 
-from ray_app.cluster import Cluster, current
+from ray_app import cancel
+from ray_app.cluster import Cluster, Limits, current
 from ray_app.lane import Order, run_lane
+from ray_app.lead import Lead
 from ray_app.runlog import RunLog
 from ray_app.subject_queue import Entry, SubjectQueue, View
 from ray_app.submission import Submission
@@ -25,6 +27,7 @@ from training.source import Beat, Outcome
 POLL_SECONDS = 0.5
 STEP_SAVE_SECONDS = 5.0  # how often a mere step is written down; changes of state are at once
 STOP_SECONDS = 30.0  # how long lanes may take to checkpoint when the run is stopped
+CANCEL_SECONDS = 2.0  # how often the storage is asked whether somebody wants the run cancelled
 CLUSTER_SECONDS = 10.0  # how often the cluster's size is looked at
 LANE_FAILURES = 3
 
@@ -86,23 +89,13 @@ class _Lane:
     future: Any
 
 
-@dataclass(frozen=True)
-class Limits:
-    """What a run may take of the cluster. `lanes`: at most so many at once; None: as many as there are seats.
-
-    `gpus` are waited for where there are fewer: an autoscaler sees the demand.
-    """
-
-    lanes: int | None = None
-    gpus: int | None = None
-    cpus_per_lane: int = 1
-
-
 @dataclass
 class Driver:
     """Works a submission off. `run` is the way in; call it inside `connect`."""
 
     submission: Submission
+    subjects: Sequence[SubjectRecord]
+    lead: Lead
     cluster: Cluster
     watcher: Watcher
     limits: Limits = field(default_factory=Limits)
@@ -110,7 +103,7 @@ class Driver:
     def __post_init__(self) -> None:
         record, facts = self.submission.record, self.submission.facts
         self.store = self.submission.store
-        self.records: dict[str, SubjectRecord] = {subject.id: subject for subject in self.submission.subjects}
+        self.records: dict[str, SubjectRecord] = {subject.id: subject for subject in self.subjects}
         self.plan = plan_run(record.manifest, facts)
         self._profiles = [pack.profile for pack in self.plan.packs]
         self._facts = facts
@@ -121,10 +114,14 @@ class Driver:
         self._saved: dict[str, float] = {}
         self._seats = self.cluster.seats
         self._looked = time.monotonic()
+        self._heeded = 0.0
         self._log = RunLog(self.store)
 
     def run(self) -> RunRecord:
-        """Until every subject has ended. On KeyboardInterrupt lanes checkpoint and stop, and it is raised again."""
+        """Until every subject has ended. On KeyboardInterrupt lanes checkpoint and stop, and it is raised again.
+
+        Raises Lost if another driver has taken over.
+        """
         import ray
 
         name = f"queue-{self.store.run}"
@@ -132,20 +129,21 @@ class Driver:
         self._queue = ray.remote(QueueActor).options(num_cpus=0, name=name).remote(entries)
         try:
             self._follow(name)
+            return self._finish()
         except KeyboardInterrupt:
             self._stop()
+            self._save_all()
             raise
         finally:
-            self._save_all()
-            self._log.flush()
             ray.kill(self._queue)
-        return self._finish()
 
     # -- following --
 
     def _follow(self, queue: str) -> None:
         since = 0
         while True:
+            self.lead.renew()
+            self._heed_cancel()
             view = self._look(since)
             since = view.seq
             self._close_lanes()
@@ -153,6 +151,18 @@ class Driver:
                 return self._let_lanes_end()
             self._open_lanes(view, queue)
             time.sleep(POLL_SECONDS)
+
+    def _heed_cancel(self) -> None:
+        """Passes on what somebody wished on the storage."""
+        import ray
+
+        if time.monotonic() - self._heeded < CANCEL_SECONDS:
+            return
+        self._heeded = time.monotonic()
+        wanted = cancel.wanted(self.store)
+        if wanted is not None:
+            ray.get(self._queue.cancel.remote(wanted or None))
+            cancel.forget(self.store)
 
     def _let_lanes_end(self) -> None:
         """Their work is done. On a cluster of others they get the time to clean up after themselves."""
@@ -192,8 +202,10 @@ class Driver:
         for record in self.records.values():
             if record.updated > self._saved.get(record.id, record.updated):
                 self._save(record)
+        self._log.flush()
 
     def _finish(self) -> RunRecord:
+        self._save_all()
         return finish(self.store, self.submission.record, tuple(self.records.values()))
 
     def _stop(self) -> None:

@@ -75,8 +75,8 @@ class RunStore:
         self._folder = f"runs/{run}"
 
     def create(self, record: RunRecord, manifest_yaml: str) -> None:
+        self.save(record)  # first: from here on a second submission finds it
         self.storage.put(f"{self._folder}/manifest.yaml", manifest_yaml.encode())
-        self.save(record)
 
     def save(self, record: RunRecord) -> None:
         self.storage.put(f"{self._folder}/run.json", record.model_dump_json(by_alias=True, indent=1).encode())
