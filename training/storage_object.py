@@ -53,7 +53,7 @@ _OPTIONS = (
     "attempts",
 )
 _REFUSED = (AlreadyExistsError, PreconditionError)
-_LARGE = 256 << 20  # bytes; a larger file goes up in parts, which a killed writer leaves to the bucket's lifecycle rule
+_LARGE = 64 << 20  # bytes; a larger file goes up in parts, which a killed writer leaves to the bucket's lifecycle rule
 _CHUNK = 4 << 20
 
 
