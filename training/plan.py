@@ -30,12 +30,18 @@ class Profile(Closed):
 
 
 class PackPlan(Closed):
-    """Subjects that train on one device: `slots` at once, the rest follow as slots become free."""
+    """Subjects that train on one device: `slots` at once, the rest follow as slots become free.
+
+    `rows` of the fused batch are the most that one of them takes; `state_bytes` is weights, gradients and moments of
+    all slots.
+    """
 
     profile: Profile
     subjects: tuple[str, ...]
     slots: int
     rank: int
+    rows: int
+    state_bytes: int
     memory_mb: float
 
 
@@ -108,18 +114,20 @@ def plan_run(manifest: Manifest, base: BaseFacts, *, lanes: int = 1, max_rows: i
 def _packs(
     profile: Profile, group: Sequence[SubjectSpec], base: BaseFacts, lanes: int, max_rows: int
 ) -> Iterable[PackPlan]:
-    slots_each = max(1, max_rows // max(rows_of(subject) for subject in group))
+    rows = max(rows_of(subject) for subject in group)
     count = min(lanes, len(group))
     for turn in range(count):
         subjects = group[turn::count]
-        slots = min(slots_each, len(subjects))
-        rank = max(subject.lora.rank for subject in subjects)
+        slots = min(max(1, max_rows // rows), len(subjects))
+        state = slots * STATE_BYTES * max(adapter_parameters(subject, base) for subject in subjects)
         yield PackPlan(
             profile=profile,
             subjects=tuple(subject.id for subject in subjects),
             slots=slots,
-            rank=rank,
-            memory_mb=_memory_bytes(profile, subjects, slots, base) / 1e6,
+            rank=max(subject.lora.rank for subject in subjects),
+            rows=rows,
+            state_bytes=state,
+            memory_mb=(state + _activation_bytes(profile, slots * rows, base)) / 1e6,
         )
 
 
@@ -146,14 +154,12 @@ def adapter_bytes(subject: SubjectSpec, base: BaseFacts) -> int:
     return 2 * adapter_parameters(subject, base)
 
 
-def _memory_bytes(profile: Profile, subjects: Sequence[SubjectSpec], slots: int, base: BaseFacts) -> float:
-    """An estimate: the frozen base, the slots' state, and saved activations of every row."""
+def _activation_bytes(profile: Profile, rows: int, base: BaseFacts) -> float:
+    """An estimate of the frozen base and what the forward of all rows saves; a lane measures before it starts."""
     wide = 4 if profile.mixed_precision == "no" else 2
-    state = slots * STATE_BYTES * max(adapter_parameters(subject, base) for subject in subjects)
     side = base.latent_side * profile.resolution / base.resolution
-    rows = slots * max(rows_of(subject) for subject in subjects)
     saved = 0.15 if profile.gradient_checkpointing is True else 1.0
-    return wide * base.parameters + state + rows * saved * ACTIVATION_BYTES * base.width * side**2 * wide / 2
+    return wide * base.parameters + rows * saved * ACTIVATION_BYTES * base.width * side**2 * wide / 2
 
 
 def unmatched_targets(subject: SubjectSpec, base: BaseFacts) -> list[str]:

@@ -1,7 +1,8 @@
 """From a trained subject to a published version: weights, card, samples, loss curve, events."""
 
 import io
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from training.bank import Bank
 from training.base import Base
 from training.card import Card, Chosen
 from training.checkpoint import HISTORY, SubjectState
-from training.events import event_file
+from training.events import NAME as EVENTS, event_file
 from training.loss_plot import plot_losses
 from training.manifest import SubjectSpec
 from training.photos import Photos
@@ -37,6 +38,8 @@ class Publication:
     photos: Photos
     run: str
     tenant: str
+    rates: Mapping[int, float] = field(default_factory=dict)
+    samples: Mapping[int, Sequence[Image.Image]] = field(default_factory=dict)
 
 
 def publish_subject(
@@ -55,16 +58,16 @@ def publish_subject(
         },
     )
     weights = save_adapter(named)
-    extras = {f"samples/{index}.png": png for index, png in enumerate(draw_samples(base, spec, bank, slot, scale))}
+    drawn = draw_samples(base, spec, bank, slot, scale)
+    extras = {f"samples/{index}.png": png_bytes(image) for index, image in enumerate(drawn)}
     extras["loss.png"] = plot_losses(history, spec.id)
-    name, events = event_file(history)
-    extras[f"events/{name}"] = events
+    extras[f"events/{EVENTS}"] = event_file(history, publication.rates, publication.samples)
     card = make_card(base, publication, weights)
     return registry.publish(publication.tenant, spec.id, weights, card, extras).version
 
 
-def draw_samples(base: Base, spec: SubjectSpec, bank: Bank, slot: int, scale: float) -> list[bytes]:
-    """PNG bytes of the subject's sample prompts with fixed seeds: what a person looks at first."""
+def draw_samples(base: Base, spec: SubjectSpec, bank: Bank, slot: int, scale: float) -> list[Image.Image]:
+    """The subject's sample prompts with fixed seeds: what a person looks at first."""
     prompts = [spec.fill(prompt) for prompt in spec.sample_prompts] or [spec.filled_instance_prompt]
     prompts = [prompts[index % len(prompts)] for index in range(max(SAMPLES, len(prompts)))]
     latents = sample(
@@ -79,7 +82,7 @@ def draw_samples(base: Base, spec: SubjectSpec, bank: Bank, slot: int, scale: fl
         slots=[slot] * len(prompts),
         scales=[scale] * len(prompts),
     )
-    return [png_bytes(Image.fromarray(pixels.numpy())) for pixels in to_pixels(base.decode(latents))]
+    return [Image.fromarray(pixels.numpy()) for pixels in to_pixels(base.decode(latents))]
 
 
 def png_bytes(image: Image.Image) -> bytes:

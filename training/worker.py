@@ -6,21 +6,24 @@ a reason; it never raises here and never costs another subject a step.
 
 import logging
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
+from PIL import Image
 
 from training.base import Base
 from training.checkpoint import SubjectState, dump_state, load_state
 from training.errors import SubjectFailed, UserError
+from training.events import NAME as EVENTS, event_file
 from training.intake import read_files
 from training.latents import LatentSet, encode_photos, load_latents, photos_key, save_latents
 from training.manifest import SubjectSpec
+from training.memory import fit_rows
 from training.pack import Pack, Report, Subject
 from training.photos import Photos, photos
 from training.plan import PackPlan
 from training.prior import prepare_prior
-from training.publish import Publication, publish_subject
+from training.publish import Publication, draw_samples, png_bytes, publish_subject
 from training.registry import Registry
 from training.run import RunStore
 from training.source import Beat, Kind, Orders, Outcome, Source, Task
@@ -39,6 +42,8 @@ class _Held:
     since: float
     found: Photos | None = None
     saved_step: int = -1
+    rates: dict[int, float] = field(default_factory=dict)
+    samples: dict[int, list[Image.Image]] = field(default_factory=dict)
 
 
 class Worker:
@@ -53,18 +58,9 @@ class Worker:
         self.tenant = tenant
         self.root = root
         self.registry = Registry(run.storage)
-        self.pack = Pack(
-            base,
-            slots=plan.slots,
-            rank=plan.rank,
-            targets={
-                "unet": plan.profile.targets,
-                **({"text_encoder": plan.profile.text_encoder_targets} if plan.profile.text_encoder_targets else {}),
-            },
-            gradient_checkpointing=plan.profile.gradient_checkpointing is True,
-        )
         self._held: dict[str, _Held] = {}
         self._beat = Beat()
+        self.pack, self._limit = self._make_pack(plan)
         self._beaten = 0.0
         self._stop = False
         self._rate: list[tuple[float, int]] = []
@@ -73,10 +69,30 @@ class Worker:
     def storage(self) -> Storage:
         return self.run.storage
 
+    def _make_pack(self, plan: PackPlan) -> tuple[Pack, int]:
+        """The pack, and how many subjects at once fit on this device."""
+        profile, limit = plan.profile, plan.slots
+        checkpointing = profile.gradient_checkpointing is True
+        if profile.gradient_checkpointing == "auto":
+            wanted = plan.slots * plan.rows
+            fit = fit_rows(self.base, wanted, state_bytes=plan.state_bytes, resolution=profile.resolution)
+            checkpointing, limit = fit.checkpointing, max(1, fit.rows // plan.rows)
+            if checkpointing:
+                self._beat.notes.append(fit.why)
+        targets = {"unet": profile.targets, "text_encoder": profile.text_encoder_targets}
+        pack = Pack(
+            self.base,
+            slots=plan.slots,
+            rank=plan.rank,
+            targets={component: ends for component, ends in targets.items() if ends},
+            gradient_checkpointing=checkpointing,
+        )
+        return pack, limit
+
     def work(self) -> None:
         """Until the source has nothing more, or says stop."""
         try:
-            for progress in train(self.pack, self._feed):
+            for progress in train(self.pack, self._feed, limit=self._limit):
                 self._follow(progress)
                 if self._stop:
                     break
@@ -172,14 +188,29 @@ class Worker:
         self._beat.steps[report.id], self._beat.losses[report.id] = report.step, report.loss
         every = held.task.spec.train.checkpoint_every
         last = report.step >= held.task.spec.train.max_steps
-        if report.failure is None and (report.step % every == 0 or last):
+        if report.failure is not None:
+            return
+        held.rates[report.step] = self._beat.images_per_second
+        if held.task.spec.train.sample_every and report.step % held.task.spec.train.sample_every == 0:
+            self._sample(report.id, report.step)
+        if report.step % every == 0 or last:
             self._checkpoint(report.id)
+
+    def _sample(self, id: str, step: int) -> None:
+        """Sample images of a subject that is still training, kept with the run."""
+        held = self._held[id]
+        held.samples[step] = draw_samples(self.base, held.task.spec, self.pack.bank, *self.pack.slot(id))
+        for index, image in enumerate(held.samples[step]):
+            key = self.run.subject_key(id, "samples", f"{step:08d}-{index}.png")
+            self.storage.put(key, png_bytes(image))
 
     def _checkpoint(self, id: str) -> None:
         state = self.pack.state(id)
         held = self._held[id]
         if state.step > held.saved_step:
             self.run.save_checkpoint(id, state.step, dump_state(state), held.task.spec.train.keep_checkpoints)
+            events = event_file(state.history, held.rates, held.samples)
+            self.storage.put(self.run.subject_key(id, "events", EVENTS), events)
             held.saved_step = state.step
 
     def _checkpoint_all(self) -> None:
@@ -206,6 +237,8 @@ class Worker:
             photos=held.found,
             run=self.run.run,
             tenant=self.tenant,
+            rates=held.rates,
+            samples=held.samples,
         )
         slot, scale = self.pack.slot(ended.id)
         version = publish_subject(self.registry, self.base, publication, self.pack.bank, slot, scale)
