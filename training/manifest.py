@@ -14,6 +14,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from training.errors import UserError
+from training.gate import EvaluateSpec, GateSpec
 
 ID_PATTERN = r"[a-z0-9][a-z0-9._-]{0,62}"
 Id = Annotated[str, Field(pattern=rf"^{ID_PATTERN}$", description="[a-z0-9][a-z0-9._-]{0,62}")]
@@ -126,6 +127,8 @@ class SubjectSettings(Closed):
     lora: LoraSpec = LoraSpec.model_construct()
     prior: PriorSpec = PriorSpec.model_construct()
     train: TrainSpec = TrainSpec.model_construct()
+    evaluate: EvaluateSpec = EvaluateSpec.model_construct()
+    publish_if: GateSpec = GateSpec.model_construct()
 
 
 class SubjectSpec(SubjectSettings):
@@ -143,10 +146,12 @@ class SubjectSpec(SubjectSettings):
 
     @model_validator(mode="after")
     def _prompts_can_be_filled(self) -> "SubjectSpec":
-        for prompt in (self.instance_prompt, self.class_prompt, *self.sample_prompts):
+        for prompt in (self.instance_prompt, self.class_prompt, *self.sample_prompts, *self.evaluate.prompts):
             for name in re.findall(r"{(\w*)}", prompt):
                 if name != "class":
                     raise ValueError(f"`{{{name}}}` in prompt {prompt!r}: only {{class}} can be filled in")
+        if self.publish_if.conditions and not self.evaluate.enabled:
+            raise ValueError("`publish_if` needs scores; leave `evaluate.enabled` on or take the gate away")
         if self.class_ is None:
             raise ValueError("`class` is missing: name the class noun (dog, person, backpack), here or in `defaults`")
         return self
