@@ -235,15 +235,21 @@ def _reference(exam: Exam, judges: Judges, bare: _Sheet, drawn: Drawn) -> _Refer
 def _fidelity_span(
     judges: Judges, prompts: Sequence[str], images: Sequence[Sequence[Image.Image]]
 ) -> tuple[float, float]:
-    """The mean agreement of the base's pictures with the other prompts, and with their own."""
+    """The mean agreement of the base's pictures with the other prompts, and with their own, where the model can judge
+    it."""
     firsts = [group[0] for group in images]
     pairs = [(image, prompt) for image in firsts for prompt in prompts]
     agreed = judges.fidelity.agree([image for image, _ in pairs], [prompt for _, prompt in pairs])
     table = agreed.reshape(len(firsts), len(prompts))
-    own = table.diagonal().mean().item()
-    if len(prompts) < 2:
-        return 0.0, own
-    return ((table.sum() - table.diagonal().sum()) / (len(prompts) * (len(prompts) - 1))).item(), own
+    own = mean_known(table.diagonal())
+    other = mean_known(table[~torch.eye(len(prompts), dtype=torch.bool)])
+    return other or 0.0, 1.0 if own is None else own
+
+
+def mean_known(values: Tensor) -> float | None:
+    """The mean of the values that are numbers; None if none is."""
+    known = values[~values.isnan()]
+    return known.mean().item() if len(known) else None
 
 
 def _with_mirrors(judges: Judges, photos: Sequence[Image.Image]) -> Tensor:
@@ -279,7 +285,7 @@ def _score(exam: Exam, judges: Judges, reference: _Reference, sheet: _Sheet, dra
     values: list[tuple[str, float | None, str]] = [
         ("likeness", scores.likeness(embedded, reference.judged_by_PE), alike),
         ("likeness_training", scores.likeness(embedded, reference.photos_PE), alike),
-        ("fidelity", judges.fidelity.agree(images, prompts).mean().item(), judges.fidelity.name),
+        ("fidelity", mean_known(judges.fidelity.agree(images, prompts)), judges.fidelity.name),
         ("diversity", scores.diversity(seeds), alike),
         ("pres", pres, alike),
         ("class_drift", scores.share(pres, reference.pres_floor, reference.pres_ceiling), alike),
@@ -306,7 +312,8 @@ def _identity(judges: Judges, reference: _Reference, images: Sequence[Image.Imag
 
 
 def _candidate(spec: SubjectSpec, reference: _Reference, of_step: Mapping[str, Score], step: int) -> Candidate:
-    fidelity = of_step["fidelity"].value
+    # prompts that nobody can judge take no part in the choice
+    fidelity = of_step["fidelity"].value if "fidelity" in of_step else reference.fidelity_ceiling
     return Candidate(
         step=step,
         likeness=scores.share(of_step["likeness"].value, reference.floor, reference.ceiling),

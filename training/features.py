@@ -53,7 +53,7 @@ class TextModel(Protocol):
     name: str
 
     def agree(self, images: Images, prompts: Sequence[str]) -> Tensor:
-        """fp32 [N] on the CPU, higher is better."""
+        """fp32 [N] on the CPU, higher is better; NaN where the prompt asks for nothing that the model knows."""
 
 
 class EfficientNetLite0:
@@ -114,19 +114,20 @@ class PocketJudge:
 
     @torch.inference_mode()
     def agree(self, images: Images, prompts: Sequence[str]) -> Tensor:
-        """The mean probability of the words that the prompt asks for; 1 where it asks for none that it knows."""
+        """The mean probability of the places and colours that the prompt asks for. The noun is not asked: whether it is
+        this very dog is for the likeness to say."""
         config = self._judge.config
-        heads = [logits.softmax(1) for logits in self._judge(to_pixels(images))]
+        heads = [logits.softmax(1) for logits in self._judge(to_pixels(images))[1:]]
         found = []
         for row, prompt in enumerate(prompts):
             words = re.findall(r"[a-z]+", prompt.lower())
             asked = [
                 head[row, known.index(word)]
-                for head, known in zip(heads, (config.classes, config.places, config.colours), strict=True)
+                for head, known in zip(heads, (config.places, config.colours), strict=True)
                 for word in words
                 if word in known
             ]
-            found.append(torch.stack(asked).mean() if asked else torch.tensor(1.0))
+            found.append(torch.stack(asked).mean() if asked else torch.tensor(torch.nan))
         return torch.stack(found)
 
 
