@@ -1,0 +1,94 @@
+"""A manifest on the tiny base, and the command line as users run it."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+# Ray reads it when it is imported: everything on 127.0.0.1
+os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+
+from tests.tiny import tiny_images
+
+MANIFEST = """\
+version: 1
+name: {name}
+base: {base}
+defaults:
+  instance_prompt: "a photo of sks {{class}}"
+  class: dog
+  prior: {{enabled: false}}
+  train: {{max_steps: {steps}, checkpoint_every: {every}, learning_rate: 1.0e-3}}
+subjects:
+"""
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a command ended."""
+
+    status: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+    def states(self) -> dict[str, str]:
+        return {subject["id"]: subject["state"] for subject in self.json["subjects"]}
+
+
+@dataclass(frozen=True)
+class Desk:
+    """A user's folder with a tiny base, where manifests are written and commands are run."""
+
+    folder: Path
+    base: Path
+
+    @property
+    def storage(self) -> Path:
+        return self.folder / "storage"
+
+    def manifest(self, *ids: str, name: str = "pets", steps: int = 20, every: int = 5, tail: str = "") -> Path:
+        """Writes a manifest and photos of these subjects."""
+        for seed, id in enumerate(ids):
+            tiny_images(self.folder / "images" / id, seed=seed)
+        text = MANIFEST.format(name=name, base=self.base, steps=steps, every=every)
+        text += "".join(f"  - {{id: {id}, images: images/{id}}}\n" for id in ids) + tail
+        path = self.folder / f"{name}.yaml"
+        path.write_text(text)
+        return path
+
+    def start(self, *arguments: str | Path) -> "subprocess.Popen[str]":
+        command = [sys.executable, "-m", "ray_app.cli", *map(str, arguments)]
+        environment = {**os.environ, "DREAMFLEET_STORAGE": str(self.storage), "OMP_NUM_THREADS": "1"}
+        return subprocess.Popen(
+            command,
+            cwd=self.folder,
+            env=environment,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+
+    def run(self, *arguments: str | Path, timeout_s: float = 240) -> Result:
+        """Runs `dreamfleet` with these arguments to its end."""
+        with self.start(*arguments) as process:
+            try:
+                out, err = process.communicate(timeout=timeout_s)
+            except subprocess.TimeoutExpired:
+                process.terminate()
+                out, err = process.communicate(timeout=60)
+                raise AssertionError(f"timed out; stdout:\n{out}\nstderr:\n{err}") from None
+            return Result(process.returncode, out, err)
+
+
+@pytest.fixture
+def desk(tmp_path: Path, tiny_folder: Path) -> Desk:
+    return Desk(tmp_path, tiny_folder)
