@@ -1,6 +1,7 @@
 """`adapters`: the registry of a storage from the command line."""
 
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -11,6 +12,8 @@ from training.errors import UserError
 from training.storage import open_storage
 
 if TYPE_CHECKING:
+    from serving.library import Library
+    from training.formats import Format
     from training.registry import Registry, Resolved
 
 
@@ -32,7 +35,8 @@ def list_(storage: str, tenant: str, as_json: bool) -> None:
         return click.echo(f"no adapters of tenant '{tenant}' in {open_storage(storage)}")
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in ("adapter", "version", "base", "rank", "steps", "size", "published"):
-        table.add_column(column, justify="right" if column in ("rank", "steps", "size") else "left")
+        right = column in ("rank", "steps", "size")
+        table.add_column(column, justify="right" if right else "left", overflow="fold")
     for resolved in found:
         card = resolved.card
         size = f"{card.size / 1e6:.2f} MB"
@@ -77,6 +81,91 @@ def delete(adapter: str, storage: str, tenant: str, yes: bool, as_json: bool) ->
     if as_json:
         return options.print_json({"deleted": name})
     click.echo(f"deleted {name}")
+
+
+@adapters.command()
+@click.argument("adapter")
+@click.option("--format", "format_", type=click.Choice(["diffusers", "kohya", "lora_diffusion"]), default="diffusers")
+@click.option("--out", type=click.Path(path_type=Path, file_okay=False), default=".", show_default=True)
+@click.option("--base", help="the base's name or folder, if not the one the card names")
+@options.storage
+@options.tenant
+@options.as_json
+def export(
+    adapter: str, format_: "Format", out: Path, base: str | None, storage: str, tenant: str, as_json: bool
+) -> None:
+    """Write ADAPTER ([TENANT/]ID[@VERSION]) as files that other programs read."""
+    from training.adapter import load_adapter
+    from training.formats import Label, export_adapter
+
+    registry = _registry(storage)
+    resolved = _resolve(registry, adapter, tenant)
+    weights = load_adapter(registry.weights(resolved))
+    library = _library(registry, base or resolved.card.base)
+    label = Label(name=resolved.id, resolution_px=library.facts.resolution)
+    files = export_adapter(weights, format_, library.shapes().keys(), label)
+    out.mkdir(parents=True, exist_ok=True)
+    for name, data in files.items():
+        (out / name).write_bytes(data)
+    if as_json:
+        return options.print_json({"files": [str(out / name) for name in files]})
+    for name in files:
+        click.echo(str(out / name))
+
+
+@adapters.command("import")
+@click.argument("id")
+@click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--base", default="pocket", show_default=True, help="the base it was trained on")
+@click.option("--trigger", default="", help="the words that call the subject up")
+@click.option("--public", is_flag=True, help="other tenants may generate with it")
+@options.storage
+@options.tenant
+@options.as_json
+def import_(
+    id: str,
+    files: tuple[Path, ...],
+    base: str,
+    trigger: str,
+    public: bool,
+    storage: str,
+    tenant: str,
+    as_json: bool,
+) -> None:
+    """Publish FILES (diffusers, kohya, lora_diffusion or PEFT; one folder or its files) as adapter ID."""
+    from serving.config import EngineSpec
+    from training.adapter import save_adapter
+    from training.formats import import_adapter
+
+    library = _library(_registry(storage), base)
+    adapter = import_adapter(_read(files), library.shapes().keys())
+    data = save_adapter(adapter)
+    resolved = library.upload(tenant, id, data, EngineSpec(), public=public, trigger=trigger)
+    if as_json:
+        return options.print_json(_short(resolved))
+    click.echo(f"{resolved.tenant}/{resolved.id}@{resolved.version[:12]}")
+
+
+def _read(paths: tuple[Path, ...]) -> dict[str, bytes]:
+    """The files by name; a folder stands for the files in it."""
+    files: dict[str, bytes] = {}
+    for path in paths:
+        for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+            try:
+                files[file.name] = file.read_bytes()
+            except OSError as error:
+                raise UserError(f"Cannot read '{file}': {error.strerror}. Give safetensors files.") from None
+    return files
+
+
+def _library(registry: "Registry", base: str) -> "Library":
+    from serving.library import Library
+    from serving.request import read_facts
+    from training.base_folder import find_base
+
+    folder = find_base(base)
+    # a card names no place on this machine
+    return Library(registry, folder, read_facts(folder.name if Path(base).is_dir() else base, folder))
 
 
 def _registry(storage: str) -> "Registry":

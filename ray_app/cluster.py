@@ -7,6 +7,7 @@ import logging
 import os
 import secrets
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -79,9 +80,12 @@ def check_address(address: str) -> str:
 def connect(address: str = LOCAL) -> Iterator[Cluster]:
     """Joins the cluster at `address`, or starts one for this process alone that ends with it, however it ends.
 
-    Raises UserError if there is no such cluster.
+    Inside another `connect` it is that one's cluster. Raises UserError if there is no such cluster.
     """
     check_address(address)
+    if "ray" in sys.modules and sys.modules["ray"].is_initialized():
+        yield current()._replace(local=address == LOCAL)
+        return
     if address.startswith(JOBS):
         raise UserError(f"Address {address!r} is a Ray Jobs address: it takes `train` only. Use ray://host:10001 here.")
     os.environ.update({name: value for name, value in _ALL_SETTINGS.items() if name not in os.environ})

@@ -8,6 +8,8 @@ from typing import TypeVar
 import click
 from rich.console import Console
 
+PLAIN_WIDTH = 200
+
 Function = TypeVar("Function", bound=Callable[..., object])
 
 as_json = click.option("--json", "as_json", is_flag=True, help="one JSON object on stdout, everything else on stderr")
@@ -30,7 +32,9 @@ tenant = click.option("--tenant", default="default", show_default=True, envvar="
 
 def console(as_json: bool = False) -> Console:
     """Where a person reads: stdout, but stderr when stdout is for JSON."""
-    return Console(stderr=as_json, highlight=False, soft_wrap=not (sys.stderr if as_json else sys.stdout).isatty())
+    stream = sys.stderr if as_json else sys.stdout
+    # where no terminal sets a width, nothing shall be cut off
+    return Console(file=stream, highlight=False, width=None if stream.isatty() else PLAIN_WIDTH)
 
 
 def print_json(value: Mapping[str, object]) -> None:
