@@ -20,38 +20,40 @@ TEXT_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
 class Limits(Closed):
     """What one request, and one tenant, may ask for."""
 
-    images: int = Field(10, ge=1, le=64, description="images a request (n)")
-    steps: int = Field(150, ge=1, le=1000)
-    side_px: int = Field(2048, ge=16, le=8192)
-    pixels: int = Field(2048 * 2048, ge=256, description="width x height x n of one request")
-    prompt_chars: int = Field(2000, ge=1)
-    adapters: int = Field(8, ge=1, le=64, description="adapters mixed in one request")
-    weight: float = Field(10.0, gt=0, description="the largest weight of an adapter, either sign")
-    body_bytes: int = Field(24 * 2**20, ge=1024)
-    upload_bytes: int = Field(512 * 2**20, ge=1024, description="size of an uploaded adapter file")
-    deadline_s: float = Field(600, gt=0, description="a request that is not done by then fails with 504")
-    tenant_running: int = Field(64, ge=1, description="requests of one tenant waiting or running at once")
-    tenant_per_minute: int = Field(6000, ge=1, description="requests of one tenant in a minute")
+    images: int = Field(default=10, ge=1, le=64, description="images a request (n)")
+    steps: int = Field(default=150, ge=1, le=1000)
+    side_px: int = Field(default=2048, ge=16, le=8192)
+    pixels: int = Field(default=2048 * 2048, ge=256, description="width x height x n of one request")
+    prompt_chars: int = Field(default=2000, ge=1)
+    adapters: int = Field(default=8, ge=1, le=64, description="adapters mixed in one request")
+    weight: float = Field(default=10.0, gt=0, description="the largest weight of an adapter, either sign")
+    body_bytes: int = Field(default=24 * 2**20, ge=1024)
+    upload_bytes: int = Field(default=512 * 2**20, ge=1024, description="size of an uploaded adapter file")
+    deadline_s: float = Field(default=600, gt=0, description="a request that is not done by then fails with 504")
+    tenant_running: int = Field(default=64, ge=1, description="requests of one tenant waiting or running at once")
+    tenant_per_minute: int = Field(default=6000, ge=1, description="requests of one tenant in a minute")
 
 
 class EngineSpec(Closed):
     """Sizes and budgets of one engine."""
 
-    device: str | None = Field(None, description="cpu, cuda, cuda:1; by default CUDA where it works")
-    dtype: Literal["auto", "fp32", "bf16", "fp16"] = Field("auto", description="auto: fp32 on a CPU, fp16 on CUDA")
-    threads: int | None = Field(None, ge=1, description="CPU threads of the compute thread")
-    slots: int = Field(16, ge=1, le=65536, description="adapters on the device at once")
-    rank: int = Field(32, ge=1, le=1024, description="the largest adapter rank served")
+    device: str | None = Field(default=None, description="cpu, cuda, cuda:1; by default CUDA where it works")
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        default="auto", description="auto: fp32 on a CPU, fp16 on CUDA"
+    )
+    threads: int | None = Field(default=None, ge=1, description="CPU threads of the compute thread")
+    slots: int = Field(default=16, ge=1, le=65536, description="adapters on the device at once")
+    rank: int = Field(default=32, ge=1, le=1024, description="the largest adapter rank served")
     targets: tuple[str, ...] = UNET_TARGETS
     text_encoder_targets: tuple[str, ...] = TEXT_TARGETS
-    max_rows: int = Field(32, ge=1, description="rows of one forward; an image with guidance takes two")
-    queue: int = Field(256, ge=1, description="images that may wait; beyond it requests get 429")
-    decode_rows: int = Field(4, ge=1, description="images decoded between two denoising steps")
-    host_bytes: int = Field(2 * 2**30, ge=0, description="host memory for adapters that are not on the device")
-    prompt_cache: int = Field(512, ge=0, description="prompt embeddings kept")
-    loaders: int = Field(4, ge=1, le=64, description="threads that fetch and unpack adapters")
+    max_rows: int = Field(default=32, ge=1, description="rows of one forward; an image with guidance takes two")
+    queue: int = Field(default=256, ge=1, description="images that may wait; beyond it requests get 429")
+    decode_rows: int = Field(default=4, ge=1, description="images decoded between two denoising steps")
+    host_bytes: int = Field(default=2 * 2**30, ge=0, description="host memory for adapters that are not on the device")
+    prompt_cache: int = Field(default=512, ge=0, description="prompt embeddings kept")
+    loaders: int = Field(default=4, ge=1, le=64, description="threads that fetch and unpack adapters")
     fixed_rows: bool = Field(
-        False,
+        default=False,
         description="pad every forward to `max_rows`: the same seed gives the same bits in any company, at a price",
     )
 
@@ -59,12 +61,13 @@ class EngineSpec(Closed):
 class ServeSpec(Closed):
     """A whole server."""
 
-    base: str = "pocket"
+    base: str = Field(default="pocket", description="pocket, a diffusers folder or a hub id")
     storage: str = "./storage"
-    keys: str | None = Field(None, description="tenants and keys file; none: loopback only, one tenant")
+    keys: str | None = Field(default=None, description="tenants and keys file; none: loopback only, one tenant")
     engine: EngineSpec = EngineSpec.model_construct()
     limits: Limits = Limits.model_construct()
-    steps: int = Field(25, ge=1, le=1000, description="default of a request")
-    guidance_scale: float = Field(5.0, ge=0, le=50, description="default of a request")
+    steps: int = Field(default=25, ge=1, le=1000, description="default of a request")
+    guidance_scale: float = Field(default=5.0, ge=0, le=50, description="default of a request")
     scheduler: SamplerName = "ddim"
-    refresh_s: float = Field(1.0, ge=0, description="how old what is known about `current` may be")
+    disk_bytes: int = Field(default=10 * 2**30, ge=0, description="local disk for adapters of an object store; 0: none")
+    refresh_s: float = Field(default=1.0, ge=0, description="how old what is known about `current` may be")

@@ -10,7 +10,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -122,8 +122,7 @@ class EngineLoop:
                     continue
                 self.engine.woken.clear()
                 self._obey()
-                for outcome in self.engine.step():
-                    self._tell(outcome)
+                self._tell(self.engine.step())
         except BaseException as error:
             logger.exception("the engine is broken and has stopped")
             self._broken = error
@@ -133,7 +132,7 @@ class EngineLoop:
         self._obey()
         for job in list(self._listeners):
             reason = NotReady("The server is shutting down; try again.")
-            self._tell(Failed(job, reason if self._broken is None else GenerationFailed("The engine has stopped.")))
+            self._tell([Failed(job, reason if self._broken is None else GenerationFailed("The engine has stopped."))])
 
     def _obey(self) -> None:
         while self._commands:
@@ -146,12 +145,14 @@ class EngineLoop:
         self._listeners[job] = listener
         return job
 
-    def _tell(self, outcome: Outcome) -> None:
-        listener = self._listeners.get(outcome.job)
-        if listener is not None:
-            listener.hear(outcome)
-        if outcome.job.over:
-            self._listeners.pop(outcome.job, None)
+    def _tell(self, outcomes: Sequence[Outcome]) -> None:
+        for outcome in outcomes:
+            listener = self._listeners.get(outcome.job)
+            if listener is not None:
+                listener.hear(outcome)
+        for outcome in outcomes:  # only now: one step may end several images of a job
+            if outcome.job.over:
+                self._listeners.pop(outcome.job, None)
 
     # -- from any thread --
 

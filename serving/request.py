@@ -52,17 +52,17 @@ class GenerateRequest(Closed):
     adapters: tuple[AdapterUse, ...] = ()
     width: int = Field(ge=1, description="pixels")
     height: int = Field(ge=1, description="pixels")
-    count: int = Field(1, ge=1)
+    count: int = Field(default=1, ge=1)
     seed: int = Field(ge=0, le=MAX_SEED)
     steps: int = Field(ge=1)
     guidance_scale: float = Field(ge=0)
     scheduler: SamplerName = "ddim"
-    image: bytes | None = Field(None, description="an encoded picture to start from (image-to-image)")
-    strength: float = Field(0.8, gt=0, le=1, description="how much of the picture is made anew")
-    previews: int = Field(0, ge=0, description="previews of each image while it runs")
+    image: bytes | None = Field(default=None, description="an encoded picture to start from (image-to-image)")
+    strength: float = Field(default=0.8, gt=0, le=1, description="how much of the picture is made anew")
+    previews: int = Field(default=0, ge=0, description="previews of each image while it runs")
     output_format: ImageFormat = "png"
-    output_quality: int = Field(95, ge=0, le=100, description="of jpeg and webp")
-    deadline_s: float = Field(600.0, gt=0)
+    output_quality: int = Field(default=95, ge=0, le=100, description="of jpeg and webp")
+    deadline_s: float = Field(default=600.0, gt=0)
 
 
 class Preview(Closed):
@@ -96,8 +96,12 @@ class BaseFacts(Closed):
     multiple: int = Field(description="width and height are multiples of it, pixels")
 
 
-def read_facts(name: str, folder: Path) -> BaseFacts:
-    """The facts of a base in a diffusers folder, from its configs alone."""
+def read_facts(base: str, folder: Path) -> BaseFacts:
+    """The facts of the base that the server calls `base`, from the configs in its folder.
+
+    Clients see its name without the path that it may have on this machine.
+    """
+    name = Path(base).name if Path(base).is_absolute() or base.startswith((".", "~")) else base
     unet = json.loads((folder / "unet" / "config.json").read_text())
     vae = json.loads((folder / "vae" / "config.json").read_text())
     scale = 2 ** (len(vae["block_out_channels"]) - 1)

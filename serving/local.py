@@ -1,0 +1,72 @@
+"""A whole server in one process: engine, loop and app over one storage. Ray's replicas are made of the same parts."""
+
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from fastapi import FastAPI
+
+from serving.api import create_app, open_keys
+from serving.config import EngineSpec, ServeSpec
+from serving.disk import DiskCache
+from serving.engine import Engine
+from serving.job import EngineStats
+from serving.library import Fetcher, Library
+from serving.loop import EngineLoop
+from serving.request import AdapterRef, read_facts
+from training.base import best_device, load_base
+from training.base_folder import find_base
+from training.registry import Registry
+from training.storage import LocalStorage, open_storage
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True, slots=True)
+class LocalEngines:
+    """The one engine of this process, as the app sees all engines."""
+
+    loop: EngineLoop
+
+    async def forget(self, ref: AdapterRef) -> None:
+        self.loop.forget(ref)
+
+    async def preload(self, ref: AdapterRef) -> None:
+        self.loop.preload(ref)
+
+    async def stats(self) -> Mapping[str, EngineStats]:
+        return {"local": self.loop.stats()}
+
+    async def ready(self) -> bool:
+        return self.loop.healthy
+
+
+def make_engine(spec: ServeSpec) -> Engine:
+    """Loads the base and lays a bank over it."""
+    device = torch.device(spec.engine.device) if spec.engine.device else best_device()
+    base = load_base(spec.base, device=device, dtype=_dtype(spec.engine, device))
+    storage = open_storage(spec.storage)
+    disk = None
+    if not isinstance(storage, LocalStorage) and spec.disk_bytes:
+        disk = DiskCache(Path(tempfile.gettempdir(), "dreamfleet-adapters"), spec.disk_bytes)
+    return Engine(base, spec.engine, Fetcher(Registry(storage), disk))
+
+
+def make_app(spec: ServeSpec, loop: EngineLoop) -> FastAPI:
+    """The app over one local engine."""
+    return create_app(loop.stream, LocalEngines(loop), open_library(spec), spec, open_keys(spec.keys))
+
+
+def open_library(spec: ServeSpec) -> Library:
+    """The adapters on the server's storage, for its base."""
+    folder = find_base(spec.base)
+    registry = Registry(open_storage(spec.storage))
+    return Library(registry, folder, read_facts(spec.base, folder), refresh_s=spec.refresh_s)
+
+
+def _dtype(spec: EngineSpec, device: torch.device) -> torch.dtype:
+    if spec.dtype == "auto":
+        return torch.float16 if device.type == "cuda" else torch.float32
+    return _DTYPES[spec.dtype]
