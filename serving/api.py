@@ -15,13 +15,15 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving import api_adapters, api_images, api_sdapi
 from serving.config import Limits, ServeSpec
+from serving.errors import GenerationFailed
 from serving.intake import Intake
 from serving.library import Library
-from serving.problems import Problem, describe
-from serving.replies import Replies
+from serving.problems import ApiError, Problem, describe
+from serving.replies import KeyReused, Replies
 from serving.service import Engines, Generate, Service, request_id, service_of
 from serving.tenants import Keys, Quota
 from serving.wire import ErrorAnswer, Health
+from training.errors import UserError
 
 DESCRIPTION = """One base, any number of adapters, each request its own mix.
 
@@ -49,7 +51,7 @@ def create_app(
     )
     app.state.replies = Replies[Response]()
     app.state.under = {}
-    for kind in (RequestValidationError, HTTPException, Exception):
+    for kind in (ApiError, UserError, GenerationFailed, KeyReused, RequestValidationError, HTTPException):
         app.add_exception_handler(kind, _told)
     app.include_router(api_images.router)
     app.include_router(api_adapters.router)
@@ -81,7 +83,7 @@ async def _told(request: Request, error: Exception) -> Response:
 
 
 class Observed:
-    """Counts and times requests by route, and gives each its id."""
+    """Counts and times requests by route, gives each its id, and answers what no error handler expected."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -105,6 +107,11 @@ class Observed:
         metrics.open.inc()
         try:
             await self._app(scope, receive, marked)
+        except Exception as error:
+            problem = describe(error)
+            if status:  # part of the answer is out: breaking off is all that is left
+                raise
+            await JSONResponse(problem.body(), problem.status, headers=problem.headers)(scope, receive, marked)
         finally:
             route = getattr(scope.get("route"), "path", "unmatched")
             metrics.open.dec()

@@ -97,8 +97,8 @@ def _invalid(errors: Sequence[Mapping[str, Any]]) -> Problem:
 
 def _field(error: Mapping[str, Any]) -> str:
     """`adapters.0.weight` for a location within the body."""
-    parts = [str(part) for part in error["loc"] if part not in ("body", "query", "path", "header")]
-    return ".".join(parts) or "body"
+    where, *parts = (str(part) for part in error["loc"])  # body, query, path or header, and the way into it
+    return ".".join(parts) or where
 
 
 def _short(value: object) -> str:

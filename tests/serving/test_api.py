@@ -56,7 +56,7 @@ class World:
 
     def client(self, tenant: str | None = None, host: str = "127.0.0.1") -> httpx.AsyncClient:
         headers = {"Authorization": f"Bearer {self.tokens[tenant]}"} if tenant else {}
-        transport = httpx.ASGITransport(app=self.app, raise_app_exceptions=False)
+        transport = httpx.ASGITransport(app=self.app, raise_app_exceptions=True)
         return httpx.AsyncClient(transport=transport, base_url=f"http://{host}", headers=headers, timeout=60)
 
     def call(self, method: str, path: str, tenant: str | None = None, **rest: Any) -> httpx.Response:
@@ -363,9 +363,16 @@ def _bad_files(base: Base) -> dict[str, tuple[bytes, str]]:
     return {
         "not safetensors": (b"PK\x03\x04 a pickle", "safetensors"),
         "empty": (b"", "safetensors"),
-        "no adapter": (save({"hello": low.down}), "hello"),
+        "no adapter": (save({"hello.weight": low.down, "world.weight": low.up}), "format"),
+        "embedding": (save({"hello": low.down}), "textual-inversion"),
         "unmatched": (
-            save({**tensors, "unet.nowhere.lora.down.weight": low.down, "unet.nowhere.lora.up.weight": low.up}),
+            save(
+                {
+                    **tensors,
+                    "unet.nowhere.lora.down.weight": low.down.clone(),
+                    "unet.nowhere.lora.up.weight": low.up.clone(),
+                }
+            ),
             "nowhere",
         ),
         "shape": (save({**tensors, f"{key}.lora.down.weight": low.down[:, :3].contiguous()}), key),
