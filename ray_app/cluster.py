@@ -35,6 +35,8 @@ _LOCAL_SETTINGS = {
     "RAY_DISABLE_IMPORT_WARNING": "1",
 }
 _ALL_SETTINGS = {
+    # OpenMP threads that spin while they wait make every process on busy cores crawl, ten times slower and more
+    "OMP_WAIT_POLICY": "PASSIVE",
     # Train polls its workers this often; at its own 2 s every start and end waits that long
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
