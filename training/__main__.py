@@ -4,9 +4,13 @@ Prints a line a second; the exit status is 0 if every subject was published, 1 i
 """
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Sequence
+
+# threads that spin while they wait make busy cores crawl; OpenMP reads this when torch is imported
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from training.base import best_device, load_base
 from training.errors import UserError
