@@ -35,6 +35,12 @@ def prefix_text_keys(folder: Path) -> None:
     save_file(named, file, metadata={"format": "pt"})
 
 
+def load_as_float(folder: Path) -> None:
+    """transformers takes the dtype from the config: fp16 beside diffusers' fp32 default would not run."""
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"dtype": "float32"}, indent=2, sort_keys=True) + "\n")
+
+
 def write(source: Path, folder: Path) -> int:
     """Writes the folder and returns how many images the weights have seen."""
     pipe, images = score.average_of(source)
@@ -43,6 +49,7 @@ def write(source: Path, folder: Path) -> int:
     pipe.to(torch.float16).save_pretrained(staged, safe_serialization=True)
     tokenizer.write(staged / "tokenizer")
     prefix_text_keys(staged / "text_encoder")
+    load_as_float(staged / "text_encoder")
     if folder.exists():
         shutil.rmtree(folder)
     staged.rename(folder)
@@ -57,6 +64,9 @@ def check(folder: Path) -> None:
     pipe = StableDiffusionPipeline.from_pretrained(folder)
     expected = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
     found = {key: pipe.scheduler.config[key] for key in expected}
+    dtypes = {part.dtype for part in (pipe.unet, pipe.vae, pipe.text_encoder)}
+    if dtypes != {torch.float32}:
+        raise ValueError(f"A plain reader gets {dtypes}; expected float32 for all.")
     if found != expected or pipe.vae.config.scaling_factor != 1.0:
         raise ValueError(
             f"The export reads {found}, scaling {pipe.vae.config.scaling_factor}; expected {expected}, 1.0."
@@ -70,10 +80,10 @@ def losses() -> list[tuple[int, float]]:
         return [(int(row["images"]), float(row["loss"])) for row in csv.DictReader(file)]
 
 
-def make(source: Path | None = None) -> None:
+def make(source: Path | None = None, per_class: int = score.PER_CLASS) -> None:
     images = write(source or newest(), BASE)
     check(BASE)
-    scores: dict[str, object] = {"images": images} | score.exported()
+    scores: dict[str, object] = {"images": images} | score.exported(per_class)
     (BASE / "scores.json").write_text(json.dumps(scores, indent=2) + "\n")
     (BASE / "README.md").write_text(card(scores))
     log.info(f"exported {images} images: {scores}")

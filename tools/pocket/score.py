@@ -7,6 +7,7 @@ import csv
 import json
 import logging
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -115,10 +116,10 @@ def make() -> None:
         note(images, "average", ask(pipe, guidance), psnr)
 
 
-def exported() -> dict[str, object]:
+def exported(per_class: int = PER_CLASS, guidances: Sequence[float] = GUIDANCES) -> dict[str, object]:
     """Scores the exported folder as any user would load it."""
     pipe = StableDiffusionPipeline.from_pretrained(BASE)
-    found = [ask(pipe, guidance) for guidance in GUIDANCES]
+    found = [ask(pipe, guidance, per_class) for guidance in guidances]
     best = max(found, key=lambda score: score.noun)
     return {
         "class": best.noun,
@@ -126,7 +127,7 @@ def exported() -> dict[str, object]:
         "colour": best.colour,
         "guidance": best.guidance,
         "per_class": best.per_noun,
-        "pictures_per_class": PER_CLASS,
+        "pictures_per_class": per_class,
         "vae_psnr_unseen_composites_db": round(vae.psnr(pipe.vae, vae.unseen_composites()), 2),
         "vae_psnr_unseen_drawings_db": round(vae.psnr(pipe.vae, vae.unseen_drawings()), 2),
     }
