@@ -3,7 +3,6 @@
 Owns what users read; the folder appears under its final name only when it is complete.
 """
 
-import csv
 import json
 import logging
 import shutil
@@ -23,9 +22,8 @@ MAX_BYTES = 25_000_000
 
 
 def newest() -> Path:
-    """The cooled fork if it is no older than the run it left, else the run itself."""
-    cooled, running = train.COOLED, train.SNAPSHOT
-    return cooled if cooled.exists() and cooled.stat().st_mtime >= running.stat().st_mtime - 3600 else running
+    """The cooled fork where there is one, else the run itself."""
+    return train.COOLED if train.COOLED.exists() else train.SNAPSHOT
 
 
 def prefix_text_keys(folder: Path) -> None:
@@ -44,15 +42,10 @@ def load_as_float(folder: Path) -> None:
 def write(source: Path, folder: Path) -> int:
     """Writes the folder and returns how many images the weights have seen."""
     pipe, images = score.average_of(source)
-    staged = folder.with_name(folder.name + ".part")
-    shutil.rmtree(staged, ignore_errors=True)
-    pipe.to(torch.float16).save_pretrained(staged, safe_serialization=True)
-    tokenizer.write(staged / "tokenizer")
-    prefix_text_keys(staged / "text_encoder")
-    load_as_float(staged / "text_encoder")
-    if folder.exists():
-        shutil.rmtree(folder)
-    staged.rename(folder)
+    pipe.to(torch.float16).save_pretrained(folder, safe_serialization=True)
+    tokenizer.write(folder / "tokenizer")
+    prefix_text_keys(folder / "text_encoder")
+    load_as_float(folder / "text_encoder")
     return images
 
 
@@ -73,17 +66,14 @@ def check(folder: Path) -> None:
         )
 
 
-def losses() -> list[tuple[int, float]]:
-    if not train.CURVE.exists():
-        return []
-    with train.CURVE.open(newline="") as file:
-        return [(int(row["images"]), float(row["loss"])) for row in csv.DictReader(file)]
-
-
 def make(source: Path | None = None, per_class: int = score.PER_CLASS) -> None:
-    images = write(source or newest(), BASE)
-    check(BASE)
-    scores: dict[str, object] = {"images": images} | score.exported(per_class)
-    (BASE / "scores.json").write_text(json.dumps(scores, indent=2) + "\n")
-    (BASE / "README.md").write_text(card(scores))
+    staged = BASE.with_name(BASE.name + ".part")
+    shutil.rmtree(staged, ignore_errors=True)
+    images = write(source or newest(), staged)
+    check(staged)
+    scores: dict[str, object] = {"images": images} | score.exported(staged, per_class)
+    (staged / "scores.json").write_text(json.dumps(scores, indent=2) + "\n")
+    (staged / "README.md").write_text(card(scores))
+    shutil.rmtree(BASE, ignore_errors=True)
+    staged.rename(BASE)
     log.info(f"exported {images} images: {scores}")

@@ -63,25 +63,39 @@ def kept(pipe: StableDiffusionPipeline) -> None:
     sheet(rows, []).save(DOCS / "vae.png", optimize=True)
 
 
-def curve() -> None:
-    """Loss and judge scores against images, from the run's own files, which are kept beside the figure."""
-    for source in (train.CURVE, score.SCORES):
+def keep_curves() -> None:
+    """Copies the run's own curves beside the figures, and reads each grid that the run left behind."""
+    for source in (vae.CURVE, train.CURVE, score.SCORES):
         if source.exists():
             shutil.copyfile(source, DOCS / source.name)
-    with (DOCS / "unet.csv").open(newline="") as file:
-        losses = [(int(row["images"]), float(row["loss"])) for row in csv.DictReader(file)]
-    with (DOCS / "scores.csv").open(newline="") as file:
-        scored = list(csv.DictReader(file))
+    grids = sorted(train.GRIDS.glob("*.png"))
+    if not grids:
+        return
+    with (DOCS / "grids.csv").open("w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(("images", "class", "place"))
+        for path in grids:
+            noun, place = score.glance(path)
+            rows.writerow((int(path.stem), f"{noun:.4f}", f"{place:.4f}"))
+
+
+def columns_of(name: str) -> dict[str, list[float]]:
+    """A CSV's columns of numbers."""
+    with (DOCS / name).open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    return {key: [float(row[key]) for row in rows] for key in rows[0]}
+
+
+def curve() -> None:
+    """Loss and the judge's readings against images trained."""
+    loss, read = columns_of("unet.csv"), columns_of("grids.csv")
     matplotlib.use("Agg")
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
-    left.plot([i / 1000 for i, _ in losses], [loss for _, loss in losses], linewidth=0.8)
-    left.set(xlabel="thousand images", ylabel="weighted v-loss", title="training loss", ylim=(0.1, 0.6))
-    for name in ("class", "place", "colour"):
-        best: dict[int, float] = {}
-        for row in scored:
-            best[int(row["images"])] = max(best.get(int(row["images"]), 0.0), float(row[name]))
-        right.plot([i / 1000 for i in sorted(best)], [best[i] for i in sorted(best)], marker="o", label=name)
-    right.set(xlabel="thousand images", ylabel="share read as asked", title="the judge, best guidance", ylim=(0, 1.02))
+    left.plot([i / 1000 for i in loss["images"]], loss["loss"], linewidth=0.9)
+    left.set(xlabel="thousand images", ylabel="weighted v-loss", title="training loss", ylim=(0.15, 0.6))
+    for name in ("class", "place"):
+        right.plot([i / 1000 for i in read["images"]], read[name], marker=".", label=name)
+    right.set(xlabel="thousand images", ylabel="share read as asked", title="the judge, guidance 3", ylim=(0, 1.02))
     right.legend()
     figure.savefig(DOCS / "curve.png", dpi=90)
     pyplot.close(figure)
@@ -93,4 +107,5 @@ def make() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         drawn(pipe, guidance=3.0)
     kept(pipe)
+    keep_curves()
     curve()

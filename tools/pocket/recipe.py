@@ -57,6 +57,7 @@ class UnetSpec:
     caption_drop: float = 0.1
     images: int = 2_000_000
     tight_images: int = 100_000
+    cooldown_images: int = 25_600
 
 
 WIDE_POOL = PoolSpec(chunks=5)

@@ -20,7 +20,7 @@ from tools.pocket import caption, snapshot, train, vae
 from tools.pocket.composite import COLOUR_NAMES
 from tools.pocket.drawings import CLASSES
 from tools.pocket.places import PLACE_NAMES
-from tools.pocket.recipe import BASE, UNET, WORK
+from tools.pocket.recipe import IMAGE_PX, UNET, WORK
 from tools.pocket.sampler import generate, pipeline
 from training.judge import load_judge
 
@@ -116,9 +116,20 @@ def make() -> None:
         note(images, "average", ask(pipe, guidance), psnr)
 
 
-def exported(per_class: int = PER_CLASS, guidances: Sequence[float] = GUIDANCES) -> dict[str, object]:
-    """Scores the exported folder as any user would load it."""
-    pipe = StableDiffusionPipeline.from_pretrained(BASE)
+def glance(path: Path) -> tuple[float, float]:
+    """Class and place read right in one of the grids that training leaves behind."""
+    grid, side = Image.open(path), IMAGE_PX
+    tiles = [
+        grid.crop((x, y, x + side, y + side)) for y in range(0, grid.height, side) for x in range(0, grid.width, side)
+    ]
+    readings = load_judge().read(tiles)
+    pairs = list(zip(train.shown(), readings, strict=True))
+    return float(np.mean([r.noun == n for (n, _), r in pairs])), float(np.mean([r.place == p for (_, p), r in pairs]))
+
+
+def exported(folder: Path, per_class: int = PER_CLASS, guidances: Sequence[float] = GUIDANCES) -> dict[str, object]:
+    """Scores an exported folder as any user would load it."""
+    pipe = StableDiffusionPipeline.from_pretrained(folder)
     found = [ask(pipe, guidance, per_class) for guidance in guidances]
     best = max(found, key=lambda score: score.noun)
     return {

@@ -148,15 +148,17 @@ def models_of(weights: dict[str, Tensor]) -> Pocket:
     return pocket.eval()
 
 
+def shown() -> list[tuple[str, str]]:
+    """The class and place of each picture in a grid, row by row."""
+    return [(n, PLACE_NAMES[(i + 3 * row) % len(PLACE_NAMES)]) for row in range(2) for i, n in enumerate(CLASSES)]
+
+
 def look(weights: dict[str, Tensor], images: int) -> None:
-    """A grid of all classes over all places, by eye."""
+    """A grid of all classes, each in two places, by eye."""
     pocket = models_of(weights)
     frozen = AutoencoderKL.from_pretrained(vae.FOLDER).eval()
-    prompts = [
-        caption.prompt(n, PLACE_NAMES[(i + 3 * j) % len(PLACE_NAMES)]) for j in range(2) for i, n in enumerate(CLASSES)
-    ]
     with torch.autocast("cpu", torch.bfloat16):
-        made = generate(pipeline(pocket.unet, pocket.text, frozen), prompts)
+        made = generate(pipeline(pocket.unet, pocket.text, frozen), [caption.prompt(n, p) for n, p in shown()])
     GRIDS.mkdir(parents=True, exist_ok=True)
     Image.fromarray(grid(made, len(CLASSES))).save(GRIDS / f"{images:08}.png")
 
@@ -214,6 +216,9 @@ def train(seat: Seat, images: int, warm_images: int = 0, cooldown: Cooldown | No
         if not cooldown and is_due(training.images):
             look(training.averaged.weights, training.images)
     if seat.leads:
+        if cooldown:
+            # Small steps average by themselves; the running average would still hold the weights of the large ones.
+            training.averaged = Averaged(training.model, training.averaged.decay)
         training.save(COOLED if cooldown else SNAPSHOT)
 
 
@@ -225,6 +230,6 @@ def make(images: int = UNET.images, warm: bool = False) -> None:
         run(partial(train, images=images, warm_images=warm_images))
 
 
-def cool(images: int = 40_000) -> None:
+def cool(images: int = UNET.cooldown_images) -> None:
     """Forks the run's last snapshot into COOLED; small steps at the end sharpen what large ones blur."""
     run(partial(train, images=0, cooldown=Cooldown(images)))
