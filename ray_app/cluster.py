@@ -32,7 +32,8 @@ _LOCAL_SETTINGS = {
     # nobody preempts a part of one machine
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_TRAIN_METRICS_ENABLED": "0",
-    "RAY_DISABLE_IMPORT_WARNING": "1",
+    # Ray's own 15 leaves its workers next to nothing where anything else computes
+    "RAY_worker_niceness": "0",
 }
 _ALL_SETTINGS = {
     # OpenMP threads that spin while they wait make every process on busy cores crawl, ten times slower and more

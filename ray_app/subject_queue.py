@@ -29,7 +29,8 @@ _STATES: dict[str, State] = {
     "out of memory": "failed",
     "cancelled": "cancelled",
 }
-_PHASES: dict[str, State] = {"training": "training", "publishing": "evaluating"}
+# the first word of a phase; every other phase is preparation
+_PHASES: dict[str, State] = {"training": "training", "evaluating": "evaluating", "publishing": "evaluating"}
 
 
 class Entry(Closed):
@@ -297,7 +298,7 @@ class SubjectQueue:
         return True
 
     def _take_in(self, id: str, beat: Beat) -> None:
-        news: dict[str, object] = {"state": _PHASES.get(beat.phase[id], "preparing")}
+        news: dict[str, object] = {"state": _PHASES.get(beat.phase[id].split(" ")[0], "preparing")}
         if id in beat.steps:
             news |= {"step": beat.steps[id], "loss": beat.losses[id]}
         self._change(id, **news)
