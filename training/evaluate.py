@@ -21,9 +21,9 @@ from training.judges import Judges
 from training.manifest import SubjectSpec
 from training.render import BARE, Look, Shot, adapter_bank, render
 
-PLACES = ("", " in the snow", " at night", " on the beach")
+PLACES = ("", " in the snow", " at night")
 UNRELATED = ("a photo of a cup", "a photo of a car", "a photo of a cat", "a photo of a person")
-CLASS_PICTURES, UNRELATED_PICTURES = 2, 2
+CLASS_PICTURES, UNRELATED_PICTURES = 2, 1
 MAX_SLOTS = 64
 # Measured on 15 real subjects (docs/evaluation.md): other photos of a subject stay below, copies are above.
 COPYING_LIMITS = {"efficientnet-lite0": 0.65}
@@ -263,11 +263,15 @@ def copying_limit(exam: Exam, judges: Judges) -> float:
     if exam.spec.evaluate.max_copying is not None:
         return exam.spec.evaluate.max_copying
     both_PF = _with_mirrors(judges, [*exam.photos, *exam.held_out])
-    count = len(both_PF) // 2
-    cosines_PP = torch.maximum(both_PF[:count] @ both_PF[:count].T, both_PF[:count] @ both_PF[count:].T)
-    cosines_PP.fill_diagonal_(-1)
-    nearest = cosines_PP.max().item() if count > 1 else 0.0
-    return max(COPYING_LIMITS.get(judges.copying.name, 0.0), nearest + (1 - nearest) / 2)
+    plain_PF, mirrored_PF = both_PF.chunk(2)
+    return limit_above(COPYING_LIMITS.get(judges.copying.name, 0.0), plain_PF, mirrored_PF)
+
+
+def limit_above(least: float, plain_PF: Tensor, mirrored_PF: Tensor) -> float:
+    """At least `least`, and a third of the way from the two photos that are most alike to a photo and itself."""
+    cosines_PP = torch.maximum(plain_PF @ plain_PF.T, plain_PF @ mirrored_PF.T).fill_diagonal_(-1)
+    nearest = cosines_PP.max().item() if len(plain_PF) > 1 else 0.0
+    return max(least, nearest + (1 - nearest) / 3)
 
 
 def _score(exam: Exam, judges: Judges, reference: _Reference, sheet: _Sheet, drawn: Drawn, step: int) -> list[Score]:

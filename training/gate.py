@@ -28,10 +28,12 @@ class EvaluateSpec(_Part):
     )
     candidates: int = Field(3, ge=1, le=50, description="checkpoints compared, spread over the latter steps")
     prompts: tuple[str, ...] = Field(
-        (), max_length=64, description="what is judged; {class} is filled; four places after the instance prompt else"
+        (),
+        max_length=64,
+        description="what is judged; {class} is filled; the instance prompt, in the snow and at night else",
     )
     images: int = Field(1, ge=1, le=64, description="pictures a prompt; the first prompt has one more")
-    steps: int = Field(12, ge=1, le=1000, description="denoising steps a picture")
+    steps: int = Field(8, ge=1, le=1000, description="denoising steps a picture")
     guidance_scale: float = Field(3.0, ge=0, le=50)
     seed: int = Field(0, ge=0, lt=2**63)
     likeness_model: str = Field("auto", description="auto, efficientnet-lite0, pocket-judge, base, clip, dino, dinov2")

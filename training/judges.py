@@ -49,9 +49,10 @@ class JudgeBox:
         return Judges(image, where, text, self._face())
 
     def _best_likeness(self) -> str:
-        if EfficientNetLite0.is_installed():
-            return EfficientNetLite0.name
-        return PocketJudge.name if self._is_pocket else BaseFeatures.name
+        # ImageNet's features hardly see what tells two drawings of 64 px apart; the judge's do (docs/evaluation.md)
+        if self._is_pocket:
+            return PocketJudge.name
+        return EfficientNetLite0.name if EfficientNetLite0.is_installed() else BaseFeatures.name
 
     def _best_fidelity(self) -> str:
         if self._is_pocket:

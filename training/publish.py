@@ -13,6 +13,7 @@ from training.bank import Bank
 from training.base import Base
 from training.card import Card, Chosen
 from training.checkpoint import HISTORY, SubjectState
+from training.evaluate import Evaluation
 from training.events import NAME as EVENTS, event_file
 from training.loss_plot import plot_losses
 from training.manifest import SubjectSpec
@@ -29,7 +30,7 @@ _NOT_SETTINGS = {"id", "images", "public", "min_images"}
 
 @dataclass(frozen=True)
 class Publication:
-    """A finished subject, with all that its card tells. `adapter` has its scale folded in."""
+    """A finished subject, with all that its card tells. `adapter` is the chosen step's, its scale folded in."""
 
     spec: SubjectSpec
     fingerprint: str
@@ -40,6 +41,13 @@ class Publication:
     tenant: str
     rates: Mapping[int, float] = field(default_factory=dict)
     samples: Mapping[int, Sequence[Image.Image]] = field(default_factory=dict)
+    evaluation: Evaluation | None = None
+
+    @property
+    def chosen(self) -> Chosen:
+        if self.evaluation is None:
+            return Chosen(step=self.state.step, reason="the last step")
+        return Chosen(step=self.evaluation.choice.step, reason=self.evaluation.choice.reason)
 
 
 def publish_subject(
@@ -113,9 +121,10 @@ def make_card(base: Base, publication: Publication, weights: bytes) -> Card:
             "image_hashes": tuple(photo.sha256 for photo in publication.photos.good),
             "run": publication.run,
             "settings": spec.model_dump(mode="json", by_alias=True, exclude=_NOT_SETTINGS),
-            "steps": state.step,
+            "steps": publication.chosen.step,
             "loss": loss,
-            "chosen": Chosen(step=state.step, reason="the last step"),
+            "chosen": publication.chosen,
+            "scores": publication.evaluation.scores if publication.evaluation is not None else (),
             "public": spec.public,
         }
     )

@@ -104,11 +104,12 @@ class RunStore:
 
     # -- checkpoints --
 
-    def save_checkpoint(self, id: str, step: int, data: bytes, keep: int) -> None:
-        """Writes a checkpoint, then removes all but the `keep` latest."""
+    def save_checkpoint(self, id: str, step: int, data: bytes, keep: int, spared: frozenset[int] = frozenset()) -> None:
+        """Writes a checkpoint, then removes all but the `keep` latest and those whose step is `spared`."""
         self.storage.put(self._checkpoint_key(id, step), data)
         for old in self.checkpoints(id)[:-keep]:
-            self.storage.delete(self._checkpoint_key(id, old))
+            if old not in spared:
+                self.storage.delete(self._checkpoint_key(id, old))
 
     def checkpoints(self, id: str) -> list[int]:
         """The steps that have a checkpoint, ascending."""

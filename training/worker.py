@@ -6,6 +6,7 @@ a reason; it never raises here and never costs another subject a step.
 
 import logging
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -13,14 +14,17 @@ from PIL import Image
 
 from training.base import Base
 from training.checkpoint import SubjectState, dump_state, load_state
+from training.early_stop import Watch
 from training.errors import SubjectFailed, UserError
+from training.evaluate import Evaluation, candidate_steps
 from training.events import NAME as EVENTS, event_file
 from training.intake import read_files
+from training.judging import Finished, Judging, gate_failure, hold_out
 from training.latents import LatentSet, encode_photos, load_latents, photos_key, save_latents
 from training.manifest import SubjectSpec
 from training.memory import fit_rows
 from training.pack import Pack, Report, Subject
-from training.photos import Photos, photos
+from training.photos import Photo, Photos, photos
 from training.plan import PackPlan
 from training.prior import prepare_prior
 from training.publish import Publication, draw_samples, png_bytes, publish_subject
@@ -41,6 +45,7 @@ class _Held:
     task: Task
     since: float
     found: Photos | None = None
+    held_out: tuple[Photo, ...] = ()
     saved_step: int = -1
     rates: dict[int, float] = field(default_factory=dict)
     samples: dict[int, list[Image.Image]] = field(default_factory=dict)
@@ -58,6 +63,8 @@ class Worker:
         self.tenant = tenant
         self.root = root
         self.registry = Registry(run.storage)
+        self.judging = Judging(base, run)
+        self._watch = Watch(base)
         self._held: dict[str, _Held] = {}
         self._beat = Beat()
         self.pack, self._limit = self._make_pack(plan)
@@ -121,6 +128,7 @@ class Worker:
     def _prepare(self, task: Task) -> Subject:
         """Photos, latents, prior and the latest checkpoint of a subject."""
         spec = task.spec
+        self.judging.check(spec)
         self._say(spec.id, "reading photos")
         resolution = spec.train.resolution or self.base.resolution
         found = photos(
@@ -129,8 +137,10 @@ class Worker:
             min_photos=spec.min_images,
             crop=spec.train.cropping,
         )
-        self._held[spec.id].found = found
+        found, held_out = hold_out(spec, found)
+        self._held[spec.id].found, self._held[spec.id].held_out = found, held_out
         instance = self._latents(spec, found)
+        self._watch.join(spec, instance)
         prior = self._prior(spec) if spec.prior.enabled and spec.prior.source != "prediction" else None
         state = self._resume(spec)
         self._held[spec.id].saved_step = state.step if state else -1
@@ -172,8 +182,8 @@ class Worker:
             self._say(id, "training")
         for report in progress.reports:
             self._note(report)
-        for ended in progress.ended:
-            self._finish(ended)
+        self._finish(progress.ended)
+        self._stop_early(progress)
         self._beat.notes += progress.notes
         self._measure(progress)
         orders = self._send()
@@ -186,15 +196,27 @@ class Worker:
     def _note(self, report: Report) -> None:
         held = self._held[report.id]
         self._beat.steps[report.id], self._beat.losses[report.id] = report.step, report.loss
-        every = held.task.spec.train.checkpoint_every
-        last = report.step >= held.task.spec.train.max_steps
         if report.failure is not None:
             return
         held.rates[report.step] = self._beat.images_per_second
         if held.task.spec.train.sample_every and report.step % held.task.spec.train.sample_every == 0:
             self._sample(report.id, report.step)
-        if report.step % every == 0 or last:
+        every = held.task.spec.train.checkpoint_every
+        if report.step % every == 0 or report.step in _kept_steps(held.task.spec):
             self._checkpoint(report.id)
+
+    def _stop_early(self, progress: Progress) -> None:
+        """Ends the subjects whose learning has settled, where they asked for it."""
+        gone = {ended.id for ended in progress.ended}
+        due = [report.id for report in progress.reports if self._watch.is_due(report.id, report.step)]
+        wearing = {id: self.pack.slot(id) for id in due if id not in gone}
+        settled = self._watch.settled(self.pack.bank, wearing) if wearing else []
+        for id in settled:
+            self._beat.notes.append(f"{id}: stopped at step {self._beat.steps[id]}: its loss no longer changes")
+            self._checkpoint(id)
+        self._finish([Ended(id) for id in settled])
+        for id in settled:
+            self.pack.leave(id)
 
     def _sample(self, id: str, step: int) -> None:
         """Sample images of a subject that is still training, kept with the run."""
@@ -208,7 +230,9 @@ class Worker:
         state = self.pack.state(id)
         held = self._held[id]
         if state.step > held.saved_step:
-            self.run.save_checkpoint(id, state.step, dump_state(state), held.task.spec.train.keep_checkpoints)
+            spec = held.task.spec
+            kept = _kept_steps(spec)
+            self.run.save_checkpoint(id, state.step, dump_state(state), spec.train.keep_checkpoints, kept)
             events = event_file(state.history, held.rates, held.samples)
             self.storage.put(self.run.subject_key(id, "events", EVENTS), events)
             held.saved_step = state.step
@@ -221,31 +245,64 @@ class Worker:
 
     # -- out --
 
-    def _finish(self, ended: Ended) -> None:
-        held = self._held[ended.id]
-        if ended.reason is not None:
-            kind: Kind = ended.kind if ended.kind in ("diverged", "out of memory") else "bad subject"  # type: ignore[assignment]
-            self._end(ended.id, kind, ended.reason)
-            return
-        self._say(ended.id, "publishing")
+    def _finish(self, ended: Sequence[Ended]) -> None:
+        """Ends those that failed; judges the others together, and publishes them."""
+        done = [one.id for one in ended if one.reason is None]
+        for one in ended:
+            if one.reason is not None:
+                kind: Kind = one.kind if one.kind in ("diverged", "out of memory") else "bad subject"  # type: ignore[assignment]
+                self._end(one.id, kind, one.reason)
+        evaluations = self._judge(done)
+        for id in done:
+            failed = gate_failure(self._held[id].task.spec, evaluations.get(id))
+            if failed is not None:
+                self._end(id, "bad subject", failed)
+            else:
+                self._publish(id, evaluations.get(id))
+
+    def _judge(self, ids: Sequence[str]) -> dict[str, Evaluation]:
+        finished = []
+        for id in ids:
+            held, state = self._held[id], self.pack.state(id)
+            assert held.found is not None
+            finished.append(Finished(held.task.spec, state.step, state.adapter, held.found, held.held_out))
+
+        def alive(drawn: int, wanted: int) -> None:
+            for id in ids:
+                self._beat.phase[id] = f"evaluating {drawn}/{wanted}"
+            self._say(ids[0], self._beat.phase[ids[0]])
+
+        return self.judging.judge(finished, alive)
+
+    def _publish(self, id: str, evaluation: Evaluation | None) -> None:
+        held = self._held[id]
+        self._say(id, "publishing")
         assert held.found is not None
+        slot, scale = self.pack.slot(id)
+        state = self.pack.state(id)
+        if evaluation is not None and evaluation.choice.step != state.step:
+            # the slot is free after this anyway; what is published is what is worn
+            self.pack.bank.put(
+                slot, self.pack.bank.pack(self.judging.checkpoint(held.task.spec, evaluation.choice.step))
+            )
         publication = Publication(
             spec=held.task.spec,
             fingerprint=held.task.fingerprint,
-            state=self.pack.state(ended.id),
-            adapter=self.pack.adapter(ended.id),
+            state=state,
+            adapter=self.pack.adapter(id),
             photos=held.found,
             run=self.run.run,
             tenant=self.tenant,
             rates=held.rates,
             samples=held.samples,
+            evaluation=evaluation,
         )
-        slot, scale = self.pack.slot(ended.id)
         version = publish_subject(self.registry, self.base, publication, self.pack.bank, slot, scale)
-        self._end(ended.id, "done", version=version)
+        self._end(id, "done", version=version)
 
     def _end(self, id: str, kind: Kind, reason: str | None = None, version: str | None = None) -> None:
         held = self._held.pop(id)
+        self._watch.leave(id)
         warnings = tuple(f"{', '.join(w.names)}: {w.message}" for w in held.found.warnings) if held.found else ()
         outcome = Outcome(
             id=id,
@@ -282,6 +339,12 @@ class Worker:
         self._rate = [*self._rate[-19:], (progress.seconds, progress.rows)]
         seconds = sum(seconds for seconds, _ in self._rate)
         self._beat.images_per_second = sum(rows for _, rows in self._rate) / seconds if seconds else 0.0
+
+
+def _kept_steps(spec: SubjectSpec) -> frozenset[int]:
+    """Steps whose checkpoints are made and kept whatever the settings say: the last, and those that are compared."""
+    compared = candidate_steps(spec.train.max_steps, spec.evaluate.candidates) if spec.evaluate.enabled else ()
+    return frozenset({*compared, spec.train.max_steps})
 
 
 def work(base: Base, plan: PackPlan, source: Source, run: RunStore, *, tenant: str, root: str = ".") -> None:

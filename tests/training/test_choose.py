@@ -6,7 +6,7 @@ import pytest
 from pydantic import ValidationError
 
 from training.card import Score
-from training.choose import Candidate, choose, has_settled, harmonic_mean, overfits_after
+from training.choose import Candidate, choose, harmonic_mean, has_settled, overfits_after
 from training.gate import Condition, EvaluateSpec, GateSpec, failures, parse_condition
 
 STEPS = (200, 400, 600, 800, 1000)

@@ -28,6 +28,7 @@ FAST: dict[str, Any] = {
     "class": "dog",
     "prior": {"images": 4, "steps": 2},
     "train": {"max_steps": 4, "checkpoint_every": 2, "learning_rate": 1e-2},
+    "evaluate": {"enabled": False},  # tests/training/test_judging.py has that
 }
 
 
