@@ -31,6 +31,7 @@ from training.base import Base, load_base
 from training.latents import LatentSet
 from training.manifest import SubjectSpec, parse_manifest
 from training.pack import Pack, Subject
+from training.words import tokenise
 
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 RESULT = Path(__file__).with_suffix(".md")
@@ -116,7 +117,7 @@ class UsualLoop:
         self.scheduler = DDPMScheduler.from_config(base.scheduler_config)
         self.pixels = torch.rand(5, 3, base.resolution, base.resolution, device=base.device) * 2 - 1
         self.subject = make_subject(base, 0, prior=False)
-        self.tokens = base.tokens([self.subject.spec.filled_instance_prompt])
+        self.tokens = tokenise(base.tokenizer, [self.subject.spec.filled_instance_prompt], [{}]).ids.to(base.device)
         with torch.no_grad():
             self.embedding = base.text_encoder(self.tokens)[0]
         self.turn = 0

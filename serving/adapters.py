@@ -48,7 +48,10 @@ class Adapters:
         targets[base.family.denoiser] = spec.targets
         sites = {name: find_sites(name, model, targets[name]) for name, model in base.models.items()}
         self.empty = spec.slots  # the bank's last slot is never handed out: it stays zero
-        self.bank = Bank(sites, slots=spec.slots + 1, rank=spec.rank, device=base.device, dtype=base.dtype)
+        vectors = (spec.words, base.token_embedding.embedding_dim)
+        self.bank = Bank(
+            sites, slots=spec.slots + 1, rank=spec.rank, vectors=vectors, device=base.device, dtype=base.dtype
+        )
         self.bank.inject()
         self.slots = Slots[AdapterRef](spec.slots)
         self.swap_seconds = 0.0

@@ -81,7 +81,8 @@ class Prompts:
                 self._empty,
             )
             with self._bank.using(*routes):
-                states_NLC = self._base.encode_prompts([row.text for row in rows])
+                words = [{w: v for slot in row.slots for w, v in self._bank.words(slot).items()} for row in rows]
+                states_NLC = self._base.encode_prompts([row.text for row in rows], words)
             fresh = dict(zip(missing, states_NLC, strict=True))
         found = [fresh[text.key] if text.key in fresh else self._known[text.key] for text in texts]
         for text, state in zip(texts, found, strict=True):

@@ -11,7 +11,7 @@ family of model it lies over, nor whether it is trained or served.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import gcd, prod
 
 import torch
@@ -78,13 +78,17 @@ class Row:
 
     weights_P: Tensor
     worn: Mapping[str, frozenset[int]]
+    words: Mapping[str, int] = field(default_factory=dict)  # textual-inversion word -> its number of vectors, in order
 
 
 class Bank:
     """`slots` adapters of rank <= `rank` over the layers `sites` of each component. All slots start empty (zero).
 
-    `weights_SP` is the one tensor that is trained or swapped; call `inject()` before the first forward.
+    `weights_SP` is the one tensor that is trained or swapped; call `inject()` before the first forward. `vectors`:
+    textual-inversion vectors a slot may hold beside the deltas, and their width.
     """
+
+    WORDS = "words"  # the columns of the vectors, as if they were a component
 
     def __init__(
         self,
@@ -92,6 +96,7 @@ class Bank:
         *,
         slots: int,
         rank: int,
+        vectors: tuple[int, int] = (0, 0),
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> None:
@@ -104,8 +109,11 @@ class Bank:
         for component, sizes in self._sizes.items():
             self._columns[component] = slice(start, start + sum(sizes))
             start += sum(sizes)
-        self.weights_SP = torch.zeros(slots, start, device=device, dtype=dtype)
+        self._vectors, self._width = vectors
+        self._columns[self.WORDS] = slice(start, start + self._vectors * self._width)
+        self.weights_SP = torch.zeros(slots, self._columns[self.WORDS].stop, device=device, dtype=dtype)
         self._worn: list[Mapping[str, frozenset[int]]] = [{} for _ in range(slots)]
+        self._words: list[Mapping[str, int]] = [{} for _ in range(slots)]
         self._using: dict[str, Route] = {}
         self._hooks: list[RemovableHandle] = []
 
@@ -140,8 +148,18 @@ class Bank:
     # -- routing rows to slots --
 
     def columns(self, component: str) -> slice:
-        """The columns of `weights_SP` that belong to one component."""
+        """The columns of `weights_SP` that belong to one component, or to `Bank.WORDS`."""
         return self._columns[component]
+
+    def words(self, slot: int) -> dict[str, Tensor]:
+        """The textual-inversion words of a slot, each [vectors, width]; differentiable towards `weights_SP`."""
+        return self._named_words(self.weights_SP[slot], self._words[slot])
+
+    def _named_words(self, row_P: Tensor, words: Mapping[str, int]) -> dict[str, Tensor]:
+        if not words:
+            return {}
+        vectors_VD = row_P[self._columns[self.WORDS]].view(self._vectors, self._width)[: sum(words.values())]
+        return dict(zip(words, vectors_VD.split(list(words.values())), strict=True))
 
     def route(
         self, component: str, slots_NK: Tensor, weights_NK: Tensor | None = None, dtype: torch.dtype | None = None
@@ -218,7 +236,20 @@ class Bank:
             worn[component].add(index)
         if left:
             raise UserError(f"{len(left)} adapter modules have no layer in this base, the first is '{min(left)}'.")
-        return Row(row_P, {component: frozenset(found) for component, found in worn.items()})
+        words = self._pack_words(row_P, adapter)
+        return Row(row_P, {component: frozenset(found) for component, found in worn.items()}, words)
+
+    def _pack_words(self, row_P: Tensor, adapter: Adapter) -> dict[str, int]:
+        named = {word: vectors.reshape(-1, vectors.shape[-1]) for word, vectors in sorted(adapter.embeddings.items())}
+        words = {word: len(vectors_VD) for word, vectors_VD in named.items()}
+        if sum(words.values()) > self._vectors or any(v.shape[1] != self._width for v in named.values()):
+            raise UserError(
+                f"The adapter's words {', '.join(words)} take {sum(words.values())} vectors; here a slot holds "
+                f"{self._vectors} of width {self._width}."
+            )
+        for word, vectors_VD in self._named_words(row_P, words).items():
+            vectors_VD.copy_(named[word])
+        return words
 
     def unpack(self, row: Row, rank: int | None = None, scale: float = 1.0) -> Adapter:
         """The inverse of `pack`: the first `rank` ranks of the layers the row changes, `scale` folded into up."""
@@ -230,21 +261,22 @@ class Bank:
                 tail = (1,) * (len(site.down) - 1)
                 up_OR = (up[:rank].T * scale).reshape(site.out, rank, *tail)
                 modules[site.key] = LowRank(down[:rank].clone(), up_OR.contiguous())
-        return Adapter(modules=modules)
+        words = {word: vectors.clone() for word, vectors in self._named_words(row.weights_P, row.words).items()}
+        return Adapter(modules=modules, embeddings=words)
 
     def put(self, slot: int, row: Row) -> None:
         """A row into a slot: one copy."""
         self.weights_SP.detach()[slot].copy_(row.weights_P, non_blocking=True)
-        self._worn[slot] = row.worn
+        self._worn[slot], self._words[slot] = row.worn, row.words
 
     def take(self, slot: int) -> Row:
         """A copy of a slot, on the CPU."""
-        return Row(self.weights_SP.detach()[slot].to("cpu", copy=True), self._worn[slot])
+        return Row(self.weights_SP.detach()[slot].to("cpu", copy=True), self._worn[slot], self._words[slot])
 
     def clear(self, slot: int) -> None:
         """Empties a slot: what wears it is the base."""
         self.weights_SP.detach()[slot].zero_()
-        self._worn[slot] = {}
+        self._worn[slot], self._words[slot] = {}, {}
 
     def _views(self, row_P: Tensor) -> Iterator[tuple[str, int, Tensor, Tensor]]:
         """For every layer: component, index, `down_RI` [rank, *site.down] and `up_RO` [rank, out], views of the row."""

@@ -21,6 +21,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from training.base_folder import find_base, hash_base
 from training.errors import UserError
 from training.family import FAMILIES, Family
+from training.words import Words, replacing, tokenise
 
 
 @dataclass(frozen=True)
@@ -89,20 +90,18 @@ class Base:
         scheduler = DDPMScheduler.from_config(self.scheduler_config)
         return scheduler.alphas_cumprod.double()
 
-    def tokens(self, prompts: Sequence[str]) -> Tensor:
-        """Token ids int64 [N, L], padded and cut to the tokenizer's length."""
-        return self.tokenizer(
-            list(prompts),
-            padding="max_length",
-            max_length=self.tokenizer.model_max_length,
-            truncation=True,
-            return_tensors="pt",
-        ).input_ids.to(self.device)
+    @property
+    def token_embedding(self) -> torch.nn.Embedding:
+        return self.text_encoder.get_input_embeddings()
 
-    def encode_prompts(self, prompts: Sequence[str]) -> Tensor:
-        """Prompt embeddings [N, L, C]; differentiable where a bank's route is in use."""
-        with self.at_work("text_encoder"):
-            return self.text_encoder(self.tokens(prompts))[0]
+    def encode_prompts(self, prompts: Sequence[str], words: Sequence[Words] | None = None) -> Tensor:
+        """Prompt embeddings [N, L, C]; differentiable where a bank's route is in use.
+
+        `words[n]`: trained vectors of textual-inversion words in prompt n; differentiable towards them.
+        """
+        made = tokenise(self.tokenizer, prompts, words or [{}] * len(prompts))
+        with self.at_work("text_encoder"), replacing(self.token_embedding, made.places):
+            return self.text_encoder(made.ids.to(self.device))[0]
 
     @torch.no_grad()
     def encode_images(self, pixels_NCHW: Tensor) -> tuple[Tensor, Tensor]:

@@ -59,10 +59,7 @@ def load_state(data: bytes) -> SubjectState:
         if name.count("/") == 2:
             group, module, half = name.split("/")
             groups.setdefault(group, {}).setdefault(module, {})[half] = tensor
-    adapters = {
-        group: Adapter(modules={module: LowRank(pair["down"], pair["up"]) for module, pair in modules.items()})
-        for group, modules in groups.items()
-    }
+    adapters = {group: _adapter(parts) for group, parts in groups.items()}
     return SubjectState(
         step=int(numbers["step"]),
         adapter=adapters.pop("adapter", Adapter(modules={})),
@@ -79,4 +76,12 @@ def _named(group: str, adapter: Adapter) -> dict[str, Tensor]:
     for module, low_rank in adapter.modules.items():
         named[f"{group}/{module}/down"] = low_rank.down.contiguous()
         named[f"{group}/{module}/up"] = low_rank.up.contiguous()
-    return named
+    return named | {f"{group}/{word}/word": vectors.contiguous() for word, vectors in adapter.embeddings.items()}
+
+
+def _adapter(parts: dict[str, dict[str, Tensor]]) -> Adapter:
+    """The inverse of `_named` for one group."""
+    return Adapter(
+        modules={name: LowRank(part["down"], part["up"]) for name, part in parts.items() if "word" not in part},
+        embeddings={name: part["word"] for name, part in parts.items() if "word" in part},
+    )

@@ -48,6 +48,14 @@ class LoraSpec(Closed):
         return 1.0 if self.alpha is None else self.alpha / self.rank
 
 
+class WordSpec(Closed):
+    """Textual-inversion words trained beside the low-rank deltas, one vector each."""
+
+    tokens: tuple[Annotated[str, Field(pattern=r"^<[^\s<>/]{1,62}>$", description="<name>")], ...] = ()
+    initial: str | None = Field(None, min_length=1, description="the word they start as; the class by default")
+    learning_rate: float = Field(5e-4, gt=0, le=10)
+
+
 class PriorSpec(Closed):
     """Prior preservation: what keeps the class from turning into the subject."""
 
@@ -125,6 +133,7 @@ class SubjectSettings(Closed):
     min_images: int = Field(5, ge=1, le=1000)
     public: bool = Field(False, description="other tenants may generate with the adapter")
     lora: LoraSpec = LoraSpec.model_construct()
+    words: WordSpec = WordSpec.model_construct()
     prior: PriorSpec = PriorSpec.model_construct()
     train: TrainSpec = TrainSpec.model_construct()
     evaluate: EvaluateSpec = EvaluateSpec.model_construct()
@@ -152,6 +161,11 @@ class SubjectSpec(SubjectSettings):
                     raise ValueError(f"`{{{name}}}` in prompt {prompt!r}: only {{class}} can be filled in")
         if self.publish_if.conditions and not self.evaluate.enabled:
             raise ValueError("`publish_if` needs scores; leave `evaluate.enabled` on or take the gate away")
+        for token in self.words.tokens:
+            if token not in self.instance_prompt:
+                raise ValueError(
+                    f"word {token!r} is not in `instance_prompt` {self.instance_prompt!r}: nothing trains it"
+                )
         if self.class_ is None:
             raise ValueError("`class` is missing: name the class noun (dog, person, backpack), here or in `defaults`")
         return self

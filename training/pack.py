@@ -9,7 +9,7 @@ Shape suffixes: N rows of the batch, M members, S slots, C, H, W of a latent.
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -19,12 +19,14 @@ from torch import Tensor
 from training.adapter import Adapter, LowRank
 from training.bank import Bank, Route, Row, find_sites
 from training.base import Base
+from training.batch import Batch, Turn, make_batch
 from training.checkpoint import HISTORY, SubjectState
 from training.latents import LatentSet
 from training.loss import add_noise, min_snr_weights, row_losses, target
 from training.manifest import SubjectSpec, TrainSpec
 from training.optimizer import OptimizerState, SlotOptimizer, make_optimizers
-from training.stream import shuffled, stream
+from training.stream import stream
+from training.words import first_vector
 
 FP16_SCALE = 2.0**16
 FP16_GROWTH_STEPS = 2000
@@ -76,23 +78,16 @@ class _Member:
     def train(self) -> TrainSpec:
         return self.subject.spec.train
 
-
-@dataclass
-class _Batch:
-    """One fused batch, one entry a row. `member` is the row's place among the members of this step."""
-
-    latents: list[Tensor] = field(default_factory=list)
-    noise: list[Tensor] = field(default_factory=list)
-    timesteps: list[Tensor] = field(default_factory=list)
-    prompts: list[str] = field(default_factory=list)
-    member: list[int] = field(default_factory=list)
-    share: list[float] = field(default_factory=list)  # of the row in its mean
-    is_prior: list[bool] = field(default_factory=list)
-    from_base: list[bool] = field(default_factory=list)  # the target is the base's own prediction
+    def trains(self, prompt: str) -> bool:
+        """Whether the prompt's embedding changes as the subject learns."""
+        return self.spec.lora.text_encoder or any(word in prompt for word in self.spec.words.tokens)
 
 
 class Pack:
-    """Up to `slots` subjects over `base`. `targets` per component is what the bank covers; subjects may wear less."""
+    """Up to `slots` subjects over `base`. `targets` per component is what the bank covers; subjects may wear less.
+
+    `words`: textual-inversion vectors a subject may train.
+    """
 
     def __init__(
         self,
@@ -101,12 +96,14 @@ class Pack:
         slots: int,
         rank: int,
         targets: dict[str, Sequence[str]],
+        words: int = 0,
         gradient_checkpointing: bool = False,
     ) -> None:
         self.base = base
         wide = torch.promote_types(base.dtype, torch.float32)
         sites = {name: find_sites(name, base.models[name], ends) for name, ends in targets.items()}
-        self.bank = Bank(sites, slots=slots, rank=rank, device=base.device, dtype=wide)
+        vectors = (words, base.token_embedding.embedding_dim)
+        self.bank = Bank(sites, slots=slots, rank=rank, vectors=vectors, device=base.device, dtype=wide)
         self.bank.weights_SP.requires_grad_(True)
         self.bank.weights_SP.grad = torch.zeros_like(self.bank.weights_SP)
         self.bank.inject()
@@ -170,7 +167,7 @@ class Pack:
         member = self._member(id)
         rank, row = member.spec.lora.rank, self.bank.take(member.slot)
         remembered = self._optimizer(member.train.optimizer).state(member.slot)
-        rows = {name: self.bank.unpack(Row(r, row.worn), rank) for name, r in remembered.rows.items()}
+        rows = {name: self.bank.unpack(Row(r, row.worn, row.words), rank) for name, r in remembered.rows.items()}
         history = torch.tensor(member.history, dtype=torch.float64).reshape(-1, len(HISTORY))
         return SubjectState(
             step=member.step,
@@ -225,9 +222,8 @@ class Pack:
 
     def _forward_backward(self, members: Sequence[_Member]) -> tuple[list[float], list[float]]:
         """Adds every member's gradient to its slot; answers instance and prior loss of each member."""
-        batch = _Batch()
-        for place, member in enumerate(members):
-            self._add_rows(batch, place, member)
+        turns = [Turn(m.spec, m.subject.instance, m.subject.prior, m.step, m.micro) for m in members]
+        batch = make_batch(turns, len(self._alphas))
         wide, device, dtype = self.bank.weights_SP.dtype, self.base.device, self.base.dtype
         latents = torch.cat(batch.latents).to(device, wide)
         noise = torch.cat(batch.noise).to(device, wide)
@@ -237,7 +233,7 @@ class Pack:
         goal = target(self.base.prediction_type, latents, noise, alphas)
         text_route, order = self._text_route(batch, members)
         with self.bank.using(*self._unet_route(batch, members), *text_route):
-            embeddings = self._embed(batch, order)
+            embeddings = self._embed(batch, members, order)
             goal = self._base_predictions(batch, goal, noisy, timesteps, embeddings)
             prediction = self.base.unet(noisy, timesteps, encoder_hidden_states=embeddings).sample
             losses_N = row_losses(prediction, goal) * self._row_weights(batch, members, alphas)
@@ -252,37 +248,7 @@ class Pack:
             ((instance_M + factor_M * prior_M) * divide_M).sum().backward()
         return instance_M.tolist(), prior_M.tolist()
 
-    def _add_rows(self, batch: _Batch, place: int, member: _Member) -> None:
-        """A member's instance rows, then its prior rows. Each kind has a stream of its own."""
-        self._add_kind(batch, place, member, "instance", member.subject.instance)
-        if not member.spec.prior.enabled:
-            return
-        if member.spec.prior.source == "prediction":
-            self._add_kind(batch, place, member, "prediction", member.subject.instance)
-        elif member.subject.prior is not None:
-            self._add_kind(batch, place, member, "prior", member.subject.prior)
-
-    def _add_kind(self, batch: _Batch, place: int, member: _Member, kind: str, images: LatentSet) -> None:
-        spec = member.train
-        count = spec.batch_size
-        start = (member.step * spec.gradient_accumulation_steps + member.micro) * count
-        generator = stream(spec.seed, kind, member.step, member.micro)
-        picked = shuffled(spec.seed, kind, len(images), start, count)
-        latents = images.draw(picked, generator)
-        noise = torch.randn(latents.shape, generator=generator)
-        if spec.noise_offset:
-            noise = noise + spec.noise_offset * torch.randn(*latents.shape[:2], 1, 1, generator=generator)
-        class_prompt = member.spec.filled_class_prompt
-        batch.latents.append(latents)
-        batch.noise.append(noise)
-        batch.timesteps.append(torch.randint(0, len(self._alphas), (count,), generator=generator))
-        batch.prompts += [class_prompt if kind == "prediction" else images.prompts[index] for index in picked]
-        batch.member += [place] * count
-        batch.share += [1 / count] * count
-        batch.is_prior += [kind != "instance"] * count
-        batch.from_base += [kind == "prediction"] * count
-
-    def _unet_route(self, batch: _Batch, members: Sequence[_Member]) -> list[Route]:
+    def _unet_route(self, batch: Batch, members: Sequence[_Member]) -> list[Route]:
         return [self._route(self.base.family.denoiser, [members[place] for place in batch.member])]
 
     def _route(self, component: str, wearers: Sequence[_Member]) -> Route:
@@ -291,27 +257,30 @@ class Pack:
         slots = torch.tensor([member.slot for member in wearers])[:, None]
         return self.bank.route(component, slots, weights, self.base.dtype)
 
-    def _text_route(self, batch: _Batch, members: Sequence[_Member]) -> tuple[list[Route], dict[tuple[int, str], int]]:
-        """The route of prompts whose text encoder trains, and each (member, prompt)'s place among them."""
+    def _text_route(self, batch: Batch, members: Sequence[_Member]) -> tuple[list[Route], dict[tuple[int, str], int]]:
+        """The route of prompts that are encoded anew in each step, and each (member, prompt)'s place among them."""
         order: dict[tuple[int, str], int] = {}
         for place, prompt in zip(batch.member, batch.prompts, strict=True):
-            if members[place].spec.lora.text_encoder:
+            if members[place].trains(prompt):
                 order.setdefault((place, prompt), len(order))
-        if not order:
-            return [], order
         component = self.base.family.text_encoders[0]
+        if not order or component not in self.bank.sites:
+            return [], order
         return [self._route(component, [members[place] for place, _ in order])], order
 
-    def _embed(self, batch: _Batch, order: dict[tuple[int, str], int]) -> Tensor:
+    def _embed(self, batch: Batch, members: Sequence[_Member], order: dict[tuple[int, str], int]) -> Tensor:
         """Embeddings of every row [N, L, C]: trained ones from the routed text encoder, the rest from the cache."""
-        table = list(self.base.encode_prompts([prompt for _, prompt in order])) if order else []
-        rows = []
-        for place, prompt in zip(batch.member, batch.prompts, strict=True):
-            if (place, prompt) in order:
-                rows.append(table[order[place, prompt]])
-            else:
-                rows.append(self._frozen_embedding(prompt))
-        return torch.stack(rows)
+        table: list[Tensor] = []
+        if order:
+            words = {place: self.bank.words(members[place].slot) for place, _ in order}
+            prompts = [prompt for _, prompt in order]
+            table = list(self.base.encode_prompts(prompts, [words[place] for place, _ in order]))
+        return torch.stack(
+            [
+                table[order[key]] if (key := (place, prompt)) in order else self._frozen_embedding(prompt)
+                for place, prompt in zip(batch.member, batch.prompts, strict=True)
+            ]
+        )
 
     def _frozen_embedding(self, prompt: str) -> Tensor:
         if prompt not in self._embeddings:
@@ -320,7 +289,7 @@ class Pack:
         return self._embeddings[prompt]
 
     def _base_predictions(
-        self, batch: _Batch, goal: Tensor, noisy: Tensor, timesteps: Tensor, embeddings: Tensor
+        self, batch: Batch, goal: Tensor, noisy: Tensor, timesteps: Tensor, embeddings: Tensor
     ) -> Tensor:
         """Replaces the target of rows that ask for it by what the base alone predicts, for the base's own prompt."""
         rows = [row for row, wanted in enumerate(batch.from_base) if wanted]
@@ -331,7 +300,7 @@ class Pack:
             goal[rows] = self.base.unet(noisy[rows], timesteps[rows], encoder_hidden_states=plain).sample.to(goal)
         return goal
 
-    def _row_weights(self, batch: _Batch, members: Sequence[_Member], alphas_N: Tensor) -> Tensor:
+    def _row_weights(self, batch: Batch, members: Sequence[_Member], alphas_N: Tensor) -> Tensor:
         share_N = alphas_N.new_tensor(batch.share)
         gammas = [members[place].train.min_snr_gamma or math.inf for place in batch.member]
         if all(math.isinf(gamma) for gamma in gammas):
@@ -399,13 +368,13 @@ class Pack:
             is_text = component in self.base.family.text_encoders
             rate = member.train.text_encoder_learning_rate if is_text else member.train.learning_rate
             rates.append((self.bank.columns(component), rate * factor))
-        return rates
+        return [*rates, (self.bank.columns(Bank.WORDS), member.spec.words.learning_rate * factor)]
 
     # -- pieces --
 
     def _place_text_encoder(self) -> None:
         """It is on the device while somebody trains it; cached embeddings need it only for a moment."""
-        trained = any(member.spec.lora.text_encoder for member in self._members.values())
+        trained = any(m.spec.lora.text_encoder or m.spec.words.tokens for m in self._members.values())
         for component in self.base.family.text_encoders:
             self.base.send(component, to_work=trained)
 
@@ -426,7 +395,10 @@ class Pack:
         return OptimizerState(rows, state.optimizer_tensors, state.optimizer_numbers)
 
     def _initial(self, spec: SubjectSpec) -> Adapter:
-        """A fresh adapter: down is N(0, 1/rank), up is zero, keyed by the subject's seed and the layer's name."""
+        """A fresh adapter: down is N(0, 1/rank), up is zero, keyed by the subject's seed and the layer's name.
+
+        Its words start as the word they stand for.
+        """
         modules = {}
         for component in self.bank.sites:
             is_text = component in self.base.family.text_encoders
@@ -438,7 +410,9 @@ class Pack:
                 shape = (rank, *site.down)
                 down = torch.randn(shape, generator=stream(spec.train.seed, "init", site.key)) / rank
                 modules[site.key] = LowRank(down, torch.zeros(site.out, rank, *(1,) * (len(site.down) - 1)))
-        return Adapter(modules=modules)
+        start = spec.words.initial or spec.class_ or ""
+        first = first_vector(self.base.tokenizer, self.base.token_embedding, start) if spec.words.tokens else None
+        return Adapter(modules, {word: first for word in spec.words.tokens if first is not None})
 
 
 def _rate(spec: TrainSpec) -> Callable[[int], float]:

@@ -32,8 +32,8 @@ class Profile(Closed):
 class PackPlan(Closed):
     """Subjects that train on one device: `slots` at once, the rest follow as slots become free.
 
-    `rows` of the fused batch are the most that one of them takes; `state_bytes` is weights, gradients and moments of
-    all slots.
+    `rows` of the fused batch and textual-inversion `words` are the most that one of them takes; `state_bytes` is
+    weights, gradients and moments of all slots.
     """
 
     profile: Profile
@@ -41,6 +41,7 @@ class PackPlan(Closed):
     slots: int
     rank: int
     rows: int
+    words: int = 0
     state_bytes: int
     memory_mb: float
 
@@ -126,6 +127,7 @@ def _packs(
             slots=slots,
             rank=max(subject.lora.rank for subject in subjects),
             rows=rows,
+            words=max(len(subject.words.tokens) for subject in subjects),
             state_bytes=state,
             memory_mb=(state + _activation_bytes(profile, slots * rows, base)) / 1e6,
         )

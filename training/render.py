@@ -50,6 +50,7 @@ def adapter_bank(base: Base, adapters: Sequence[Adapter]) -> Bank:
         sites,
         slots=max(1, len(adapters)),
         rank=max((adapter.rank for adapter in adapters), default=1),
+        vectors=(max((len(adapter.embeddings) for adapter in adapters), default=0), base.token_embedding.embedding_dim),
         device=base.device,
         dtype=torch.promote_types(base.dtype, torch.float32),
     )

@@ -35,14 +35,15 @@ def sample(
     """
     guided = guidance_scale > 1
     texts = [*prompts, *([negative_prompt] * len(prompts) if guided else [])]
-    routes = []
+    routes, words = [], None
     if bank is not None:
+        words = [bank.words(slot) for slot in slots] * (2 if guided else 1)
         times = 2 if guided else 1
         slots_NK = torch.tensor(list(slots) * times)[:, None]
         weights_NK = torch.tensor(list(scales) * times)[:, None]
         routes = [bank.route(component, slots_NK, weights_NK, base.dtype) for component in bank.sites]
     with bank.using(*routes) if bank is not None else nullcontext():
-        embeddings = base.encode_prompts(texts)
+        embeddings = base.encode_prompts(texts, words)
         scheduler = DDIMScheduler.from_config(base.scheduler_config)
         scheduler.set_timesteps(steps)
         side = (resolution or base.resolution) // base.vae_scale

@@ -31,7 +31,7 @@ from training.publish import Publication, draw_samples, png_bytes, publish_subje
 from training.registry import Registry
 from training.run import RunStore
 from training.source import Beat, Kind, Orders, Outcome, Source, Task
-from training.storage_base import Storage
+from training.storage_base import Storage, StorageError
 from training.trainer import Ended, Progress, train
 
 log = logging.getLogger(__name__)
@@ -92,6 +92,7 @@ class Worker:
             slots=plan.slots,
             rank=plan.rank,
             targets={component: ends for component, ends in targets.items() if ends},
+            words=plan.words,
             gradient_checkpointing=checkpointing,
         )
         return pack, limit
@@ -121,8 +122,13 @@ class Worker:
             for task in tasks:
                 try:
                     ready.append(self._prepare(task))
+                except StorageError as error:
+                    self._end(task.spec.id, "unknown", str(error))
                 except (UserError, SubjectFailed) as error:
                     self._end(task.spec.id, "bad subject", str(error))
+                except Exception as error:
+                    log.exception("%s cannot be prepared", task.spec.id)
+                    self._end(task.spec.id, "unknown", f"{type(error).__name__}: {error}")
         return ready
 
     def _prepare(self, task: Task) -> Subject:
@@ -203,7 +209,10 @@ class Worker:
             self._sample(report.id, report.step)
         every = held.task.spec.train.checkpoint_every
         if report.step % every == 0 or report.step in _kept_steps(held.task.spec):
-            self._checkpoint(report.id)
+            try:
+                self._checkpoint(report.id)
+            except StorageError as error:  # the one before is whole; the next may succeed
+                self._beat.notes.append(f"{report.id}: no checkpoint of step {report.step}: {error}")
 
     def _stop_early(self, progress: Progress) -> None:
         """Ends the subjects whose learning has settled, where they asked for it."""
@@ -257,8 +266,11 @@ class Worker:
             failed = gate_failure(self._held[id].task.spec, evaluations.get(id))
             if failed is not None:
                 self._end(id, "bad subject", failed)
-            else:
+                continue
+            try:
                 self._publish(id, evaluations.get(id))
+            except StorageError as error:  # its last checkpoint is whole: the next try only publishes
+                self._end(id, "unknown", f"it could not be published: {error}")
 
     def _judge(self, ids: Sequence[str]) -> dict[str, Evaluation]:
         finished = []

@@ -1,0 +1,76 @@
+"""The fused batch: which images, noise and timesteps each subject puts into one step, drawn from its own streams.
+
+What a subject draws depends on its seed, step and micro-batch alone. Rows stand in slot order, a subject's instance
+rows before its prior rows.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from training.latents import LatentSet
+from training.manifest import SubjectSpec
+from training.stream import shuffled, stream
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What one subject contributes: its settings and latents, and where it stands."""
+
+    spec: SubjectSpec
+    instance: LatentSet
+    prior: LatentSet | None
+    step: int
+    micro: int
+
+
+@dataclass
+class Batch:
+    """One fused batch, one entry a row. `member` is the row's place among the subjects of this step."""
+
+    latents: list[Tensor] = field(default_factory=list)
+    noise: list[Tensor] = field(default_factory=list)
+    timesteps: list[Tensor] = field(default_factory=list)
+    prompts: list[str] = field(default_factory=list)
+    member: list[int] = field(default_factory=list)
+    share: list[float] = field(default_factory=list)  # of the row in its mean
+    is_prior: list[bool] = field(default_factory=list)
+    from_base: list[bool] = field(default_factory=list)  # the target is the base's own prediction
+
+
+def make_batch(turns: Iterable[Turn], timesteps: int) -> Batch:
+    """The rows of every subject. `timesteps` is the length of the noise schedule."""
+    batch = Batch()
+    for place, turn in enumerate(turns):
+        _add_rows(batch, place, turn, "instance", turn.instance, timesteps)
+        if not turn.spec.prior.enabled:
+            continue
+        if turn.spec.prior.source == "prediction":
+            _add_rows(batch, place, turn, "prediction", turn.instance, timesteps)
+        elif turn.prior is not None:
+            _add_rows(batch, place, turn, "prior", turn.prior, timesteps)
+    return batch
+
+
+def _add_rows(batch: Batch, place: int, turn: Turn, kind: str, images: LatentSet, timesteps: int) -> None:
+    """One kind of rows of one subject; each kind has a stream of its own, so that a prior changes no instance row."""
+    train = turn.spec.train
+    count = train.batch_size
+    generator = stream(train.seed, kind, turn.step, turn.micro)
+    start = (turn.step * train.gradient_accumulation_steps + turn.micro) * count
+    picked = shuffled(train.seed, kind, len(images), start, count)
+    latents = images.draw(picked, generator)
+    noise = torch.randn(latents.shape, generator=generator)
+    if train.noise_offset:
+        noise = noise + train.noise_offset * torch.randn(*latents.shape[:2], 1, 1, generator=generator)
+    batch.latents.append(latents)
+    batch.noise.append(noise)
+    batch.timesteps.append(torch.randint(0, timesteps, (count,), generator=generator))
+    class_prompt = turn.spec.filled_class_prompt
+    batch.prompts += [class_prompt if kind == "prediction" else images.prompts[index] for index in picked]
+    batch.member += [place] * count
+    batch.share += [1 / count] * count
+    batch.is_prior += [kind != "instance"] * count
+    batch.from_base += [kind == "prediction"] * count
