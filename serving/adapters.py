@@ -117,15 +117,15 @@ class Adapters:
 
     def _lay_out(self, key: AdapterRef) -> HostRow:
         row = self.bank.pack(self._fetch(key))
-        if not any(row.worn.values()):
+        if not any(row.worn.values()) and not row.words:
             raise AdapterUnavailable(f"Adapter '{key}' changes no layer of this base.")
         if not torch.isfinite(row.weights_P).all():
             raise AdapterUnavailable(
                 f"Adapter '{key}' has values that this server's {row.weights_P.dtype} cannot hold."
             )
         if self._pin:
-            row = Row(row.weights_P.pin_memory(), row.worn)
-        return HostRow(row, any(row.worn.get(name) for name in self._text_encoders))
+            row = Row(row.weights_P.pin_memory(), row.worn, row.words)
+        return HostRow(row, bool(row.words) or any(row.worn.get(name) for name in self._text_encoders))
 
 
 def explain(key: AdapterRef, error: BaseException) -> Exception:
