@@ -16,15 +16,18 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from ray_app.silence import silence
+from ray_app.subject_queue import Lease, Release
 from training.errors import UserError
 from training.manifest import Closed, SubjectSpec
 from training.plan import PackPlan
 from training.run import RunStore
 from training.source import Beat, Orders, Outcome, Task
-from training.storage import open_storage
+from training.storage import StorageUnavailable, open_storage
 
 IDLE_SECONDS = 1.0  # how long an empty answer of the queue holds while the pack is busy
 QUEUE_TIMEOUT_S = 60.0
+STORAGE_REST_S = 10.0  # before a lane tries a storage again that did not answer
+LEARNING_RATES = ("learning_rate", "text_encoder_learning_rate")
 _ORDERS = TypeAdapter(Orders)
 
 log = logging.getLogger(__name__)
@@ -60,7 +63,15 @@ class QueueSource:
         self._held |= {lease["id"] for lease in leases}
         if not leases:
             self._empty_until = time.monotonic() + IDLE_SECONDS
-        return [Task(self._specs[lease["id"]], lease["fingerprint"]) for lease in leases]
+        return [self._task(Lease.model_validate(lease)) for lease in leases]
+
+    def _task(self, lease: Lease) -> Task:
+        spec = self._specs[lease.id]
+        if lease.rate_factor != 1.0:
+            train = spec.train
+            rates = {name: getattr(train, name) * lease.rate_factor for name in LEARNING_RATES}
+            spec = spec.model_copy(update={"train": train.model_copy(update=rates)})
+        return Task(spec, lease.fingerprint)
 
     def beat(self, beat: Beat) -> Orders:
         return _ORDERS.validate_python(self._ask("beat", asdict(beat)))
@@ -69,12 +80,12 @@ class QueueSource:
         self._held.discard(outcome.id)
         self._ask("ended", asdict(outcome))
 
-    def enter(self, profile: int) -> bool:
-        return bool(self._ask("enter", profile))
+    def enter(self, profile: int, node: str) -> bool:
+        return bool(self._ask("enter", profile, node))
 
-    def leave(self, reason: str | None) -> None:
-        """Gives back what is still held: `reason` is what went wrong, None for a stop that was asked for."""
-        self._ask("leave", reason)
+    def leave(self, reason: str, kind: Release) -> None:
+        """Gives back what is still held."""
+        self._ask("leave", reason, kind)
 
     def trouble(self) -> str | None:
         """Why this lane cannot work, if it cannot."""
@@ -97,17 +108,19 @@ def lane_worker(payload: dict[str, Any]) -> None:
     record = run.record()
     specs = {subject.id: subject for subject in record.manifest.subjects}
     source = QueueSource(ray.get_actor(order.queue), order.lane, specs)
-    if not source.enter(order.profile):
+    if not source.enter(order.profile, ray.get_runtime_context().get_node_id()):
         return  # one more try would end like those before; `run_lane` asks why
-    reason: str | None = "its worker failed"
     try:
         _work(order, run, source)
-        reason = None
-    except Exception as error:
-        reason = f"{type(error).__name__}: {error}"
+    except StorageUnavailable as error:
+        # nobody's fault but the store's; what is on it is whole
+        source.leave(str(error), "preempted")
+        time.sleep(STORAGE_REST_S)
         raise
-    finally:
-        source.leave(reason)
+    except Exception as error:
+        source.leave(f"{type(error).__name__}: {error}", "lost")
+        raise
+    source.leave("the run was stopped", "stopped")
 
 
 def _work(order: Order, run: RunStore, source: QueueSource) -> None:

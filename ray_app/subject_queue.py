@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
+from pydantic import Field
+
 from training.manifest import Closed
 from training.run import ENDED, Attempt, State, SubjectRecord
 from training.source import Beat, Orders, Outcome
@@ -18,6 +20,7 @@ from training.source import Beat, Orders, Outcome
 LEASE_SECONDS = 300.0
 MAX_ATTEMPTS = 3
 SUSPECT_ATTEMPTS = 2  # after so many lost workers a subject trains alone: the one that kills its pack shows itself
+CALMER = 0.1  # what the learning rates of a subject are multiplied by after it has diverged, once
 KEPT_NOTES = 1000
 
 Release = Literal["lost", "preempted", "stopped"]
@@ -25,7 +28,6 @@ Release = Literal["lost", "preempted", "stopped"]
 _STATES: dict[str, State] = {
     "done": "published",
     "bad subject": "failed",
-    "diverged": "failed",
     "out of memory": "failed",
     "cancelled": "cancelled",
 }
@@ -46,6 +48,7 @@ class Lease(Closed):
 
     id: str
     fingerprint: str
+    rate_factor: float = Field(1.0, description="its learning rates are multiplied by it: less after it has diverged")
 
 
 class LaneView(Closed):
@@ -166,7 +169,7 @@ class SubjectQueue:
             item.holder, item.until, item.since = lane, self._clock() + self._lease_s, time.time()
             here.held.add(id)
             self._change(id, state="preparing", pack=lane)
-        return [Lease(id=id, fingerprint=self._items[id].record.fingerprint or "") for id in chosen]
+        return [self._lease_of(id) for id in chosen]
 
     def beat(self, lane: int, beat: Beat) -> Orders:
         """Renews the lane's leases and takes in its news. Answers what it shall drop."""
@@ -174,6 +177,8 @@ class SubjectQueue:
         here.phases, here.images_per_second = dict(beat.phase), beat.images_per_second
         for note in beat.notes:
             self._note(note)
+        for id in here.held:  # also those that wait for their turn: their lane lives
+            self._items[id].until = self._clock() + self._lease_s
         drop = {id for id in beat.phase if not self._hold(lane, id)}
         for id in set(beat.phase) - drop:
             self._take_in(id, beat)
@@ -196,7 +201,14 @@ class SubjectQueue:
         if outcome.loss is not None:
             news["loss"] = outcome.loss
         self._change(outcome.id, **news)
-        if state is None:
+        if outcome.kind == "diverged" and not _divergences(item.record):
+            self._again(
+                outcome.id, f"{outcome.reason}; once more from its checkpoint with {CALMER} x the rate", "diverged"
+            )
+        elif outcome.kind == "diverged":
+            self._attempt(outcome.id, outcome.reason or "diverged", "diverged")
+            self._end(outcome.id, "failed", reason=outcome.reason)
+        elif state is None:
             self._again(outcome.id, outcome.reason or "unknown failure", "unknown")
         elif state == "failed":
             self._attempt(outcome.id, outcome.reason or outcome.kind, outcome.kind)
@@ -272,6 +284,11 @@ class SubjectQueue:
         )
 
     # -- pieces --
+
+    def _lease_of(self, id: str) -> Lease:
+        record = self._items[id].record
+        factor = CALMER if _divergences(record) else 1.0
+        return Lease(id=id, fingerprint=record.fingerprint or "", rate_factor=factor)
 
     def _lane(self, lane: int) -> _Lane:
         """The lane's own entry. A queue that was made again learns of its lanes from their calls."""
@@ -350,3 +367,7 @@ class SubjectQueue:
     def _note(self, text: str) -> None:
         self._seq += 1
         self._notes = [*self._notes[-KEPT_NOTES:], Note(self._seq, text)]
+
+
+def _divergences(record: SubjectRecord) -> int:
+    return sum(attempt.kind == "diverged" for attempt in record.attempts)

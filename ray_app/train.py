@@ -18,7 +18,7 @@ from ray_app.cluster import Cluster, Limits, current
 from ray_app.lane import Order, run_lane
 from ray_app.lead import Lead
 from ray_app.runlog import RunLog
-from ray_app.subject_queue import Entry, SubjectQueue, View
+from ray_app.subject_queue import Entry, Release, SubjectQueue, View
 from ray_app.submission import Submission
 from training.plan import PackPlan, plan_run, profile_of
 from training.run import RunRecord, RunStore, SubjectRecord
@@ -48,8 +48,13 @@ class QueueActor:
 
     def __init__(self, entries: list[dict[str, Any]]) -> None:
         self._queue = SubjectQueue(Entry.model_validate(entry) for entry in entries)
+        self._nodes: dict[int, str] = {}
 
-    def enter(self, lane: int, profile: int) -> bool:
+    def enter(self, lane: int, profile: int, node: str) -> bool:
+        """A lane's worker begins on `node`. If its last worker's node is gone, that costs its subjects nothing."""
+        last, self._nodes[lane] = self._nodes.get(lane), node
+        if last is not None and last not in _living_nodes():
+            return self._queue.enter(lane, profile, "its node was lost", "preempted")
         return self._queue.enter(lane, profile)
 
     def lease(self, lane: int, count: int) -> list[dict[str, Any]]:
@@ -61,8 +66,8 @@ class QueueActor:
     def ended(self, lane: int, outcome: dict[str, Any]) -> None:
         self._queue.ended(lane, _OUTCOME.validate_python(outcome))
 
-    def leave(self, lane: int, reason: str | None) -> None:
-        self._queue.release(lane, reason or "the run was stopped", "lost" if reason else "stopped")
+    def leave(self, lane: int, reason: str, kind: Release) -> None:
+        self._queue.release(lane, reason, kind)
 
     def trouble(self, lane: int) -> str | None:
         return self._queue.trouble(lane)
@@ -278,7 +283,7 @@ class Driver:
         self._failures[lane.profile] += 1
         self._log.add(f"lane {index} failed: {reason}")
         self.watcher.say(f"lane {index} failed: {reason}")
-        ray.get(self._queue.leave.remote(index, f"its lane failed: {reason}"))
+        ray.get(self._queue.leave.remote(index, f"its lane failed: {reason}", "lost"))
         alone = all(other.profile != lane.profile for other in self._lanes.values())
         if alone and self._failures[lane.profile] >= LANE_FAILURES:
             ray.get(self._queue.give_up.remote(lane.profile, f"no lane can work: {reason}"))
@@ -296,6 +301,12 @@ class Driver:
         if self.cluster.gpus or not self.cluster.local or "OMP_NUM_THREADS" in os.environ:
             return int(os.environ.get("OMP_NUM_THREADS", 0))
         return max(1, (os.cpu_count() or 1) // (self.limits.lanes or self._seats))
+
+
+def _living_nodes() -> set[str]:
+    import ray
+
+    return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
 
 
 def finish(store: RunStore, record: RunRecord, subjects: Sequence[SubjectRecord]) -> RunRecord:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from ray_app.subject_queue import LEASE_SECONDS, Entry, SubjectQueue
+from ray_app.subject_queue import CALMER, LEASE_SECONDS, Entry, SubjectQueue
 from training.run import SubjectRecord
 from training.source import Beat, Outcome
 
@@ -118,7 +118,7 @@ def test_publication_counts_whoever_did_it() -> None:
     assert ids(made) == [] and made.view().unfinished == 0
 
 
-@pytest.mark.parametrize("kind", ["bad subject", "diverged", "out of memory"])
+@pytest.mark.parametrize("kind", ["bad subject", "out of memory"])
 def test_what_trying_again_does_not_mend_fails_with_its_reason(kind: str) -> None:
     made = queue(entry("a"), entry("b"))
     ids(made)
@@ -126,6 +126,28 @@ def test_what_trying_again_does_not_mend_fails_with_its_reason(kind: str) -> Non
     assert (record(made, "a").state, record(made, "a").reason) == ("failed", "why")
     assert record(made, "a").attempts[0].kind == kind
     assert record(made, "b").state == "preparing"
+
+
+def test_what_diverged_goes_on_once_with_a_lower_rate() -> None:
+    made = queue(entry("a"))
+    assert made.lease(0, 1)[0].rate_factor == 1
+    made.ended(0, Outcome("a", "diverged", reason="the loss is not finite"))
+    assert record(made, "a").state == "queued"
+    made = queue(Entry(record=record(made, "a"), profile=0))  # it holds in the next driver's life, too
+    assert made.lease(0, 1)[0].rate_factor == CALMER
+    made.ended(0, Outcome("a", "diverged", reason="the loss is not finite"))
+    assert (record(made, "a").state, record(made, "a").reason) == ("failed", "the loss is not finite")
+    assert [attempt.kind for attempt in record(made, "a").attempts] == ["diverged", "diverged"]
+
+
+def test_what_waits_in_a_lane_that_beats_is_not_taken_away() -> None:
+    clock = Clock()
+    made = queue(entry("a"), entry("b"), clock=clock)
+    ids(made)
+    for _ in range(4):
+        clock.now += LEASE_SECONDS - 1
+        made.beat(0, Beat(phase={"a": "class images 3/200"}))
+    assert made.view().lanes[0].held == ("a", "b")
 
 
 def test_a_dead_worker_gives_back_and_the_third_time_a_subject_fails() -> None:
