@@ -14,6 +14,7 @@ import click
 from ray_app.cli_adapters import adapters
 from ray_app.cli_runs import cancel, logs, retry, status
 from ray_app.cli_server import generate, serve
+from ray_app.cli_storage import gc
 from ray_app.cli_train import drive, train, validate
 from ray_app.silence import silence
 from training.errors import UserError
@@ -66,7 +67,7 @@ def base(name: str, as_json: bool) -> None:
     click.echo(json.dumps({"base": name, "folder": str(folder)}) if as_json else str(folder))
 
 
-for command in (validate, train, drive, status, logs, cancel, retry, serve, generate, adapters):
+for command in (validate, train, drive, status, logs, cancel, retry, serve, generate, adapters, gc):
     main.add_command(command)
 
 
