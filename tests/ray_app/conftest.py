@@ -23,6 +23,7 @@ defaults:
   instance_prompt: "a photo of sks {{class}}"
   class: dog
   prior: {{enabled: false}}
+  evaluate: {{enabled: false}}
   train: {{max_steps: {steps}, checkpoint_every: {every}, learning_rate: 1.0e-3}}
 subjects:
 """
