@@ -59,15 +59,19 @@ class Samplers:
     def _schedule(self, name: SamplerName, steps: int, strength: float | None = None) -> Schedule:
         """The run of `steps` steps; with `strength` the last part of it that image-to-image does."""
         scheduler = _make(name, self._config)
-        scheduler.set_timesteps(steps)
         start = 0
         if strength is not None:
             start = max(steps - min(int(steps * strength), steps), 0)
-        table = _TABLES[name](scheduler, start).to(torch.float32)
-        if not torch.isfinite(table).all():
+        try:
+            scheduler.set_timesteps(steps)
+            table = _TABLES[name](scheduler, start).to(torch.float32)
+        except (IndexError, ValueError):  # more steps than the noise schedule has
+            table = torch.full((1, 1), torch.nan)
+        if not len(table) or not torch.isfinite(table).all():
             raise UserError(
-                f"Scheduler '{name}' cannot sample this base in {steps} steps: its coefficients are not finite. "
-                "Use another scheduler or fewer steps."
+                f"Scheduler '{name}' cannot take steps {steps}"
+                + (f" with strength {strength}" if strength is not None else "")
+                + f" on this base, whose noise schedule has {scheduler.config.num_train_timesteps}. Use other numbers."
             )
         signal, noise = _first_mix(name, scheduler, start, from_image=strength is not None)
         return Schedule(table, signal, noise, name == "euler_a")

@@ -17,6 +17,7 @@ from torch import Tensor
 from serving.request import SamplerName
 from serving.samplers import Lines, Samplers, Schedule
 from tests.tiny import tiny_pipeline
+from training.errors import UserError
 
 CLASSES: dict[SamplerName, Any] = {
     "ddim": DDIMScheduler,
@@ -120,3 +121,10 @@ def test_a_schedule_of_any_length_is_finite(tmp_path: Path) -> None:
     for steps in range(1, 151):
         for name in CLASSES:
             assert samplers.schedule(name, steps).steps in (steps, steps + 1)
+
+
+@pytest.mark.parametrize(("steps", "strength"), [(1000, None), (5000, None), (4, 0.1)])
+def test_steps_that_a_schedule_cannot_take_are_refused(tmp_path: Path, steps: int, strength: float | None) -> None:
+    samplers = Samplers(dict(tiny_pipeline(tmp_path).scheduler.config))
+    with pytest.raises(UserError, match=f"steps {steps}"):
+        samplers.schedule("ddim", steps, strength)
