@@ -293,7 +293,7 @@ def _score(exam: Exam, judges: Judges, reference: _Reference, sheet: _Sheet, dra
         ("diversity", scores.diversity(seeds), alike),
         ("pres", pres, alike),
         ("class_drift", scores.share(pres, reference.pres_floor, reference.pres_ceiling), alike),
-        ("copying", scores.copying(copies, reference.copies_PF), f"{judges.copying.name} 7x7"),
+        ("copying", scores.copying(copies, reference.copies_PF), f"{judges.copying.name} map"),
         ("language_drift", scores.drift(other_NE, reference.unrelated_NE), alike),
         ("sharpness", sum(map(scores.detail, images)) / len(images), "laplacian"),
         ("saturation", sum(map(scores.saturation, images)) / len(images), "hsv"),
@@ -338,7 +338,7 @@ def _landmarks(reference: _Reference, judges: Judges) -> list[Score]:
         _said("fidelity_of_other_prompts", reference.fidelity_floor, judges.fidelity.name),
         _said("fidelity_of_the_base", reference.fidelity_ceiling, judges.fidelity.name),
         _said("pres_of_the_base", reference.pres_floor, alike),
-        _said("copying_limit", reference.copying_limit, f"{judges.copying.name} 7x7"),
+        _said("copying_limit", reference.copying_limit, f"{judges.copying.name} map"),
     ]
 
 

@@ -43,7 +43,7 @@ class JudgeBox:
         text = self._get(self._best_fidelity() if fidelity == "auto" else fidelity)
         where = image if isinstance(image, MapModel) else self._get(self._best_likeness())
         assert isinstance(image, ImageModel) and isinstance(text, TextModel) and isinstance(where, MapModel)
-        if EfficientNetLite0.is_installed():
+        if likeness == "auto" and EfficientNetLite0.is_installed():
             where = self._get(EfficientNetLite0.name)  # the one whose copy detector is calibrated
             assert isinstance(where, MapModel)
         return Judges(image, where, text, self._face())

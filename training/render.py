@@ -67,14 +67,22 @@ def render(
     rows: int = ROWS,
     alive: Callable[[int, int], None] | None = None,
 ) -> Mapping[Shot, Image.Image]:
-    """Every shot once, `rows` at a time. `alive(done, all)` is called after each batch."""
+    """Every shot once, `rows` at a time, fewer when memory runs out. `alive(done, all)` is called after each batch."""
     wanted = list(dict.fromkeys(shots))
     made: dict[Shot, Image.Image] = {}
     for look in dict.fromkeys(shot.look for shot in wanted):
-        same = [shot for shot in wanted if shot.look == look]
-        for start in range(0, len(same), rows):
-            batch = same[start : start + rows]
-            made.update(zip(batch, _draw(base, bank, batch, look), strict=True))
+        left = [shot for shot in wanted if shot.look == look]
+        while left:
+            batch = left[:rows]
+            try:
+                made.update(zip(batch, _draw(base, bank, batch, look), strict=True))
+            except torch.OutOfMemoryError:
+                if len(batch) == 1:
+                    raise
+                rows = len(batch) // 2
+                torch.cuda.empty_cache()
+                continue
+            left = left[len(batch) :]
             if alive is not None:
                 alive(len(made), len(wanted))
     return made
