@@ -14,6 +14,7 @@ import click
 from ray_app.cli_adapters import adapters
 from ray_app.cli_runs import cancel, logs, retry, status
 from ray_app.cli_server import generate, serve
+from ray_app.cli_shape import fuse, merge, sweep
 from ray_app.cli_storage import gc
 from ray_app.cli_train import drive, train, validate
 from ray_app.silence import silence
@@ -69,6 +70,8 @@ def base(name: str, as_json: bool) -> None:
 
 for command in (validate, train, drive, status, logs, cancel, retry, serve, generate, adapters, gc):
     main.add_command(command)
+for command in (merge, fuse, sweep):
+    adapters.add_command(command)
 
 
 def _is_ray(error: Exception) -> bool:

@@ -28,9 +28,9 @@ def adapters() -> None:
 @options.as_json
 def list_(storage: str, tenant: str, as_json: bool) -> None:
     """List the adapters of a tenant, with the version that is served."""
-    found = _registry(storage).list(tenant)
+    found = open_registry(storage).list(tenant)
     if as_json:
-        return options.print_json({"adapters": [_short(resolved) for resolved in found]})
+        return options.print_json({"adapters": [short(resolved) for resolved in found]})
     if not found:
         return click.echo(f"no adapters of tenant '{tenant}' in {open_storage(storage)}")
     table = Table(box=None, pad_edge=False, header_style="bold")
@@ -52,11 +52,11 @@ def list_(storage: str, tenant: str, as_json: bool) -> None:
 @options.as_json
 def show(adapter: str, storage: str, tenant: str, as_json: bool) -> None:
     """Show the card of ADAPTER: [TENANT/]ID[@VERSION]."""
-    registry = _registry(storage)
-    resolved = _resolve(registry, adapter, tenant)
+    registry = open_registry(storage)
+    resolved = resolve(registry, adapter, tenant)
     card = resolved.card.model_dump(mode="json", by_alias=True)
     versions = registry.versions(resolved.tenant, resolved.id)
-    about = {**_short(resolved), "versions": versions, "files": registry.files(resolved), "card": card}
+    about = {**short(resolved), "versions": versions, "files": registry.files(resolved), "card": card}
     if as_json:
         return options.print_json(about)
     click.echo(json.dumps(about, indent=2, ensure_ascii=False))
@@ -70,10 +70,10 @@ def show(adapter: str, storage: str, tenant: str, as_json: bool) -> None:
 @options.as_json
 def delete(adapter: str, storage: str, tenant: str, yes: bool, as_json: bool) -> None:
     """Delete ADAPTER ([TENANT/]ID) with all its versions."""
-    registry = _registry(storage)
+    registry = open_registry(storage)
     if "@" in adapter:
         raise UserError(f"Adapter {adapter!r}: a single version cannot be deleted. Name the adapter without '@...'.")
-    resolved = _resolve(registry, adapter, tenant)
+    resolved = resolve(registry, adapter, tenant)
     name = f"{resolved.tenant}/{resolved.id}"
     if not yes and not as_json:
         click.confirm(f"Delete {name} with all its versions?", abort=True)
@@ -98,10 +98,10 @@ def export(
     from training.adapter import load_adapter
     from training.formats import Label, export_adapter
 
-    registry = _registry(storage)
-    resolved = _resolve(registry, adapter, tenant)
+    registry = open_registry(storage)
+    resolved = resolve(registry, adapter, tenant)
     weights = load_adapter(registry.weights(resolved))
-    library = _library(registry, base or resolved.card.base)
+    library = open_library(registry, base or resolved.card.base)
     label = Label(name=resolved.id, resolution_px=library.facts.resolution)
     files = export_adapter(weights, format_, library.shapes().keys(), label)
     out.mkdir(parents=True, exist_ok=True)
@@ -137,12 +137,12 @@ def import_(
     from training.adapter import save_adapter
     from training.formats import import_adapter
 
-    library = _library(_registry(storage), base)
+    library = open_library(open_registry(storage), base)
     adapter = import_adapter(_read(files), library.shapes().keys())
     data = save_adapter(adapter)
     resolved = library.upload(tenant, id, data, EngineSpec(), public=public, trigger=trigger)
     if as_json:
-        return options.print_json(_short(resolved))
+        return options.print_json(short(resolved))
     click.echo(f"{resolved.tenant}/{resolved.id}@{resolved.version[:12]}")
 
 
@@ -158,7 +158,7 @@ def _read(paths: tuple[Path, ...]) -> dict[str, bytes]:
     return files
 
 
-def _library(registry: "Registry", base: str) -> "Library":
+def open_library(registry: "Registry", base: str) -> "Library":
     from serving.library import Library
     from serving.request import read_facts
     from training.base_folder import find_base
@@ -168,18 +168,18 @@ def _library(registry: "Registry", base: str) -> "Library":
     return Library(registry, folder, read_facts(folder.name if Path(base).is_dir() else base, folder))
 
 
-def _registry(storage: str) -> "Registry":
+def open_registry(storage: str) -> "Registry":
     from training.registry import Registry
 
     return Registry(open_storage(storage))
 
 
-def _resolve(registry: "Registry", adapter: str, tenant: str) -> "Resolved":
+def resolve(registry: "Registry", adapter: str, tenant: str) -> "Resolved":
     name, _, version = adapter.partition("@")
     return registry.resolve(name, version or None, tenant)
 
 
-def _short(resolved: "Resolved") -> dict[str, str | int]:
+def short(resolved: "Resolved") -> dict[str, str | int]:
     card = resolved.card
     return {
         "id": f"{resolved.tenant}/{resolved.id}",

@@ -3,6 +3,7 @@
 `import ray` happens inside `connect`, because Ray reads its environment when it is imported. Knows nothing about runs.
 """
 
+import functools
 import logging
 import os
 import secrets
@@ -102,7 +103,7 @@ def connect(address: str = LOCAL) -> Iterator[Cluster]:
 def _local(folder: Path) -> Iterator[Cluster]:
     os.environ.update(_LOCAL_SETTINGS)
     # other users of this machine could else run code as this one
-    os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    os.environ["RAY_AUTH_TOKEN"] = _token()
     os.environ["RAY_TMPDIR"] = str(folder)
     import ray
 
@@ -120,6 +121,12 @@ def _local(folder: Path) -> Iterator[Cluster]:
         yield current()._replace(local=True)
     finally:
         ray.shutdown()
+
+
+@functools.cache
+def _token() -> str:
+    """One for all clusters of this process: Ray reads it once and keeps it."""
+    return secrets.token_hex(32)
 
 
 def _remote(address: str) -> Iterator[Cluster]:
