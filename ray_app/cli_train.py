@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ray_app import options
-from ray_app.cluster import LOCAL, Limits, check_address
+from ray_app.cluster import JOBS, LOCAL, Limits, check_address
 from training.errors import UserError
 from training.storage import open_storage
 
@@ -61,17 +61,16 @@ def train(
     from ray_app.submission import submit
 
     check_address(address)
-    submission = submit(manifest, open_storage(storage), upload=address != LOCAL)
     limits = Limits(lanes, max_gpus)
-    if detach:
-        from ray_app.drive import detach_run
+    if address.startswith(JOBS):
+        return _train_elsewhere(manifest, address, storage, limits, detach=detach, as_json=as_json)
+    submission = submit(manifest, open_storage(storage), upload=address != LOCAL)
+    if not detach:
+        return follow(submission, address, limits, as_json)
+    from ray_app.drive import detach_run
 
-        log = detach_run(submission, address, limits)
-        options.console(as_json=True).print(f"run {submission.record.run} runs on its own; its driver's log: {log}")
-        if as_json:
-            return options.print_json({"run": submission.record.run, "state": "running", "log": str(log)})
-        return click.echo(submission.record.run)
-    follow(submission, address, limits, as_json)
+    log = detach_run(submission, address, limits)
+    _say_detached(submission, as_json, f"its driver's log is {log}")
 
 
 @click.command(hidden=True)
@@ -111,6 +110,38 @@ def follow(
         sys.exit(130)
     _print_end(record, subjects, time.monotonic() - started, console, as_json)
     sys.exit(0 if all(subject.state in _GOOD for subject in subjects) else 1)
+
+
+def _train_elsewhere(
+    manifest: Path, address: str, storage: str, limits: Limits, *, detach: bool, as_json: bool
+) -> None:
+    """`train` through the Ray Jobs API: checks what the cluster can see, uploads, submits, and looks on."""
+    from ray_app.jobs import check_reach, follow_job, submit_job
+    from ray_app.submission import read_manifest, submit
+
+    opened, console, started = open_storage(storage), options.console(as_json), time.monotonic()
+    checked, _ = read_manifest(manifest)
+    check_reach(address, storage, checked.base, checked.root)
+    submission = submit(manifest, opened, upload=True)
+    job = submit_job(submission, address, limits)
+    if detach:
+        return _say_detached(submission, as_json, f"it is job {job} at {address}")
+    console.print(f"run {submission.record.run} is job {job} at {address}")
+    try:
+        record, subjects = follow_job(submission, address, job, console)
+    except KeyboardInterrupt:
+        console.print(f"run {submission.record.run} goes on; `dreamfleet cancel {submission.record.run}` stops it")
+        sys.exit(130)
+    _print_end(record, subjects, time.monotonic() - started, console, as_json)
+    sys.exit(0 if all(subject.state in _GOOD for subject in subjects) else 1)
+
+
+def _say_detached(submission: "Submission", as_json: bool, where: str) -> None:
+    run = submission.record.run
+    click.echo(f"run {run} goes on without this command; {where}", err=True)
+    if as_json:
+        return options.print_json({"run": run, "state": "running"})
+    click.echo(run)
 
 
 def _print_end(

@@ -116,7 +116,8 @@ class Driver:
         self._lanes: dict[int, _Lane] = {}
         self._opened = 0
         self._failures = dict.fromkeys(range(len(self._profiles)), 0)
-        self._saved: dict[str, float] = {}
+        self._saved = dict(self.records)
+        self._saved_at = dict.fromkeys(self.records, 0.0)
         self._seats = self.cluster.seats
         self._looked = time.monotonic()
         self._heeded = 0.0
@@ -195,17 +196,17 @@ class Driver:
         if record.state != before.state:
             reason = f": {record.reason}" if record.reason else ""
             self._log.add(f"{record.id}: {record.state} at step {record.step}/{record.max_steps}{reason}")
-        if record.state != before.state or time.time() - self._saved.get(record.id, 0) >= STEP_SAVE_SECONDS:
+        if record.state != before.state or time.monotonic() - self._saved_at[record.id] >= STEP_SAVE_SECONDS:
             self._save(record)
 
     def _save(self, record: SubjectRecord) -> None:
         self.store.save_subject(record)
-        self._saved[record.id] = time.time()
+        self._saved[record.id], self._saved_at[record.id] = record, time.monotonic()
 
     def _save_all(self) -> None:
         """The last word about those whose latest steps were not written down yet."""
         for record in self.records.values():
-            if record.updated > self._saved.get(record.id, record.updated):
+            if record != self._saved[record.id]:
                 self._save(record)
         self._log.flush()
 

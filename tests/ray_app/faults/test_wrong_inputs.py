@@ -1,0 +1,55 @@
+"""Subjects and states that go wrong by themselves: they end with their reason and cost the others nothing."""
+
+import time
+
+import pytest
+
+from tests.ray_app.conftest import Desk
+from tests.ray_app.faults.conftest import only_run, step_of, wait_until
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+
+def test_a_subject_that_diverges_is_tried_once_more_and_fails_alone(desk: Desk) -> None:
+    tail = "  - {id: wild, images: images/rusty, lora: {alpha: 1.0e+38}}\n"  # too much for fp32 after the first step
+    result = desk.run("train", desk.manifest("rusty", steps=200, every=20, tail=tail), "--json")
+    assert result.status == 1
+    assert result.states() == {"rusty": "published", "wild": "failed"}
+    wild = result.json["subjects"][1]
+    assert "diverged" in wild["reason"]
+    assert [attempt["kind"] for attempt in wild["attempts"]] == ["diverged", "diverged"]
+
+
+def test_retry_takes_up_only_what_failed(desk: Desk) -> None:
+    manifest = desk.manifest("rusty", "tabby")
+    whole = (desk.folder / "images/tabby/0.png").read_bytes()
+    (desk.folder / "images/tabby/0.png").write_bytes(b"no picture")
+    first = desk.run("train", manifest, "--json")
+    assert first.states() == {"rusty": "published", "tabby": "failed"}
+    (desk.folder / "images/tabby/0.png").write_bytes(whole)
+    again = desk.run("retry", first.json["run"], "--json")
+    assert again.status == 0, again.err
+    assert again.states() == {"rusty": "published", "tabby": "published"}
+    assert again.json["run"] == first.json["run"]
+
+
+def test_cancelled_while_it_is_prepared_and_while_it_waits(desk: Desk) -> None:
+    manifest = desk.manifest("rusty", "tabby", steps=400, every=20)
+    with desk.start("train", manifest, "--json") as driver:
+        wait_until(lambda: only_run(desk) is not None and only_run(desk).record(), "a run")  # type: ignore[union-attr]
+        run = only_run(desk)
+        assert run is not None
+        assert desk.run("cancel", run.run, "tabby").status == 0  # nothing has begun: it is queued
+        out, err = driver.communicate(timeout=200)
+    assert driver.returncode == 1, err
+    assert step_of(desk, "tabby") == 0
+    states = {id: run.subject(id).state for id in ("rusty", "tabby")}  # type: ignore[union-attr]
+    assert states == {"rusty": "published", "tabby": "cancelled"}
+
+
+def test_a_detached_run_is_followed_to_its_end(desk: Desk) -> None:
+    began = time.monotonic()
+    started = desk.run("train", desk.manifest("rusty", steps=100), "--detach", "--json")
+    assert started.status == 0 and time.monotonic() - began < 10
+    watched = desk.run("status", started.json["run"], "--watch", "--json")
+    assert watched.json["state"] == "done" and watched.states() == {"rusty": "published"}
