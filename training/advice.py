@@ -9,9 +9,11 @@ from training.photo_report import PhotoWarning
 # of the way from the plain class to a real photo, and from any prompt to the base's own answer
 LOW_LIKENESS, LOW_FIDELITY = 0.3, 0.6
 NOTABLE_DRIFT = 0.25
-# cosine of the photos' mean pair; photos so alike show one view of the subject
-ALIKE_PHOTOS = 0.9
-LEARNED_BY_HEART = 0.1
+# of what lies between the plain class and the same picture twice: photos nearer than this show one view
+ALIKE_PHOTOS = 0.25
+# of the span from the plain class to the photos
+LEARNED_BY_HEART = 0.4
+MIN_SPAN = 0.05
 
 
 def advice(
@@ -47,9 +49,11 @@ def _about_scores(candidates: Sequence[Candidate], choice: Choice, scores: Mappi
         found.append(f"The plain class leans towards the subject ({chosen.drift:.2f}): {AXES['class_drift'].advice}.")
     if chosen.copying_limit is not None and chosen.copying > chosen.copying_limit:
         found.append(f"It repeats training photos: {AXES['copying'].advice}.")
-    if scores.get("likeness_training", 0.0) - scores.get("likeness", 0.0) > LEARNED_BY_HEART:
+    floor, ceiling = scores.get("likeness_of_the_base", 0.0), scores.get("likeness_of_photos", 0.0)
+    gap = scores.get("likeness_training", 0.0) - scores.get("likeness", 0.0)
+    if gap > LEARNED_BY_HEART * max(ceiling - floor, MIN_SPAN):
         found.append("It knows its training photos better than a new one: add photos from other sides and places.")
-    if scores.get("likeness_of_photos", 0.0) > ALIKE_PHOTOS:
+    if 1 - ceiling < ALIKE_PHOTOS * (1 - floor):
         found.append("The photos are much alike: add side views, other distances and other places.")
     return found
 
