@@ -1,0 +1,35 @@
+"""Every manifest that ships is valid, and its photos are there with their licences."""
+
+from pathlib import Path
+
+import pytest
+
+from training.manifest import load_manifest
+from training.photos import list_photo_files, photos
+from training.plan import base_facts, plan_run, unmatched_targets
+
+MANIFESTS = Path(__file__).parents[1] / "manifests"
+RUNS = [path for path in MANIFESTS.rglob("manifest*.yaml") if "images" not in path.parts]
+
+
+@pytest.mark.parametrize("path", RUNS, ids=lambda path: path.parent.name)
+def test_it_can_be_planned_and_its_photos_are_good(path: Path) -> None:
+    manifest = load_manifest(path)
+    facts = base_facts(manifest.base, manifest.root)
+    assert plan_run(manifest, facts).packs
+    for subject in manifest.subjects:
+        assert not unmatched_targets(subject, facts)
+        found = photos(list_photo_files(Path(manifest.root, subject.images)), resolution=facts.resolution)
+        assert len(found.good) >= 5
+        assert not found.rejected
+
+
+def test_the_demo_trains_at_least_six_subjects_in_one_pack_and_names_licences() -> None:
+    manifest = load_manifest(MANIFESTS / "demo" / "manifest.yaml")
+    plan = plan_run(manifest, base_facts(manifest.base))
+    assert len(manifest.subjects) >= 6
+    assert len(plan.packs) == 1
+    assert plan.packs[0].slots >= 6
+    licences = (MANIFESTS / "demo" / "images" / "LICENSES.md").read_text(encoding="utf-8")
+    for subject in manifest.subjects:
+        assert subject.id in licences
