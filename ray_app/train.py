@@ -21,6 +21,7 @@ from ray_app.runlog import RunLog
 from ray_app.subject_queue import Entry, Release, SubjectQueue, View
 from ray_app.submission import Submission
 from training.plan import PackPlan, plan_run, profile_of
+from training.report import write_report
 from training.run import RunRecord, RunStore, SubjectRecord
 from training.source import Beat, Outcome
 
@@ -311,11 +312,12 @@ def _living_nodes() -> set[str]:
 
 
 def finish(store: RunStore, record: RunRecord, subjects: Sequence[SubjectRecord]) -> RunRecord:
-    """Writes down that a run has ended, and how."""
+    """Writes down that a run has ended, and how, and its report."""
     states = {subject.state for subject in subjects}
     state = "failed" if "failed" in states else "cancelled" if "cancelled" in states else "done"
     ended = record.model_copy(update={"state": state, "finished": time.time()})
     store.save(ended)
+    write_report(store)
     return ended
 
 

@@ -18,19 +18,21 @@ from training.intake import fingerprint, read_files
 from training.manifest import Manifest, load_manifest
 from training.plan import PackPlan, base_facts, plan_run
 from training.registry import Registry
-from training.run import RunRecord, RunStore, digest_of, find_unfinished, new_run_id
+from training.report import write_report
+from training.run import RunRecord, RunStore, State, SubjectRecord, digest_of, find_unfinished, new_run_id
 from training.source import Beat, Orders, Outcome, Task
 from training.storage import Storage, open_storage
 from training.worker import precision, work
 
 
 class LocalSource:
-    """Subjects of one pack plan, in order; outcomes are printed and counted."""
+    """Subjects of one pack plan, in order; outcomes are printed, counted and kept with the run."""
 
-    def __init__(self, manifest: Manifest, plan: PackPlan, storage: Storage, base_hash: str) -> None:
+    def __init__(self, manifest: Manifest, plan: PackPlan, run: RunStore, base_hash: str) -> None:
         self._todo = [subject for subject in manifest.subjects if subject.id in plan.subjects]
         self._manifest = manifest
-        self._storage = storage
+        self._storage = run.storage
+        self._run = run
         self._base_hash = base_hash
         self.failed = 0
 
@@ -47,6 +49,7 @@ class LocalSource:
             version = Registry(self._storage).find(self._manifest.tenant, subject.id, mark)
             if version is not None:
                 print(f"{subject.id}: reused {version[:12]}")
+                self._run.save_subject(SubjectRecord(id=subject.id, state="reused", version=version, fingerprint=mark))
             else:
                 tasks.append(Task(subject, mark))
         return tasks
@@ -61,6 +64,19 @@ class LocalSource:
 
     def ended(self, outcome: Outcome) -> None:
         self.failed += outcome.version is None
+        state: State = "published" if outcome.version else "cancelled" if outcome.kind == "cancelled" else "failed"
+        self._run.save_subject(
+            SubjectRecord(
+                id=outcome.id,
+                state=state,
+                step=outcome.step,
+                loss=outcome.loss,
+                version=outcome.version,
+                seconds=outcome.seconds,
+                reason=outcome.reason,
+                warnings=outcome.warnings,
+            )
+        )
         print(f"{outcome.id}: {outcome.reason or f'published {(outcome.version or str())[:12]}'}", flush=True)
 
 
@@ -83,11 +99,12 @@ def _run(manifest: Manifest, storage: Storage, path: str) -> int:
         dtype = precision(pack.profile.mixed_precision, best_device())
         base = load_base(manifest.base, dtype=dtype, root=manifest.root)
         run = _open_run(manifest, storage, base.hash, path)
-        source = LocalSource(manifest, pack, storage, base.hash)
+        source = LocalSource(manifest, pack, run, base.hash)
         work(base, pack, source, run, tenant=manifest.tenant, root=manifest.root)
         failed += source.failed
     record = run.record()
     run.save(record.model_copy(update={"state": "failed" if failed else "done", "finished": time.time()}))
+    print(f"report: {write_report(run)}")
     print(f"run {run.run}: {len(manifest.subjects) - failed} published, {failed} failed, {time.time() - started:.0f} s")
     return 1 if failed else 0
 

@@ -7,17 +7,20 @@ The pictures are one sheet each: a row of photos; a row of samples a step, the b
 
 import io
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from PIL import Image
 from pydantic import BaseModel, ConfigDict
 
 from training.advice import advice
 from training.card import Score
-from training.evaluate import Evaluation
 from training.photo_report import PhotoWarning
 from training.photos import Photo, Photos
 from training.run import RunStore
 from training.storage_base import NotFound
+
+if TYPE_CHECKING:  # whoever only reads records needs no torch
+    from training.evaluate import Evaluation
 
 TILE_PX = 96
 MAX_PHOTOS = 24
@@ -56,7 +59,7 @@ class Record(_Part):
     advice: tuple[str, ...]
 
 
-def make_record(evaluation: Evaluation, found: Photos, held_out: Sequence[Photo]) -> Record:
+def make_record(evaluation: "Evaluation", found: Photos, held_out: Sequence[Photo]) -> Record:
     candidates = sorted(evaluation.candidates, key=lambda candidate: candidate.step)
     chosen = evaluation.choice
     numbers = {score.name: score.value for score in evaluation.scores if score.step in (None, chosen.step)}
@@ -78,7 +81,7 @@ def make_record(evaluation: Evaluation, found: Photos, held_out: Sequence[Photo]
     )
 
 
-def save_record(run: RunStore, evaluation: Evaluation, found: Photos, held_out: Sequence[Photo]) -> Record:
+def save_record(run: RunStore, evaluation: "Evaluation", found: Photos, held_out: Sequence[Photo]) -> Record:
     """Writes the record and its two sheets."""
     record = make_record(evaluation, found, held_out)
     photos = [photo.image for photo in (*found.good, *held_out)][:MAX_PHOTOS]

@@ -279,10 +279,9 @@ class Worker:
             assert held.found is not None
             finished.append(Finished(held.task.spec, state.step, state.adapter, held.found, held.held_out))
 
-        def alive(drawn: int, wanted: int) -> None:
-            for id in ids:
-                self._beat.phase[id] = f"evaluating {drawn}/{wanted}"
-            self._say(ids[0], self._beat.phase[ids[0]])
+        def alive(_drawn: int, _wanted: int) -> None:
+            self._beat.phase.update(dict.fromkeys(ids, "evaluating"))
+            self._say(ids[0], "evaluating")
 
         return self.judging.judge(finished, alive)
 
