@@ -68,7 +68,7 @@ def base(name: str, as_json: bool) -> None:
     click.echo(json.dumps({"base": name, "folder": str(folder)}) if as_json else str(folder))
 
 
-for command in (validate, train, drive, status, logs, cancel, retry, serve, generate, adapters, gc):
+for command in (validate, train, drive, status, logs, cancel, retry, serve, generate, adapters, gc, evaluate):
     main.add_command(command)
 for command in (merge, fuse, sweep):
     adapters.add_command(command)
