@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 from ray_app.cli_adapters import adapters
+from ray_app.cli_evaluate import evaluate
 from ray_app.cli_runs import cancel, logs, retry, status
 from ray_app.cli_server import generate, serve
 from ray_app.cli_shape import fuse, merge, sweep

@@ -22,8 +22,8 @@ Alive = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Wish:
-    """How adapters are to be judged. `photos`: a folder of real photos, or of a folder a subject; `models`: of configured
-    weights; `images` a prompt, the protocol's own by default; `out` receives the pictures."""
+    """How adapters are to be judged. `photos`: a folder of real photos, or of a folder a subject; `models`: of
+    configured weights; `images` a prompt, the protocol's own by default; `out` receives the pictures."""
 
     tenant: str = "default"
     base: str | None = None
@@ -94,8 +94,8 @@ def evaluate_protocol(
     ready = [subject for subject in wanted if subject in there and (photos / subject).is_dir()]
     if not ready:
         raise UserError(
-            f"None of the {len(wanted)} subjects has both an adapter of tenant '{wish.tenant}' and a folder in {photos}."
-            f" Train adapters under the protocol's ids: {', '.join(list(protocol.subjects)[:4])}, ..."
+            f"None of the {len(wanted)} subjects has an adapter of tenant '{wish.tenant}' and a folder in {photos}. "
+            f"Train adapters under the protocol's ids: {', '.join(list(protocol.subjects)[:4])}, ..."
         )
     loaded = load_base(one_base([there[subject] for subject in ready], wish.base))
     judges = JudgeBox(loaded, wish.models).judges(wish.likeness, wish.fidelity)
