@@ -4,6 +4,7 @@ Joins the three tiers for the engine. Slots and host cache keep the books; here 
 touched neither slots nor host cache, so it costs nobody anything.
 """
 
+import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
@@ -124,7 +125,7 @@ class Adapters:
                 f"Adapter '{key}' has values that this server's {row.weights_P.dtype} cannot hold."
             )
         if self._pin:
-            row = Row(row.weights_P.pin_memory(), row.worn, row.words)
+            row = dataclasses.replace(row, weights_P=row.weights_P.pin_memory())
         return HostRow(row, bool(row.words) or any(row.worn.get(name) for name in self._text_encoders))
 
 

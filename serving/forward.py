@@ -1,7 +1,8 @@
 """One denoiser forward over samples that each have their own timestep, adapters, prompt and guidance.
 
 A `Forward` holds what stays the same while the same samples step together: their embeddings, guidance and the bank's
-routes. Rows are laid out as [negative prompts of the guided samples | prompts of all samples], guided samples first.
+routes. A guided sample is two neighbouring rows, negative prompt and prompt, and samples are in the order of their
+slots: rows that wear the same share one delta, and slots without a gap are not even copied. Guided samples come first.
 
 Shape suffixes: N samples, G guided ones, M rows; L tokens, C channels.
 """
@@ -34,16 +35,16 @@ class Forward:
         cls, samples: Sequence[Sample], bank: Bank, base: Base, *, empty: int, fixed_rows: int | None
     ) -> "Forward":
         """`empty` is the bank's slot of zeros; `fixed_rows` fills the forward up with rows that nobody reads."""
-        order = sorted(samples, key=lambda sample: not sample.job.guided)
-        guided = [sample for sample in order if sample.job.guided]
-        rows = [*guided, *order]
-        states = [_states(sample)[1] for sample in guided] + [_states(sample)[0] for sample in order]
+        order = sorted(samples, key=lambda sample: (not sample.job.guided, sample.slots or ()))
+        guided = sum(sample.job.guided for sample in order)
+        rows = [sample for sample in order[:guided] for _ in range(2)] + order[guided:]
+        states = [state for sample in order for state in _states(sample)]
         fill = max(0, (fixed_rows or 0) - len(rows))
         states += [torch.zeros_like(states[0])] * fill
         slots: list[tuple[int, ...]] = [sample.slots or () for sample in rows]
         weights: list[tuple[float, ...]] = [sample.job.weights for sample in rows]
         routes = make_routes(bank, [base.family.denoiser], slots + [()] * fill, weights + [()] * fill, empty)
-        guidance = torch.tensor([sample.job.request.guidance_scale for sample in guided])
+        guidance = torch.tensor([sample.job.request.guidance_scale for sample in order[:guided]])
         return cls(
             order=tuple(order),
             rows=len(rows) + fill,
@@ -55,22 +56,25 @@ class Forward:
     def __call__(self, base: Base, bank: Bank, latents_NCHW: Tensor, lines: Lines) -> Tensor:
         """The guided prediction [N, C, h, w] in float32, for scaled latents in `order`."""
         guided = len(self.guidance_G)
-        x = lines.model_input(latents_NCHW)
-        x_MCHW = torch.cat([x[:guided], x])
-        timesteps_M = torch.cat([lines.timesteps_N[:guided], lines.timesteps_N])
-        if fill := self.rows - len(x_MCHW):
-            x_MCHW = torch.cat([x_MCHW, x_MCHW.new_zeros((fill, *x_MCHW.shape[1:]))])
-            timesteps_M = torch.cat([timesteps_M, timesteps_M.new_zeros(fill)])
+        x_MCHW = self._rows(lines.model_input(latents_NCHW))
         with bank.using(*self.routes):
-            output = base.unet(x_MCHW.to(base.dtype), timesteps_M, encoder_hidden_states=self.states_MLC).sample.float()
-        plain, prompted = output[:guided], output[guided : guided + len(self.order)]
-        if not guided:
-            return prompted
-        pushed = plain + self.guidance_G * (prompted[:guided] - plain)
-        return torch.cat([pushed, prompted[guided:]])
+            output = base.unet(
+                x_MCHW.to(base.dtype), self._rows(lines.timesteps_N), encoder_hidden_states=self.states_MLC
+            ).sample.float()
+        plain, prompted = output[: 2 * guided].unflatten(0, (guided, 2)).unbind(1)
+        pushed = plain + self.guidance_G * (prompted - plain)
+        return torch.cat([pushed, output[2 * guided : guided + len(self.order)]])
+
+    def _rows(self, samples_NX: Tensor) -> Tensor:
+        """One line a sample, laid out as rows."""
+        guided = len(self.guidance_G)
+        rows = torch.cat([samples_NX[:guided].repeat_interleave(2, 0), samples_NX[guided:]])
+        fill = self.rows - len(rows)
+        return torch.cat([rows, rows.new_zeros((fill, *rows.shape[1:]))]) if fill else rows
 
 
-def _states(sample: Sample) -> tuple[Tensor, Tensor]:
+def _states(sample: Sample) -> list[Tensor]:
+    """The embeddings of a sample's rows."""
     assert sample.job.states is not None
     prompt, negative = sample.job.states
-    return prompt, prompt if negative is None else negative
+    return [prompt] if negative is None else [negative, prompt]

@@ -15,7 +15,7 @@ from serving.disk import DiskCache
 from serving.errors import Refused
 from serving.request import AdapterRef, BaseFacts
 from training.adapter import Adapter, AdapterError, check_adapter, load_adapter, save_adapter
-from training.base_folder import hash_base, layer_shapes
+from training.base_folder import hash_base, layer_shapes, read_config
 from training.card import Card
 from training.family import STABLE_DIFFUSION, canonical
 from training.formats import import_adapter
@@ -69,9 +69,8 @@ class Library:
         check_id(id)
         shapes = self.shapes()
         adapter = import_adapter({"adapter.safetensors": data}, shapes.keys())
-        if adapter.embeddings:
-            raise AdapterError("The file holds textual-inversion embeddings, which this server does not apply.")
         check_adapter(adapter, shapes, spec.rank)
+        self._check_words(adapter, spec)
         _check_targets(adapter, spec)
         weights = save_adapter(adapter)
         card = Card.model_validate(
@@ -118,6 +117,16 @@ class Library:
                 if len(shape) in (2, 4)
             }
         return self._shapes
+
+    def _check_words(self, adapter: Adapter, spec: EngineSpec) -> None:
+        width = read_config(self._folder, "text_encoder")["hidden_size"]
+        vectors = [vectors.reshape(-1, vectors.shape[-1]) for vectors in adapter.embeddings.values()]
+        if any(one.shape[1] != width for one in vectors):
+            raise AdapterError(f"The words {', '.join(adapter.embeddings)} need vectors of width {width} on this base.")
+        if sum(map(len, vectors)) > spec.words:
+            raise AdapterError(
+                f"The file's words take {sum(map(len, vectors))} vectors; at most {spec.words} are served."
+            )
 
     def _cached(self, path: str, version: str | None, tenant: str) -> Resolved:
         key, now = (path, version), time.monotonic()

@@ -79,6 +79,7 @@ class Row:
     weights_P: Tensor
     worn: Mapping[str, frozenset[int]]
     words: Mapping[str, int] = field(default_factory=dict)  # textual-inversion word -> its number of vectors, in order
+    rank: int | None = None  # only the first so many ranks are not zero; None: all may be in use
 
 
 class Bank:
@@ -114,6 +115,7 @@ class Bank:
         self.weights_SP = torch.zeros(slots, self._columns[self.WORDS].stop, device=device, dtype=dtype)
         self._worn: list[Mapping[str, frozenset[int]]] = [{} for _ in range(slots)]
         self._words: list[Mapping[str, int]] = [{} for _ in range(slots)]
+        self._ranks: list[int | None] = [None] * slots
         self._using: dict[str, Route] = {}
         self._hooks: list[RemovableHandle] = []
 
@@ -182,23 +184,27 @@ class Bank:
         index_GK = slots_GK.clamp(min=0).to(self.weights_SP.device)
         scale_GK11 = None if (weights_GK == 1).all() else weights_GK.to(self.weights_SP)[:, :, None, None]
         chunks = self.weights_SP[:, self._columns[component]].split(self._sizes[component], dim=1)
+        worn = [slot for slot in set(slots) if slot >= 0 and self._worn[slot].get(component)]
+        rank = max((self.rank if self._ranks[slot] is None else self._ranks[slot] or 0 for slot in worn), default=0)
         deltas: list[Delta | None] = [None] * len(chunks)
         for index in sorted(active):
-            chunk_SP = chunks[index]
-            rows_GKP = chunk_SP[first : first + len(slots)].unsqueeze(1) if in_order else chunk_SP[index_GK]
-            deltas[index] = self._delta(self.sites[component][index], rows_GKP, scale_GK11, dtype)
+            site, chunk_SP = self.sites[component][index], chunks[index]
+            # the ranks that nobody uses are neither gathered nor multiplied
+            down_SP = chunk_SP[:, : rank * prod(site.down)]
+            up_SP = chunk_SP[:, self.rank * prod(site.down) :][:, : rank * site.out]
+            down_GKP, up_GKP = (
+                half_SP[first : first + len(slots)].unsqueeze(1) if in_order else half_SP[index_GK]
+                for half_SP in (down_SP, up_SP)
+            )
+            g, k, _ = up_GKP.shape
+            up = up_GKP.reshape(g, k, rank, site.out)
+            if scale_GK11 is not None:
+                up = up * scale_GK11
+            deltas[index] = Delta(
+                down_GKP.reshape(g, k * rank, prod(site.down)).to(dtype or up.dtype),
+                up.reshape(g, k * rank, site.out).to(dtype or up.dtype),
+            )
         return Route(component, slots_NK.shape[0], tuple(deltas))
-
-    def _delta(self, site: Site, rows_GKP: Tensor, scale_GK11: Tensor | None, dtype: torch.dtype | None) -> Delta:
-        g, k, _ = rows_GKP.shape
-        down, up = rows_GKP.split([self.rank * prod(site.down), self.rank * site.out], dim=2)
-        up = up.reshape(g, k, self.rank, site.out)
-        if scale_GK11 is not None:
-            up = up * scale_GK11
-        return Delta(
-            down.reshape(g, k * self.rank, prod(site.down)).to(dtype or down.dtype),
-            up.reshape(g, k * self.rank, site.out).to(dtype or up.dtype),
-        )
 
     @contextmanager
     def using(self, *routes: Route) -> Iterator[None]:
@@ -237,7 +243,7 @@ class Bank:
         if left:
             raise UserError(f"{len(left)} adapter modules have no layer in this base, the first is '{min(left)}'.")
         words = self._pack_words(row_P, adapter)
-        return Row(row_P, {component: frozenset(found) for component, found in worn.items()}, words)
+        return Row(row_P, {component: frozenset(found) for component, found in worn.items()}, words, adapter.rank)
 
     def _pack_words(self, row_P: Tensor, adapter: Adapter) -> dict[str, int]:
         named = {word: vectors.reshape(-1, vectors.shape[-1]) for word, vectors in sorted(adapter.embeddings.items())}
@@ -267,16 +273,17 @@ class Bank:
     def put(self, slot: int, row: Row) -> None:
         """A row into a slot: one copy."""
         self.weights_SP.detach()[slot].copy_(row.weights_P, non_blocking=True)
-        self._worn[slot], self._words[slot] = row.worn, row.words
+        self._worn[slot], self._words[slot], self._ranks[slot] = row.worn, row.words, row.rank
 
     def take(self, slot: int) -> Row:
         """A copy of a slot, on the CPU."""
-        return Row(self.weights_SP.detach()[slot].to("cpu", copy=True), self._worn[slot], self._words[slot])
+        weights_P = self.weights_SP.detach()[slot].to("cpu", copy=True)
+        return Row(weights_P, self._worn[slot], self._words[slot], self._ranks[slot])
 
     def clear(self, slot: int) -> None:
         """Empties a slot: what wears it is the base."""
         self.weights_SP.detach()[slot].zero_()
-        self._worn[slot], self._words[slot] = {}, {}
+        self._worn[slot], self._words[slot], self._ranks[slot] = {}, {}, None
 
     def _views(self, row_P: Tensor) -> Iterator[tuple[str, int, Tensor, Tensor]]:
         """For every layer: component, index, `down_RI` [rank, *site.down] and `up_RO` [rank, out], views of the row."""
@@ -302,7 +309,7 @@ def _add_linear(x: Tensor, output: Tensor, delta: Delta) -> Tensor:
     g = delta.down.shape[0]
     x_GTI = x.reshape(g, -1, x.shape[-1])
     low_GTR = torch.bmm(x_GTI, delta.down.transpose(1, 2))
-    return torch.baddbmm(output.reshape(g, -1, output.shape[-1]), low_GTR, delta.up).view(output.shape)
+    return _add_product(output.reshape(g, -1, output.shape[-1]), low_GTR, delta.up).view(output.shape)
 
 
 def _add_conv(layer: nn.Conv2d, x: Tensor, output: Tensor, delta: Delta) -> Tensor:
@@ -320,4 +327,11 @@ def _add_conv(layer: nn.Conv2d, x: Tensor, output: Tensor, delta: Delta) -> Tens
     )
     low_NRT = low.view(m, g, ranks, -1).transpose(0, 1).reshape(n, ranks, -1)
     up_NOR = delta.up.transpose(1, 2).repeat_interleave(m, dim=0) if m > 1 else delta.up.transpose(1, 2)
-    return torch.baddbmm(output.reshape(n, output.shape[1], -1), up_NOR, low_NRT).view(output.shape)
+    return _add_product(output.reshape(n, output.shape[1], -1), up_NOR, low_NRT).view(output.shape)
+
+
+def _add_product(output: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """output + left x right, batched; written over the layer's own fresh output where no gradient will ask for it."""
+    if torch.is_grad_enabled():
+        return torch.baddbmm(output, left, right)
+    return output.baddbmm_(left, right)

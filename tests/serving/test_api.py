@@ -11,6 +11,7 @@ from typing import Any
 import httpx
 import numpy
 import pytest
+import torch
 from fastapi import FastAPI
 from PIL import Image
 from safetensors.torch import save
@@ -364,7 +365,8 @@ def _bad_files(base: Base) -> dict[str, tuple[bytes, str]]:
         "not safetensors": (b"PK\x03\x04 a pickle", "safetensors"),
         "empty": (b"", "safetensors"),
         "no adapter": (save({"hello.weight": low.down, "world.weight": low.up}), "format"),
-        "embedding": (save({"hello": low.down}), "textual-inversion"),
+        "embedding": (save({"hello": low.down[:, :5].contiguous()}), "width 32"),
+        "words": (save({"hello": torch.zeros(9, 32)}), "at most 8"),
         "unmatched": (
             save(
                 {

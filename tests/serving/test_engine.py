@@ -30,6 +30,7 @@ from tests.serving.company import (
 )
 from training.adapter import Adapter, load_adapter, save_adapter
 from training.base import Base
+from training.words import tokenise
 
 CLOSE = 1e-5  # law 4, fp32
 VISIBLE = 1e-2  # the least by which another adapter, weight, prompt or seed changes latents here
@@ -189,13 +190,12 @@ def test_a_base_row_equals_the_untouched_pipeline(
 
 
 def test_the_engine_leaves_the_base_bit_exact(tiny: Base, shelf: Shelf) -> None:
-    tokens = tiny.tokens(["a dog"])
-    before = tiny.text_encoder(tokens)[0]
+    before = tiny.encode_prompts(["a dog"])
     weights = {name: value.clone() for name, value in tiny.unet.state_dict().items()}
     engine = Engine(tiny, small(), shelf)
     finished(engine, [MIXES["three"]])
     engine.close()
-    assert torch.equal(tiny.text_encoder(tokens)[0], before)
+    assert torch.equal(tiny.encode_prompts(["a dog"]), before)
     assert all(torch.equal(value, weights[name]) for name, value in tiny.unet.state_dict().items())
 
 
@@ -250,6 +250,7 @@ def test_image_to_image_equals_the_diffusers_pipeline(
 @pytest.mark.parametrize("when", ["waiting", "first step", "running", "last step", "decoding"])
 def test_a_cancelled_neighbour(tiny: Base, shelf: Shelf, alone: dict[str, Tensor], when: str) -> None:
     engine = Engine(tiny, small(max_rows=4 if when == "waiting" else 16, decode_rows=1), shelf)
+    finished(engine, [ask("cat", "cat2", "dog")])  # all in slots: nothing waits for a load
     long = engine.submit(ask("cat", steps=4))
     stay = engine.submit(MIXES["long"])
     victim = engine.submit(ask("cat2", steps=4))
@@ -337,7 +338,7 @@ def test_a_fault_fails_only_the_request_that_causes_it(
     culprit = bad.samples[0]
     if stage == "text":
         whole = tiny.text_encoder.forward
-        tokens = tiny.tokens(["a red toy"])
+        tokens = tokenise(tiny.tokenizer, ["a red toy"], [{}]).ids
         monkeypatch.setattr(
             tiny.text_encoder,
             "forward",
@@ -471,6 +472,21 @@ def test_replacing_and_deleting_in_flight(tiny: Base, shelf: Shelf, alone: dict[
     engine.forget(ref("cat"))
     gone = engine.submit(ask("cat"))
     assert isinstance(run(engine, [gone])[gone], AdapterUnavailable)
+    engine.close()
+
+
+def test_words_of_an_adapter_are_its_requests_alone(tiny: Base, shelf: Shelf) -> None:
+    """Textual inversion: `<s1>` means what the request's own adapter says, and nothing to a neighbour without it."""
+    width = tiny.token_embedding.embedding_dim
+    words = [{"<s1>": torch.randn(2, width, generator=torch.Generator().manual_seed(seed))} for seed in (1, 2)]
+    low = random_adapter(tiny, 1, rank=1).modules
+    adapters = {ref("one"): Adapter(low, words[0]), ref("two"): Adapter(low, words[1]), ref("none"): Adapter(low)}
+    engine = Engine(tiny, small(), Shelf(adapters))
+    requests = [ask(name, prompt="a photo of <s1>") for name in ("one", "two", "none")]
+    alone = [finished(engine, [request])[0] for request in requests]
+    for found, expected in zip(finished(engine, requests), alone, strict=True):
+        assert near(found, expected)
+    assert all(float((alone[i] - alone[i - 1]).abs().max()) > VISIBLE for i in range(3))
     engine.close()
 
 
