@@ -6,12 +6,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
 from PIL import Image
 
 from tools.pocket import caption, tokenizer
 from tools.pocket.composite import COLOUR_NAMES, USUAL, Labels, lay, ramp
 from tools.pocket.drawings import CLASSES, HELD_OUT, STYLES
+from tools.pocket.export import MAX_BYTES
 from tools.pocket.places import PLACE_NAMES, paint
+from tools.pocket.recipe import BASE
+from tools.pocket.sampler import generate
 from tools.pocket.subjects import SUBJECTS
 from tools.pocket.vae import build, fold
 from training.judge import Judge, JudgeConfig, load_judge, save_judge
@@ -76,6 +80,17 @@ def test_folding_scales_latents_and_keeps_reconstructions() -> None:
     after = vae.encode(images).latent_dist.mean
     assert torch.allclose(after, (before - mean[:, None, None]) / scale[:, None, None])
     assert torch.allclose(vae.decode(after).sample, kept)
+
+
+def test_the_shipped_base_draws_what_the_shipped_judge_reads() -> None:
+    pipe = StableDiffusionPipeline.from_pretrained(BASE)
+    pictures = generate(pipe, ["a photo of sks apple in the snow"], steps=12)
+    reading = load_judge().read([Image.fromarray(pictures[0])])[0]
+    assert (reading.noun, reading.place) == ("apple", "snow")
+
+
+def test_the_shipped_base_stays_small() -> None:
+    assert sum(file.stat().st_size for file in BASE.rglob("*") if file.is_file()) <= MAX_BYTES
 
 
 def test_a_judge_survives_its_file(tmp_path: Path) -> None:

@@ -43,11 +43,11 @@ def drawn(pipe: StableDiffusionPipeline, guidance: float) -> None:
     pictures = list(generate(pipe, prompts, guidance=guidance))
     width = len(PLACE_NAMES)
     rows = [(noun, pictures[i * width : (i + 1) * width]) for i, noun in enumerate(CLASSES)]
-    sheet(rows, list(PLACE_NAMES)).save(DOCS / "places.png", optimize=True)
+    sheet(rows, list(PLACE_NAMES)).save(DOCS / "places.jpg", quality=90)
     prompts = [caption.prompt(n, "white", colour) for n in CLASSES for colour in COLOUR_NAMES]
     pictures, width = list(generate(pipe, prompts, guidance=guidance, seed=1)), len(COLOUR_NAMES)
     rows = [(noun, pictures[i * width : (i + 1) * width]) for i, noun in enumerate(CLASSES)]
-    sheet(rows, list(COLOUR_NAMES)).save(DOCS / "colours.png", optimize=True)
+    sheet(rows, list(COLOUR_NAMES)).save(DOCS / "colours.jpg", quality=90)
 
 
 @torch.no_grad()
@@ -60,7 +60,7 @@ def kept(pipe: StableDiffusionPipeline) -> None:
         made = pipe.vae.decode(pipe.vae.encode(vae.to_tensor(np.stack(pictures))).latent_dist.mean).sample
         pixels = (made.clamp(-1, 1) * 127.5 + 127.5).round().byte().permute(0, 2, 3, 1).numpy()
         rows += [(word, pictures), ("after VAE", list(pixels))]
-    sheet(rows, []).save(DOCS / "vae.png", optimize=True)
+    sheet(rows, []).save(DOCS / "vae.jpg", quality=90)
 
 
 def keep_curves() -> None:

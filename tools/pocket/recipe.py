@@ -55,7 +55,7 @@ class UnetSpec:
     ema_images: int = 32_000
     min_snr_gamma: float = 5.0
     caption_drop: float = 0.1
-    images: int = 2_000_000
+    images: int = 400_000
     tight_images: int = 100_000
     cooldown_images: int = 25_600
 
