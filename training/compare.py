@@ -109,7 +109,7 @@ def contact_sheet(rows: Sequence[tuple[str, Sequence[Image.Image]]], columns: Se
     """PNG bytes of labelled rows of pictures; `columns` are written above."""
     width = max([len(images) for _, images in rows] + [1])
     top = LABEL_PX if columns else 0
-    whole = Image.new("RGB", (width * TILE_PX, top + len(rows) * (TILE_PX + LABEL_PX)), "white")
+    whole = Image.new("RGB", (width * TILE_PX, max(1, top + len(rows) * (TILE_PX + LABEL_PX))), "white")
     draw, font = ImageDraw.Draw(whole), ImageFont.load_default(13)
     for x, text in enumerate(columns):
         draw.text((x * TILE_PX + 3, 2), _fitting(draw, text, font), "black", font)
