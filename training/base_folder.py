@@ -5,7 +5,10 @@
 
 import hashlib
 import json
+import os
 import struct
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +26,8 @@ def find_base(name: str, root: str | Path = ".") -> Path:
     folder = Path(root, name).expanduser()
     if (folder / "model_index.json").is_file():
         return folder
+    if folder.is_file() and folder.suffix == ".safetensors":
+        return _converted(folder)
     if folder.exists():
         raise UserError(f"Base '{name}': '{folder}' is no diffusers folder (it has no model_index.json).")
     if name.count("/") == 1 and not name.startswith((".", "/", "~")):
@@ -31,6 +36,22 @@ def find_base(name: str, root: str | Path = ".") -> Path:
     raise UserError(
         f"Base '{name}' is not known. Embedded: {known}; else give a diffusers folder or a hub id like owner/model."
     )
+
+
+def _converted(file: Path) -> Path:
+    """The diffusers folder of a checkpoint in one file, made once a content and kept in the user's cache."""
+    with file.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    folder = cache / "dreamfleet" / "bases" / f"{file.stem}-{digest[:16]}"
+    if not (folder / "model_index.json").is_file():
+        # a process of its own, so that planning needs no torch
+        command = [sys.executable, "-m", "training.single_file", str(file), str(folder)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            said = done.stderr.strip().splitlines()
+            raise UserError(f"Base '{file}' cannot be converted: {said[-1] if said else 'no reason given'}")
+    return folder
 
 
 def _download(name: str) -> Path:
