@@ -54,10 +54,21 @@ def one_base(found: Sequence[Resolved], base: str | None) -> str:
     return base or found[0].card.base
 
 
+def _open_base(found: Sequence[Resolved], base: str | None) -> Base:
+    """The base that all of them were trained on, loaded; raises UserError if what is here is another."""
+    loaded = load_base(one_base(found, base))
+    if loaded.hash != found[0].card.base_hash:
+        raise UserError(
+            f"Adapter {found[0].name} was trained on another '{found[0].card.base}' than the one here. Give `--base` the "
+            "folder of that one, or train it again."
+        )
+    return loaded
+
+
 def compare_adapters(registry: Registry, names: Sequence[str], wish: Wish) -> Comparison:
     """Draws and scores adapters of one base; writes OUT/comparison.png."""
     found = resolve_all(registry, names, wish.tenant)
-    loaded = load_base(one_base(found, wish.base))
+    loaded = _open_base(found, wish.base)
     judges = JudgeBox(loaded, wish.models).judges(wish.likeness, wish.fidelity)
     entries = [
         Entry(
@@ -97,7 +108,7 @@ def evaluate_protocol(
             f"None of the {len(wanted)} subjects has an adapter of tenant '{wish.tenant}' and a folder in {photos}. "
             f"Train adapters under the protocol's ids: {', '.join(list(protocol.subjects)[:4])}, ..."
         )
-    loaded = load_base(one_base([there[subject] for subject in ready], wish.base))
+    loaded = _open_base([there[subject] for subject in ready], wish.base)
     judges = JudgeBox(loaded, wish.models).judges(wish.likeness, wish.fidelity)
     sittings = [_sitting(registry, there[subject], photos, loaded) for subject in ready]
     # the usual guidance of Stable Diffusion, and that of the pocket base

@@ -105,3 +105,9 @@ def test_adapters_of_different_bases_are_not_compared(storage: Path, tiny: Base)
     publish(storage, tiny, "fox", base_hash="other")
     said = ask("dog", "fox", "--storage", storage)
     assert said.exit_code == 2 and "belong to different bases" in said.output
+
+
+def test_an_adapter_of_another_state_of_the_base_is_not_drawn(storage: Path, tiny: Base) -> None:
+    publish(storage, tiny, "fox", base_hash="other")
+    said = drawn(tiny, "fox", "--storage", storage)
+    assert said.exit_code == 2 and "was trained on another 'tiny'" in said.output
