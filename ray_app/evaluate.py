@@ -59,7 +59,7 @@ def _open_base(found: Sequence[Resolved], base: str | None) -> Base:
     loaded = load_base(one_base(found, base))
     if loaded.hash != found[0].card.base_hash:
         raise UserError(
-            f"Adapter {found[0].name} was trained on another '{found[0].card.base}' than the one here. Give `--base` the "
+            f"Adapter {found[0].name} was trained on another '{found[0].card.base}' than this one. Give `--base` the "
             "folder of that one, or train it again."
         )
     return loaded
