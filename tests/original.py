@@ -26,7 +26,7 @@ VAE_ATTENTION = [("group_norm", "norm"), ("to_q", "q"), ("to_k", "k"), ("to_v", 
 
 def original_unet(unet: UNet2DConditionModel) -> dict[str, Tensor]:
     count, layers = len(unet.config.block_out_channels), unet.config.layers_per_block
-    places = {"conv_in": "input_blocks.0.0", "conv_norm_out": "out.0", "conv_out": "out.2"}
+    places: dict[str, str] = {"conv_in": "input_blocks.0.0", "conv_norm_out": "out.0", "conv_out": "out.2"}
     places |= {"time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2"}
     places |= {f"mid_block.resnets.{i}": f"middle_block.{2 * i}" for i in (0, 1)}
     places["mid_block.attentions.0"] = "middle_block.1"
@@ -49,7 +49,7 @@ def original_unet(unet: UNet2DConditionModel) -> dict[str, Tensor]:
 
 def original_vae(vae: AutoencoderKL) -> dict[str, Tensor]:
     count, layers = len(vae.config.block_out_channels), vae.config.layers_per_block
-    places = {}
+    places: dict[str, str] = {}
     for half in ("encoder", "decoder"):
         places |= {f"{half}.{name}": f"{half}.{name}" for name in ("conv_in", "conv_out")}
         places[f"{half}.conv_norm_out"] = f"{half}.norm_out"

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,7 @@ def check(version: str, described: Described, folder: Path) -> None:
     assert base.tokenizer("a photo of sks person").input_ids == [49406, 320, 1125, 539, 48136, 2533, 49407]
     assert base.tokenizer.pad_token_id == described["text_encoder"]["pad_token_id"]
     made = spec("a", train={"max_steps": 1, "resolution": 64})
-    targets = {"unet": made.lora.targets, "text_encoder": made.lora.text_encoder_targets}
+    targets: dict[str, Sequence[str]] = {"unet": made.lora.targets, "text_encoder": made.lora.text_encoder_targets}
     pack = Pack(base, slots=1, rank=8, targets=targets)
     pack.join(Subject(made, latents(made.filled_instance_prompt, 5, 0), latents(made.filled_class_prompt, 5, 1)))
     (report,) = pack.step()
