@@ -106,13 +106,18 @@ def _why(best: Candidate, top: Candidate, sound: Sequence[Candidate], rejected: 
 
 
 def overfits_after(candidates: Sequence[Candidate]) -> int | None:
-    """The step after which training longer did harm: fidelity falls or an alarm begins; None if it never does."""
+    """The step after which every later one is worse for having trained longer: fidelity has fallen, or an alarm has
+    begun. None if there is none."""
     ordered = sorted(candidates, key=lambda candidate: candidate.step)
-    for earlier, later in zip(ordered, ordered[1:], strict=False):
-        harmed = later.fidelity < earlier.fidelity - 0.1 and later.balance < earlier.balance - TIE
-        if harmed or (later.alarms and not earlier.alarms):
+    for place, earlier in enumerate(ordered[:-1]):
+        if not earlier.alarms and all(_is_harmed(earlier, later) for later in ordered[place + 1 :]):
             return earlier.step
     return None
+
+
+def _is_harmed(earlier: Candidate, later: Candidate) -> bool:
+    has_faded = later.fidelity < earlier.fidelity - 0.1 and later.balance < earlier.balance - TIE
+    return has_faded or bool(later.alarms)
 
 
 def has_settled(losses: Sequence[float], *, window: int, share: float) -> bool:

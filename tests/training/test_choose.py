@@ -87,6 +87,8 @@ def test_harmonic_mean_needs_both() -> None:
 def test_overfitting_is_where_fidelity_breaks() -> None:
     assert overfits_after(curve([0.1, 0.5, 0.8, 0.9, 1.0], [0.9, 0.9, 0.9, 0.5, 0.3])) == 600
     assert overfits_after(curve([0.1, 0.5, 0.8, 0.9, 1.0], [0.9] * 5)) is None
+    assert overfits_after(curve([0.5] * 5, [0.9] * 5, [0.1, 0.1, 0.9, 0.9, 0.9])) == 400
+    assert overfits_after(curve([0.5] * 5, [0.9] * 5, [0.1, 0.1, 0.9, 0.1, 0.1])) is None, "one alarm is chance"
 
 
 def test_early_stop_waits_for_the_loss_to_settle() -> None:
