@@ -68,7 +68,8 @@ def encode_pixels(base: Base, pixels: Sequence[np.ndarray]) -> tuple[Tensor, Ten
         mean, std = base.encode_images(batch.float() / 127.5 - 1)
         means.append(mean.float())
         stds.append(std.float())
-    return torch.cat(means), torch.cat(stds)
+    # as they come back from a file: another memory format would be another rounding in every step
+    return torch.cat(means).contiguous(), torch.cat(stds).contiguous()
 
 
 def photos_key(base: Base, photos: Sequence[Photo], spec: TrainSpec) -> str:

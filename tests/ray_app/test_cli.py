@@ -57,7 +57,7 @@ def test_validate_prints_the_plan(desk: Desk) -> None:
 def test_unknown_key_bad_id_and_missing_folder(desk: Desk) -> None:
     manifest = desk.manifest("rusty", tail="  - {id: Bad Id, images: images/rusty, trian: {}}\n")
     for command in ("validate", "train"):
-        refused(desk.run(command, manifest), "pets.yaml:11", "unknown key 'trian'", "Did you mean 'train'", "'Bad Id'")
+        refused(desk.run(command, manifest), "pets.yaml:12", "unknown key 'trian'", "Did you mean 'train'", "'Bad Id'")
     manifest = desk.manifest("rusty", tail="  - {id: ghost, images: images/ghost}\n")
     for command in ("validate", "train"):
         refused(desk.run(command, manifest), "subject 'ghost'", "images/ghost' does not exist")

@@ -271,3 +271,15 @@ def unchanged(wide_photos: Path, tiny: Base, tmp_path_factory: pytest.TempPathFa
     """The version that the settings as they are give."""
     folder = tmp_path_factory.mktemp("unchanged")
     return str(Fleet(folder, tiny, [{"id": "a", "images": str(wide_photos)}]).work()["a"].version)
+
+
+def test_latents_from_the_cache_are_the_latents_that_were_made(folder: Path, tiny: Base, tmp_path: Path) -> None:
+    """To the bit, in every step: their layout in memory decides how sums are rounded."""
+    first = Fleet(folder, tiny, entries("a", "b"))
+    made = first.work()
+    again = Fleet(folder, tiny, entries("a", "b"))
+    again.storage = open_storage(str(tmp_path / "other"))
+    again.run = RunStore(again.storage, "test-1")
+    for key in first.storage.list("cache"):
+        again.storage.put(key, first.storage.get(key))
+    assert {id: o.version for id, o in again.work().items()} == {id: o.version for id, o in made.items()}
