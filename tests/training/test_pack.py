@@ -193,6 +193,7 @@ def plain_loop(base: Base, one: Subject) -> Adapter:
     )
     prompts = [one.spec.filled_instance_prompt] * spec.batch_size
     tokens = tokenise(base.tokenizer, prompts, [{}] * spec.batch_size).ids
+    schedule = DDPMScheduler.from_config(base.scheduler_config)
     for step in range(spec.max_steps):
         for micro in range(spec.gradient_accumulation_steps):
             generator = stream(spec.seed, "instance", step, micro)
@@ -200,9 +201,10 @@ def plain_loop(base: Base, one: Subject) -> Adapter:
             clean = one.instance.draw(shuffled(spec.seed, "instance", 5, start, spec.batch_size), generator).double()
             noise = torch.randn(clean.shape, generator=generator).double()
             timesteps = torch.randint(0, 1000, (spec.batch_size,), generator=generator)
-            noisy = DDPMScheduler.from_config(base.scheduler_config).add_noise(clean, noise, timesteps)
+            noisy = schedule.add_noise(clean, noise, timesteps)
+            goal = noise if base.prediction_type == "epsilon" else schedule.get_velocity(clean, noise, timesteps)
             prediction = unet(noisy, timesteps, encoder_hidden_states=text(tokens)[0]).sample
-            loss = torch.nn.functional.mse_loss(prediction, noise) / spec.gradient_accumulation_steps
+            loss = torch.nn.functional.mse_loss(prediction, goal) / spec.gradient_accumulation_steps
             loss.backward()
         torch.nn.utils.clip_grad_norm_(layers.values(), spec.max_grad_norm or 1.0)
         optimizer.step()
