@@ -24,7 +24,6 @@ defaults:
   class: dog
   prior: {{enabled: false}}
   evaluate: {{enabled: false}}
-  evaluate: {{enabled: false}}
   train: {{max_steps: {steps}, checkpoint_every: {every}, learning_rate: 1.0e-3}}
 subjects:
 """
