@@ -185,7 +185,7 @@ def table(lines: list[Line], asked: argparse.Namespace, seconds: float, device: 
     head = [
         "# Training throughput",
         "",
-        f"{datetime.now(UTC):%Y-%m-%d}, {device}, torch {torch.__version__}, base `{asked.base}`, {asked.threads} threads,",
+        f"{datetime.now(UTC):%Y-%m-%d}, {device}, torch {torch.__version__}, `{asked.base}`, {asked.threads} threads,",
         "rank 8 on attention, one image a subject and step unless said otherwise: `python -m benchmarks.training`.",
         "Ratios are to the peer's faster precision.",
         "",
