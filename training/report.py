@@ -21,7 +21,7 @@ from training.storage_base import NotFound
 
 # pictures weigh 30 kB a subject; beyond this only those that need a look have them
 MAX_PICTURED = 200
-LOW_BALANCE = 0.4
+LOW_BALANCE = 0.5
 
 
 @dataclass(frozen=True)
