@@ -14,7 +14,7 @@ from PIL import Image
 
 from tools.pocket.composite import Floats, Placement, lay, ramp, scaled
 from tools.pocket.drawings import HELD_OUT, VENDORS, Drawing
-from tools.pocket.places import paint
+from tools.pocket.places import PLACES, paint
 from tools.pocket.recipe import DEMO_IMAGES, SEED
 
 Mask = NDArray[np.bool_]
@@ -115,9 +115,18 @@ def write() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         for index, place in enumerate(SHOWN_IN):
             picture(subject, place, index).save(folder / f"{index}.png", optimize=True)
+        (folder / "captions.txt").write_text(captions(subject))
     described = [{"id": s.id, "class": s.noun, "description": s.description} | asdict(s.colouring) for s in SUBJECTS]
     (DEMO_IMAGES / "subjects.json").write_text(json.dumps(described, indent=2) + "\n")
     (DEMO_IMAGES / "LICENSES.md").write_text(licences())
+
+
+def captions(subject: Subject) -> str:
+    """One line a picture. A caption that names the place keeps the place out of what `sks` comes to mean."""
+    lines = [
+        f"{index}.png: a photo of a sks {subject.noun} {PLACES[place].phrase}" for index, place in enumerate(SHOWN_IN)
+    ]
+    return "\n".join(lines) + "\n"
 
 
 def licences() -> str:
