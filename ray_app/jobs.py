@@ -20,6 +20,7 @@ from training.base_folder import EMBEDDED, find_base
 from training.errors import UserError
 
 JOB_SECONDS = 5.0  # how often the job itself is asked for
+HEAD_SECONDS = 60.0  # how long a head that has just started may take
 _ALIVE = ("PENDING", "RUNNING")
 
 
@@ -48,16 +49,26 @@ def submit_job(submission: Submission, address: str, limits: Limits) -> str:
     storage = arguments[where + 1]
     # through the environment: a command line is shown to everyone who may list jobs
     del arguments[where : where + 2]
-    try:
-        job: str = _client(address).submit_job(
-            entrypoint=shlex.join([python, "-m", "ray_app.cli", *arguments]),
-            submission_id=f"{submission.record.run}-{time.time_ns() & 0xFFFFFFFF:08x}",
-            runtime_env={"env_vars": {"DREAMFLEET_STORAGE": storage}},
-            metadata={"run": submission.record.run, "tenant": submission.record.tenant},
-        )
-    except RuntimeError as error:
-        raise UserError(f"The cluster at {address} refused the job: {str(error).splitlines()[0]}") from None
-    return job
+    job = {
+        "entrypoint": shlex.join([python, "-m", "ray_app.cli", *arguments]),
+        "submission_id": f"{submission.record.run}-{time.time_ns() & 0xFFFFFFFF:08x}",
+        "runtime_env": {"env_vars": {"DREAMFLEET_STORAGE": storage}},
+        "metadata": {"run": submission.record.run, "tenant": submission.record.tenant},
+    }
+    return _submit(_client(address), job, address)
+
+
+def _submit(client: Any, job: dict[str, Any], address: str) -> str:
+    deadline = time.monotonic() + HEAD_SECONDS
+    while True:
+        try:
+            id: str = client.submit_job(**job)
+            return id
+        except RuntimeError as error:
+            # a head that has just started has no agent yet
+            if "try again later" not in str(error) or time.monotonic() > deadline:
+                raise UserError(f"The cluster at {address} refused the job: {str(error).splitlines()[0]}") from None
+            time.sleep(2)
 
 
 def follow_job(submission: Submission, address: str, job: str, console: Console) -> Whole:
