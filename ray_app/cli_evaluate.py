@@ -129,7 +129,8 @@ def _model_of(name: str, scores: "Sequence[Sequence[Score]]") -> str:
 
 def _protocol(registry: "Registry", name: str, subjects: Sequence[str], wish: "Wish", as_json: bool) -> None:
     from ray_app.evaluate import evaluate_protocol
-    from training.protocol import table
+    from training.features_local import Inception
+    from training.protocol import distances, table
 
     console = options.console(as_json)
 
@@ -137,9 +138,11 @@ def _protocol(registry: "Registry", name: str, subjects: Sequence[str], wish: "W
         console.print(f"{subject} {done}/{wanted}")
 
     protocol, judged, missing = evaluate_protocol(registry, name, subjects, wish, alive)
-    lines = table(protocol, judged)
+    lines, apart = table(protocol, judged), distances(judged, Inception.name)
     if as_json:
-        return options.print_json({"protocol": name, "table": lines, "missing": missing, "out": str(wish.out)})
+        return options.print_json(
+            {"protocol": name, "table": lines, "distances": apart, "missing": missing, "out": str(wish.out)}
+        )
     columns = list(dict.fromkeys(column for line in lines for column in line))
     shown = Table(box=None, pad_edge=False, header_style="bold")
     for column in columns:
@@ -147,6 +150,8 @@ def _protocol(registry: "Registry", name: str, subjects: Sequence[str], wish: "W
     for line in lines:
         shown.add_row(*(line.get(column, "") for column in columns))
     console.print(shown)
+    for distance in apart:
+        console.print(distance)
     if missing:
         console.print(f"without an adapter or photos here: {', '.join(missing)}")
     console.print(f"every row is in {wish.out / 'rows.parquet'}, the pictures beside it")

@@ -109,13 +109,16 @@ def evaluate_protocol(
             f"Train adapters under the protocol's ids: {', '.join(list(protocol.subjects)[:4])}, ..."
         )
     loaded = _open_base([there[subject] for subject in ready], wish.base)
-    judges = JudgeBox(loaded, wish.models).judges(wish.likeness, wish.fidelity)
+    box = JudgeBox(loaded, wish.models)
+    judges, inception = box.judges(wish.likeness, wish.fidelity), box.inception()
     sittings = [_sitting(registry, there[subject], photos, loaded) for subject in ready]
     # the usual guidance of Stable Diffusion, and that of the pocket base
     look = Look(wish.steps, 3.0 if loaded.name == "pocket" else 7.5, None)
     wish.out.mkdir(parents=True, exist_ok=True)
     judged = []
-    for one in run_protocol(loaded, protocol, sittings, judges, look=look, images=wish.images, alive=alive):
+    for one in run_protocol(
+        loaded, protocol, sittings, judges, look=look, images=wish.images, inception=inception, alive=alive
+    ):
         (wish.out / f"{one.subject}.png").write_bytes(one.sheet)
         judged.append(one)
     write_parquet([row for one in judged for row in one.rows], wish.out / "rows.parquet")

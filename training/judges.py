@@ -3,12 +3,16 @@
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from training.base import Base
 from training.errors import UserError
 from training.faces import ArcFace, DlibFace, FaceModel
 from training.features import BaseFeatures, EfficientNetLite0, ImageModel, MapModel, PocketJudge, TextModel
 from training.judge import FOLDER, load_judge
+
+if TYPE_CHECKING:
+    from training.features_local import Inception
 
 MODELS_VARIABLE = "DREAMFLEET_MODELS"
 LIKENESS_MODELS = ("auto", "efficientnet-lite0", "pocket-judge", "base", "clip", "dino", "dinov2")
@@ -47,6 +51,15 @@ class JudgeBox:
             where = self._get(EfficientNetLite0.name)  # the one whose copy detector is calibrated
             assert isinstance(where, MapModel)
         return Judges(image, where, text, self._face())
+
+    def inception(self) -> "Inception | None":
+        """The model of FID and KID, where its file is configured."""
+        file = self.models / "inception.pt" if self.models is not None else None
+        if file is None or not file.exists():
+            return None
+        from training.features_local import Inception
+
+        return Inception(file, self.base.device)
 
     def _best_likeness(self) -> str:
         # ImageNet's features hardly see what tells two drawings of 64 px apart; the judge's do (docs/evaluation.md)

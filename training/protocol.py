@@ -4,9 +4,9 @@ Numbers stand beside the paper's only where the same models gave them; every row
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import pyarrow
 import pyarrow.parquet
@@ -14,6 +14,7 @@ import torch
 import yaml
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
 
 from training import scores
 from training.adapter import Adapter
@@ -22,6 +23,9 @@ from training.compare import contact_sheet, standard_error
 from training.errors import UserError
 from training.judges import Judges
 from training.render import Look, Shot, adapter_bank, render
+
+if TYPE_CHECKING:
+    from training.features_local import Inception
 
 FOLDER = Path(__file__).parent / "protocols"
 
@@ -91,12 +95,14 @@ class Sitting:
 
 @dataclass(frozen=True)
 class Judged:
-    """One subject done: its rows, its contact sheet (PNG), and how alike its real photos are."""
+    """One subject done: its rows, its contact sheet (PNG), how alike its real photos are, and Inception's features."""
 
     subject: str
     rows: tuple[Row, ...]
     sheet: bytes
     ceiling: float
+    drawn_NE: Tensor | None = None
+    photos_NE: Tensor | None = None
 
 
 def load_protocol(name: str) -> Protocol:
@@ -116,11 +122,16 @@ def run_protocol(
     *,
     look: Look,
     images: int | None = None,
+    inception: "Inception | None" = None,
     alive: Callable[[str, int, int], None] | None = None,
 ) -> Iterator[Judged]:
     """Evaluates subject after subject; all pictures of one are drawn in mixed batches. `images` a prompt."""
     for sitting in sittings:
-        yield _sit(base, protocol, sitting, judges, look, images or protocol.images, alive)
+        one, pictures = _sit(base, protocol, sitting, judges, look, images or protocol.images, alive)
+        if inception is not None:
+            # one size, as the photos are at the base's resolution
+            one = replace(one, drawn_NE=inception.features(pictures), photos_NE=inception.features(sitting.photos))
+        yield one
 
 
 def _sit(
@@ -131,7 +142,7 @@ def _sit(
     look: Look,
     images: int,
     alive: Callable[[str, int, int], None] | None,
-) -> Judged:
+) -> tuple[Judged, list[Image.Image]]:
     prompts = protocol.prompts_of(sitting.subject, sitting.token)
     bare = protocol.prompts_of(sitting.subject, "")
     shots = [Shot(0, 1.0, prompt, seed, look) for prompt in prompts for seed in range(images)]
@@ -161,7 +172,24 @@ def _sit(
         for shot, like, agree in zip(shots, alike, agreed, strict=True)
     )
     groups = [(prompt, pictures[at * images : (at + 1) * images]) for at, prompt in enumerate(prompts)]
-    return Judged(sitting.subject, rows, contact_sheet(groups), scores.mutual_likeness(photos_PE))
+    return Judged(sitting.subject, rows, contact_sheet(groups), scores.mutual_likeness(photos_PE)), pictures
+
+
+def distances(judged: Sequence[Judged], name: str) -> list[str]:
+    """FID and KID of all pictures to all photos, in words with their model's name; empty where nobody measured."""
+    drawn = [one.drawn_NE for one in judged if one.drawn_NE is not None]
+    real = [one.photos_NE for one in judged if one.photos_NE is not None]
+    if not drawn:
+        return []
+    a_NE, b_NE = torch.cat(drawn), torch.cat(real)
+    if min(len(a_NE), len(b_NE)) < 2:
+        return [f"FID and KID ({name}) need two photos and two pictures at least"]
+    fid = scores.frechet_distance(a_NE, b_NE)
+    warning = f" ({fid.warning})" if fid.warning else ""
+    return [
+        f"FID ({name}) {fid.value:.2f}{warning}",
+        f"KID ({name}) {scores.kernel_distance(a_NE, b_NE):.5f}",
+    ]
 
 
 def write_parquet(rows: Sequence[Row], path: Path) -> None:

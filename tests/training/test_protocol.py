@@ -1,8 +1,11 @@
 """The protocol as data, its run on the tiny base, its Parquet and its table; adapters side by side."""
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pyarrow.parquet
 import pytest
 import torch
@@ -17,8 +20,9 @@ from training.compare import Entry, compare, contact_sheet, standard_error
 from training.errors import UserError
 from training.features import BaseFeatures
 from training.judges import Judges
-from training.protocol import Judged, Row, Sitting, load_protocol, run_protocol, table, write_parquet
+from training.protocol import Judged, Row, Sitting, distances, load_protocol, run_protocol, table, write_parquet
 from training.render import Look
+from training.scores import frechet_distance
 from training.stream import stream
 
 DREAMBOOTH = load_protocol("dreambooth")
@@ -105,6 +109,31 @@ def test_the_table_keeps_our_models_and_the_papers_apart(judged: Judged) -> None
     paper = next(line for line in lines if line["method"] == "paper: DreamBooth, Stable Diffusion")
     assert paper["DINO"] == "0.668" and paper["CLIP-T"] == "0.305"
     assert table(DREAMBOOTH, []) == []
+
+
+class _Inception:
+    """The mean colour stands for Inception's features."""
+
+    name = "inception-2015-12-05"
+
+    def features(self, images: Sequence[Image.Image]) -> torch.Tensor:
+        return torch.stack([torch.from_numpy(np.array(image.resize((1, 1)))).float().flatten() for image in images])
+
+
+def test_fid_and_kid_come_with_their_model_and_a_warning(tiny: Base, tmp_path: Path) -> None:
+    photos = pictures(tmp_path / "p")
+    sitting, look = Sitting("dog", adapter(tiny), "sks", photos), Look(1, 1.0, None)
+    model: Any = _Inception()
+    (one,) = run_protocol(tiny, DREAMBOOTH, [sitting], judged_by(tiny), look=look, images=1, inception=model)
+    fid, kid = distances([one], model.name)
+    assert one.drawn_NE is not None and one.photos_NE is not None
+    expected = frechet_distance(one.drawn_NE, model.features(photos)).value
+    assert fid.startswith(f"FID (inception-2015-12-05) {expected:.2f} (only 3 pictures, 2048 are needed")
+    assert kid.startswith("KID (inception-2015-12-05) ")
+
+
+def test_nothing_is_called_fid_that_is_not(judged: Judged) -> None:
+    assert distances([judged], "inception-2015-12-05") == []
 
 
 def test_standard_error_is_over_subjects() -> None:
