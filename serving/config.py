@@ -30,7 +30,7 @@ class Limits(Closed):
     body_bytes: int = Field(default=24 * 2**20, ge=1024)
     upload_bytes: int = Field(default=512 * 2**20, ge=1024, description="size of an uploaded adapter file")
     deadline_s: float = Field(default=600, gt=0, description="a request that is not done by then fails with 504")
-    tenant_running: int = Field(default=64, ge=1, description="requests of one tenant waiting or running at once")
+    tenant_running: int = Field(default=256, ge=1, description="requests of one tenant waiting or running at once")
     tenant_per_minute: int = Field(default=6000, ge=1, description="requests of one tenant in a minute")
 
 
