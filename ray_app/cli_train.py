@@ -51,11 +51,19 @@ def validate(manifest: Path, as_json: bool) -> None:
 @options.address
 @options.storage
 @click.option("--detach", is_flag=True, help="answer the run's id at once; `status RUN --watch` follows it")
+@click.option("--keep-last", is_flag=True, help="publish the last step of every subject, whatever the scores say")
 @lanes_option
 @max_gpus_option
 @options.as_json
 def train(
-    manifest: Path, address: str, storage: str, detach: bool, lanes: int | None, max_gpus: int | None, as_json: bool
+    manifest: Path,
+    address: str,
+    storage: str,
+    detach: bool,
+    keep_last: bool,
+    lanes: int | None,
+    max_gpus: int | None,
+    as_json: bool,
 ) -> None:
     """Train the subjects of MANIFEST. The same command again takes an unfinished run up, and trains nothing twice."""
     from ray_app.submission import submit
@@ -63,8 +71,8 @@ def train(
     check_address(address)
     limits = Limits(lanes, max_gpus)
     if address.startswith(JOBS):
-        return _train_elsewhere(manifest, address, storage, limits, detach=detach, as_json=as_json)
-    submission = submit(manifest, open_storage(storage), upload=address != LOCAL)
+        return _train_elsewhere(manifest, address, storage, limits, detach=detach, keep_last=keep_last, as_json=as_json)
+    submission = submit(manifest, open_storage(storage), upload=address != LOCAL, keep_last=keep_last)
     if not detach:
         return follow(submission, address, limits, as_json)
     from ray_app.drive import detach_run
@@ -113,7 +121,7 @@ def follow(
 
 
 def _train_elsewhere(
-    manifest: Path, address: str, storage: str, limits: Limits, *, detach: bool, as_json: bool
+    manifest: Path, address: str, storage: str, limits: Limits, *, detach: bool, keep_last: bool, as_json: bool
 ) -> None:
     """`train` through the Ray Jobs API: checks what the cluster can see, uploads, submits, and looks on."""
     from ray_app.jobs import check_reach, follow_job, submit_job
@@ -122,7 +130,7 @@ def _train_elsewhere(
     opened, console, started = open_storage(storage), options.console(as_json), time.monotonic()
     checked, _ = read_manifest(manifest)
     check_reach(address, storage, checked.base, checked.root)
-    submission = submit(manifest, opened, upload=True)
+    submission = submit(manifest, opened, upload=True, keep_last=keep_last)
     job = submit_job(submission, address, limits)
     if detach:
         return _say_detached(submission, as_json, f"it is job {job} at {address}")

@@ -55,12 +55,14 @@ def read_manifest(path: str | Path) -> tuple[Manifest, BaseFacts]:
     return manifest, facts
 
 
-def submit(path: str | Path, storage: Storage, *, upload: bool = False) -> Submission:
+def submit(path: str | Path, storage: Storage, *, upload: bool = False, keep_last: bool = False) -> Submission:
     """Takes up the unfinished run of the same manifest, or creates one. Raises UserError for a manifest that is wrong.
 
-    `upload` copies local photos to the storage, for workers on other machines.
+    `upload` copies local photos to the storage, for workers on other machines. `keep_last` is said of every subject.
     """
     manifest, facts = read_manifest(path)
+    if keep_last:
+        manifest = manifest.model_copy(update={"subjects": tuple(map(_keeping_last, manifest.subjects))})
     base_hash = hash_base(find_base(manifest.base, manifest.root))
     digest = digest_of(manifest, base_hash)
     record = find_unfinished(storage, manifest.name, digest)
@@ -129,6 +131,11 @@ def photo_report(manifest: Manifest, facts: BaseFacts) -> tuple[dict[str, str], 
         looked = list(pool.map(look, local))
     problems = {id: problem for id, problem, _ in looked if problem}
     return problems, {id: warnings for id, _, warnings in looked if warnings}
+
+
+def _keeping_last(subject: SubjectSpec) -> SubjectSpec:
+    evaluate = subject.evaluate.model_copy(update={"keep_last": True})
+    return subject.model_copy(update={"evaluate": evaluate})
 
 
 def _problems(manifest: Manifest, facts: BaseFacts) -> Iterator[str]:

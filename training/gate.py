@@ -127,4 +127,4 @@ def failures(gate: GateSpec, scores: Sequence[Scored]) -> list[str]:
 
 def gate_reason(found: Sequence[str]) -> str:
     """The reason of a subject that fails the gate."""
-    return f"below the gate: {'. '.join(found)}. The checkpoints are kept; change `publish_if` or train again."
+    return f"below the gate: {'. '.join(found)}. Its checkpoints stay with the run."

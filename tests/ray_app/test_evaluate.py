@@ -9,6 +9,7 @@ import torch
 from click.testing import CliRunner, Result
 
 from ray_app.cli import main
+from ray_app.submission import submit
 from tests.tiny import tiny_images
 from training.adapter import Adapter, LowRank, save_adapter
 from training.bank import find_sites
@@ -111,3 +112,13 @@ def test_an_adapter_of_another_state_of_the_base_is_not_drawn(storage: Path, tin
     publish(storage, tiny, "fox", base_hash="other")
     said = drawn(tiny, "fox", "--storage", storage)
     assert said.exit_code == 2 and "was trained on another 'tiny'" in said.output
+
+
+def test_keep_last_is_said_of_every_subject(tiny_folder: Path, tmp_path: Path) -> None:
+    tiny_images(tmp_path / "x", 5, side=32)
+    text = f"version: 1\nname: t\nbase: {tiny_folder}\ndefaults: {{class: dog}}\nsubjects:\n  - {{id: a, images: x}}\n"
+    (tmp_path / "m.yaml").write_text(text)
+    storage = open_storage(str(tmp_path / "storage"))
+    kept = submit(tmp_path / "m.yaml", storage, keep_last=True)
+    assert kept.manifest.subjects[0].evaluate.keep_last
+    assert submit(tmp_path / "m.yaml", storage).record.digest != kept.record.digest
