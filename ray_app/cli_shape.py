@@ -16,15 +16,20 @@ if TYPE_CHECKING:
 
 parts = click.argument("parts", nargs=-1, required=True, metavar="ID[@VERSION][:WEIGHT]...")
 
+base_option = click.option("--base", help="the base's name or folder, if not the one the card names")
+
 
 @click.command()
 @parts
 @click.option("--out", required=True, help="the id of the new adapter, or a file that ends in .safetensors")
 @click.option("--rank", type=click.IntRange(1), help="reduce to this rank by SVD; exact by default")
+@base_option
 @options.storage
 @options.tenant
 @options.as_json
-def merge(parts: Sequence[str], out: str, rank: int | None, storage: str, tenant: str, as_json: bool) -> None:
+def merge(
+    parts: Sequence[str], out: str, rank: int | None, base: str | None, storage: str, tenant: str, as_json: bool
+) -> None:
     """Add adapters up, each times its weight, into one."""
     from serving.config import EngineSpec
     from training.adapter import save_adapter
@@ -38,7 +43,7 @@ def merge(parts: Sequence[str], out: str, rank: int | None, storage: str, tenant
     if out.endswith(".safetensors"):
         Path(out).write_bytes(data)
         return options.print_json({"file": out, "rank": merged.rank}) if as_json else click.echo(out)
-    library = open_library(registry, loaded[0][2])
+    library = open_library(registry, base or loaded[0][2])
     spec = EngineSpec(rank=max(EngineSpec().rank, merged.rank))
     resolved = library.upload(tenant, out, data, spec, public=False, trigger="")
     if as_json:
@@ -49,7 +54,7 @@ def merge(parts: Sequence[str], out: str, rank: int | None, storage: str, tenant
 @click.command()
 @parts
 @click.option("--out", required=True, type=click.Path(path_type=Path, file_okay=False), help="a new folder")
-@click.option("--base", help="the base's name or folder, if not the one the card names")
+@base_option
 @options.storage
 @options.tenant
 @options.as_json
@@ -74,7 +79,7 @@ def fuse(parts: Sequence[str], out: Path, base: str | None, storage: str, tenant
 @click.option("--guidance-scale", default=4.0, show_default=True)
 @click.option("--negative-prompt", default="")
 @click.option("--out", default="sweep.png", show_default=True, type=click.Path(path_type=Path, dir_okay=False))
-@click.option("--base", help="the base's name or folder, if not the one the card names")
+@base_option
 @options.storage
 @options.tenant
 def sweep(
