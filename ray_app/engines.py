@@ -13,6 +13,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.serve.exceptions import DeploymentUnavailableError, RayServeException, ReplicaUnavailableError
 
 from serving.errors import DeadlineExceeded, NotReady
 from serving.job import EngineStats
@@ -48,8 +49,12 @@ class RayEngines:
                         told.add(key)
                         yield event
                 return
-            except RayActorError as error:
-                logger.warning("request %s: its replica is gone, it goes to another: %s", request.request_id, error)
+            except (
+                RayActorError,
+                DeploymentUnavailableError,
+                ReplicaUnavailableError,
+            ) as error:  # its replica is gone, or none is there yet
+                logger.warning("request %s goes to another replica: %s", request.request_id, error)
             except RayTaskError as error:
                 cause = error.cause
                 if not isinstance(cause, NotReady):
@@ -71,7 +76,7 @@ class RayEngines:
                 except TimeoutError:
                     raise DeadlineExceeded("The engine did not answer within the request's time.") from None
                 yield _EVENT.validate_python(item)
-        except RayError:
+        except (RayError, RayServeException):
             ended = True
             raise
         finally:
@@ -96,7 +101,7 @@ class RayEngines:
     async def _all(self, method: str, *args: Any) -> list[Any]:
         """The answers of every replica that gives one in time; a replica that dies meanwhile has none."""
         answers: list[Any] = []
-        with suppress(RayError, TimeoutError, RuntimeError):
+        with suppress(RayError, RayServeException, TimeoutError, RuntimeError):
             response = self._handle.broadcast(method, *args)
             answers = await response.results_async(timeout_s=CONTROL_S, return_exceptions=True)
         return [answer for answer in answers if not isinstance(answer, BaseException)]

@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 from ray.exceptions import RayActorError, RayTaskError
+from ray.serve._private.common import DeploymentID
+from ray.serve.exceptions import DeploymentUnavailableError, RayServeException
 
 from ray_app import engines
 from ray_app.engines import RayEngines
@@ -75,7 +77,11 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engines, "GRACE_S", 0.05)
 
 
-@pytest.mark.parametrize("end", [RayActorError(), failed(NotReady("draining"))], ids=["died", "draining"])
+@pytest.mark.parametrize(
+    "end",
+    [RayActorError(), failed(NotReady("draining")), DeploymentUnavailableError(DeploymentID("engine"))],
+    ids=["died", "draining", "none yet"],
+)
 def test_a_request_goes_on_elsewhere_and_nothing_is_told_twice(end: BaseException) -> None:
     handle = Handle(Stream([PREVIEW, PICTURES[0]], end), Stream([PREVIEW, *PICTURES]))
     assert collect(handle, ask(count=3)) == [PREVIEW, *PICTURES]
@@ -134,11 +140,16 @@ def test_ready_asks_the_replicas() -> None:
     def late() -> list[Any]:
         raise TimeoutError
 
+    def none_yet() -> list[Any]:
+        raise RayServeException("failed to deploy")
+
     for least, answers, expected in (
         (1, lambda: [True, False], True),
         (1, lambda: [False, RayActorError()], False),
         (1, list, False),
         (1, late, False),
         (0, list, True),
+        (0, none_yet, True),
+        (1, none_yet, False),
     ):
         assert asyncio.run(RayEngines(Broadcasting(answers), least).ready()) is expected
