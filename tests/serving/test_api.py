@@ -42,7 +42,7 @@ class World:
     def __init__(self, tiny: Base, folder: Path, storage: Path, keys: bool) -> None:
         self.base = tiny
         self.spec = ServeSpec(
-            base=str(folder), storage=str(storage), engine=small(queue=8), limits=LIMITS, refresh_s=0.05
+            base=str(folder), storage=str(storage), engine=small(queue=6), limits=LIMITS, refresh_s=0.05
         )
         self.registry = Registry(open_storage(str(storage)))
         self.loop = EngineLoop(Engine(tiny, self.spec.engine, Fetcher(self.registry)))
