@@ -31,6 +31,7 @@ STOP_SECONDS = 30.0  # how long lanes may take to checkpoint when the run is sto
 CANCEL_SECONDS = 2.0  # how often the storage is asked whether somebody wants the run cancelled
 CLUSTER_SECONDS = 10.0  # how often the cluster's size is looked at
 LANE_FAILURES = 3
+LANES_HERE = 8  # each takes about 0.7 GB of processes where its task lives
 
 log = logging.getLogger(__name__)
 _BEAT, _OUTCOME = TypeAdapter(Beat), TypeAdapter(Outcome)
@@ -130,10 +131,14 @@ class Driver:
         Raises Lost if another driver has taken over.
         """
         import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         name = f"queue-{self.store.run}"
         entries = [entry.model_dump() for entry in self._entries()]
-        self._queue = ray.remote(QueueActor).options(num_cpus=0, name=name).remote(entries)
+        # on this node: a queue that dies with another one would take the run along
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        actor = ray.remote(QueueActor).options(num_cpus=0, name=name, scheduling_strategy=here)
+        self._queue = actor.remote(entries)
         try:
             self._follow(name)
             return self._finish()
@@ -261,7 +266,10 @@ class Driver:
             threads=self._threads(),
             resources=resources,
         )
-        task = ray.remote(run_lane).options(num_cpus=0, max_retries=0, name=f"lane-{index}")
+        # a lost node is no failure: Ray runs the task again elsewhere, and the queue knows which lane it is
+        task = ray.remote(run_lane).options(
+            num_cpus=0, max_retries=-1, name=f"lane-{index}", scheduling_strategy=_lane_place(len(self._lanes))
+        )
         self._lanes[index] = _Lane(profile, plan, task.remote(order.model_dump()))
         self._opened += 1
 
@@ -303,6 +311,16 @@ class Driver:
         if self.cluster.gpus or not self.cluster.local or "OMP_NUM_THREADS" in os.environ:
             return int(os.environ.get("OMP_NUM_THREADS", 0))
         return max(1, (os.cpu_count() or 1) // (self.limits.lanes or self._seats))
+
+
+def _lane_place(open_lanes: int) -> Any:
+    """Where a lane's task lives: beside the driver, which outlives preemptible nodes, while there is memory for it."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    if open_lanes >= LANES_HERE:
+        return "SPREAD"
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
 
 
 def _living_nodes() -> set[str]:

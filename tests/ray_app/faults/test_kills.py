@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from tests.ray_app.conftest import Desk
-from tests.ray_app.faults.conftest import difference, kill_all, only_run, processes, step_of, versions, wait_until
+from tests.ray_app.faults.conftest import kill_all, only_run, processes, same_as_in, step_of, versions, wait_until
 from training.registry import Registry
 from training.storage import open_storage
 
@@ -42,8 +42,7 @@ def test_a_worker_killed_at_a_random_step(desk: Desk) -> None:
     for id in PETS:
         subject = run.subject(id)
         assert subject is not None and [attempt.kind for attempt in subject.attempts] == ["lost"]
-        assert len(versions(desk, id)) == 1
-        assert difference(peace, desk.storage, id) <= 1e-5
+    same_as_in(peace, desk, PETS)
 
 
 def test_everything_killed_then_the_same_command(desk: Desk) -> None:
@@ -54,9 +53,7 @@ def test_everything_killed_then_the_same_command(desk: Desk) -> None:
         kill_all(driver)
     result = desk.run("train", manifest, "--json")
     assert result.status == 0, result.err
-    for id in PETS:
-        assert len(versions(desk, id)) == 1
-        assert difference(peace, desk.storage, id) <= 1e-5
+    same_as_in(peace, desk, PETS)
 
 
 @pytest.mark.parametrize("after", [False, True], ids=["before the commit", "after the commit"])

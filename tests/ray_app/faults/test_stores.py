@@ -1,11 +1,13 @@
 """The storage fails under a run: an object store that answers badly, a disk that is full."""
 
+import itertools
 import json
 import os
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -49,14 +51,36 @@ def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
     thread.join(timeout=10)
 
 
+@contextmanager
+def sometimes(faults: Faults) -> Iterator[list[tuple[str, str]]]:
+    """Injects another fault every quarter of a second, if the one before has been met."""
+    kinds = itertools.cycle(itertools.product(("PUT", "GET"), ("503", "500", "lost", "truncate")))
+    met: list[tuple[str, str]] = []
+    over = threading.Event()
+
+    def inject() -> None:
+        while not over.wait(0.25):
+            if not faults.plan:
+                method, fault = next(kinds)
+                fault = "503" if (method, fault) == ("PUT", "truncate") else fault
+                met.append((method, fault))
+                faults.plan.append((method, fault))
+
+    thread = threading.Thread(target=inject)
+    thread.start()
+    yield met
+    over.set()
+    thread.join()
+    faults.plan.clear()
+
+
 def test_a_run_on_an_object_store_that_fails_now_and_then(desk: Desk, store: Store) -> None:
-    for fault in ("503", "500", "lost", "503"):
-        store.faults.plan += [("PUT", fault), ("GET", fault)] * 3
-    store.faults.plan += [("GET", "truncate")] * 3
     manifest = desk.manifest("rusty", "tabby", steps=40, every=10)
-    result = desk.run("train", manifest, "--storage", store.uri, "--json")
+    with sometimes(store.faults) as injected:
+        result = desk.run("train", manifest, "--storage", store.uri, "--json")
     assert result.status == 0, result.err
     assert set(result.states().values()) == {"published"}
+    assert len(injected) > 20
     registry = Registry(open_storage(store.uri))
     for resolved in registry.list():
         assert len(registry.versions("default", resolved.id)) == 1
