@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: setup demo test test-slow check format bench pocket clean
+.PHONY: setup demo test test-slow faults check format bench pocket clean
 
 setup: $(STAMP)
 
@@ -31,6 +31,9 @@ test: check
 
 test-slow: setup
 	$(BIN)/pytest -m slow
+
+faults: setup
+	$(BIN)/pytest -m slow tests/ray_app/faults
 
 bench: setup
 	$(BIN)/python -m benchmarks
