@@ -7,11 +7,15 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Literal, NamedTuple, Protocol
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from training.axes import AXES
 
 _CONDITION = re.compile(r"\s*(>=|<=|>|<)\s*(-?\d+(?:\.\d+)?)\s*")
+
+
+LikenessModel = Literal["auto", "efficientnet-lite0", "pocket-judge", "base", "clip", "dino", "dinov2"]
+FidelityModel = Literal["auto", "pocket-judge", "base", "clip"]
 
 
 class _Part(BaseModel):
@@ -36,8 +40,8 @@ class EvaluateSpec(_Part):
     steps: int = Field(8, ge=1, le=1000, description="denoising steps a picture")
     guidance_scale: float = Field(3.0, ge=0, le=50)
     seed: int = Field(0, ge=0, lt=2**63)
-    likeness_model: str = Field("auto", description="auto, efficientnet-lite0, pocket-judge, base, clip, dino, dinov2")
-    fidelity_model: str = Field("auto", description="auto, pocket-judge, base, clip")
+    likeness_model: LikenessModel = "auto"
+    fidelity_model: FidelityModel = "auto"
     max_class_drift: float = Field(0.5, ge=0, le=1, description="`class_drift` above it rejects a checkpoint")
     max_copying: float | None = Field(
         None, ge=-1, le=1, description="`copying` above it rejects a checkpoint; calibrated by model and photos else"
@@ -71,12 +75,12 @@ def parse_condition(text: str) -> Condition:
     return Condition(sign, float(bound))  # type: ignore[arg-type]
 
 
-def _checked(text: str) -> str:
-    parse_condition(text)
-    return text
+def _checked(text: object) -> str:
+    parse_condition(str(text))
+    return str(text)
 
 
-Rule = Annotated[str, AfterValidator(_checked)]
+Rule = Annotated[str, BeforeValidator(_checked)]
 
 
 class GateSpec(_Part):

@@ -3,20 +3,21 @@
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 from training.base import Base
 from training.errors import UserError
 from training.faces import ArcFace, DlibFace, FaceModel
 from training.features import BaseFeatures, EfficientNetLite0, ImageModel, MapModel, PocketJudge, TextModel
+from training.gate import FidelityModel, LikenessModel
 from training.judge import FOLDER, load_judge
 
 if TYPE_CHECKING:
     from training.features_local import Inception
 
 MODELS_VARIABLE = "DREAMFLEET_MODELS"
-LIKENESS_MODELS = ("auto", "efficientnet-lite0", "pocket-judge", "base", "clip", "dino", "dinov2")
-FIDELITY_MODELS = ("auto", "pocket-judge", "base", "clip")
+LIKENESS_MODELS: tuple[str, ...] = get_args(LikenessModel)
+FIDELITY_MODELS: tuple[str, ...] = get_args(FidelityModel)
 
 
 @dataclass(frozen=True)
