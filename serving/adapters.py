@@ -35,7 +35,7 @@ class HostRow:
 
     @property
     def nbytes(self) -> int:
-        return self.row.weights_P.nbytes
+        return self.row.nbytes
 
 
 Loads = dict[AdapterRef, "Future[HostRow]"]
@@ -120,12 +120,12 @@ class Adapters:
         row = self.bank.pack(self._fetch(key))
         if not any(row.worn.values()) and not row.words:
             raise AdapterUnavailable(f"Adapter '{key}' changes no layer of this base.")
-        if not torch.isfinite(row.weights_P).all():
+        if not all(torch.isfinite(part).all() for part in row.parts.values()):
             raise AdapterUnavailable(
-                f"Adapter '{key}' has values that this server's {row.weights_P.dtype} cannot hold."
+                f"Adapter '{key}' has values that this server's {self.bank.weights_SP.dtype} cannot hold."
             )
         if self._pin:
-            row = dataclasses.replace(row, weights_P=row.weights_P.pin_memory())
+            row = dataclasses.replace(row, parts={name: part.pin_memory() for name, part in row.parts.items()})
         return HostRow(row, bool(row.words) or any(row.worn.get(name) for name in self._text_encoders))
 
 

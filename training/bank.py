@@ -3,15 +3,16 @@
 Shape suffixes: S slots, P parameters of one slot, N rows of a batch, G groups of neighbouring rows that wear the same,
 K adapters a row mixes, R rank, I and O a layer's inputs and outputs, T tokens.
 
-The parameters of all adapters are one buffer `weights_SP`; a slot is one row of it. A layer's `down_SRI` and `up_SRO`
-are views, so joining, leaving, checkpointing, publishing and swapping an adapter are one row copied. A `Route` says
-which slots each row of a batch wears; forward hooks add the delta while a route is in use. The bank does not know which
-family of model it lies over, nor whether it is trained or served.
+The parameters of all adapters are one buffer `weights_SP`; a slot is one row of it, laid out rank by rank, so that an
+adapter of a lower rank is the front of its slot. What a layer adds is a view of it, so joining, leaving, checkpointing,
+publishing and swapping an adapter are one row copied. A `Route` says which slots each row of a batch wears; forward
+hooks add the delta while a route is in use. The bank does not know which family of model it lies over, or whether it is
+trained or served.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import gcd, prod
 
 import torch
@@ -74,12 +75,21 @@ def find_sites(component: str, model: nn.Module, targets: Sequence[str]) -> tupl
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One adapter laid out as a slot: `weights_P`, and for each component the indices of the layers it changes."""
+    """One adapter laid out for a slot.
 
-    weights_P: Tensor
+    `parts[component]`: [rank, W], where W is the width of the component's layers, each its inputs then its outputs;
+    `parts[Bank.WORDS]`: textual-inversion vectors [V, D]. `worn[component]`: indices of the layers it changes.
+    `words`: word -> its number of vectors, in order.
+    """
+
+    parts: Mapping[str, Tensor]
     worn: Mapping[str, frozenset[int]]
-    words: Mapping[str, int] = field(default_factory=dict)  # textual-inversion word -> its number of vectors, in order
-    rank: int | None = None  # only the first so many ranks are not zero; None: all may be in use
+    words: Mapping[str, int]
+    rank: int
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in self.parts.values())
 
 
 class Bank:
@@ -104,18 +114,21 @@ class Bank:
         self.sites = {component: tuple(found) for component, found in sites.items()}
         self.slots = slots
         self.rank = rank
-        self._sizes = {component: [site.size(rank) for site in found] for component, found in self.sites.items()}
+        # of each component, the widths of its layers' inputs and outputs, in turn
+        self._widths = {
+            c: [w for site in found for w in (prod(site.down), site.out)] for c, found in self.sites.items()
+        }
         self._columns: dict[str, slice] = {}
         start = 0
-        for component, sizes in self._sizes.items():
-            self._columns[component] = slice(start, start + sum(sizes))
-            start += sum(sizes)
+        for component, widths in self._widths.items():
+            self._columns[component] = slice(start, start + rank * sum(widths))
+            start += rank * sum(widths)
         self._vectors, self._width = vectors
         self._columns[self.WORDS] = slice(start, start + self._vectors * self._width)
         self.weights_SP = torch.zeros(slots, self._columns[self.WORDS].stop, device=device, dtype=dtype)
         self._worn: list[Mapping[str, frozenset[int]]] = [{} for _ in range(slots)]
         self._words: list[Mapping[str, int]] = [{} for _ in range(slots)]
-        self._ranks: list[int | None] = [None] * slots
+        self._ranks = [0] * slots
         self._using: dict[str, Route] = {}
         self._hooks: list[RemovableHandle] = []
 
@@ -155,13 +168,11 @@ class Bank:
 
     def words(self, slot: int) -> dict[str, Tensor]:
         """The textual-inversion words of a slot, each [vectors, width]; differentiable towards `weights_SP`."""
-        return self._named_words(self.weights_SP[slot], self._words[slot])
-
-    def _named_words(self, row_P: Tensor, words: Mapping[str, int]) -> dict[str, Tensor]:
+        words = self._words[slot]
         if not words:
             return {}
-        vectors_VD = row_P[self._columns[self.WORDS]].view(self._vectors, self._width)[: sum(words.values())]
-        return dict(zip(words, vectors_VD.split(list(words.values())), strict=True))
+        vectors_VD = self.weights_SP[slot, self._columns[self.WORDS]].view(self._vectors, self._width)
+        return dict(zip(words, vectors_VD[: sum(words.values())].split(list(words.values())), strict=True))
 
     def route(
         self, component: str, slots_NK: Tensor, weights_NK: Tensor | None = None, dtype: torch.dtype | None = None
@@ -183,28 +194,27 @@ class Bank:
         in_order = first >= 0 and slots_GK.shape[1] == 1 and slots == list(range(first, first + len(slots)))
         index_GK = slots_GK.clamp(min=0).to(self.weights_SP.device)
         scale_GK11 = None if (weights_GK == 1).all() else weights_GK.to(self.weights_SP)[:, :, None, None]
-        chunks = self.weights_SP[:, self._columns[component]].split(self._sizes[component], dim=1)
-        worn = [slot for slot in set(slots) if slot >= 0 and self._worn[slot].get(component)]
-        rank = max((self.rank if self._ranks[slot] is None else self._ranks[slot] or 0 for slot in worn), default=0)
-        deltas: list[Delta | None] = [None] * len(chunks)
+        # the ranks that nobody uses are neither gathered nor multiplied
+        rank = max((self._ranks[slot] for slot in set(slots) if slot >= 0), default=0)
+        pieces = self._ranked(self.weights_SP, component)[:, :rank].split(self._widths[component], dim=2)
+        g, k = slots_GK.shape
+        deltas: list[Delta | None] = [None] * len(self.sites[component])
         for index in sorted(active):
-            site, chunk_SP = self.sites[component][index], chunks[index]
-            # the ranks that nobody uses are neither gathered nor multiplied
-            down_SP = chunk_SP[:, : rank * prod(site.down)]
-            up_SP = chunk_SP[:, self.rank * prod(site.down) :][:, : rank * site.out]
-            down_GKP, up_GKP = (
-                half_SP[first : first + len(slots)].unsqueeze(1) if in_order else half_SP[index_GK]
-                for half_SP in (down_SP, up_SP)
+            # [G, K, rank, I] and [G, K, rank, O]
+            down, up = (
+                piece_SRX[first : first + g].unsqueeze(1) if in_order else piece_SRX[index_GK]
+                for piece_SRX in pieces[2 * index : 2 * index + 2]
             )
-            g, k, _ = up_GKP.shape
-            up = up_GKP.reshape(g, k, rank, site.out)
             if scale_GK11 is not None:
                 up = up * scale_GK11
-            deltas[index] = Delta(
-                down_GKP.reshape(g, k * rank, prod(site.down)).to(dtype or up.dtype),
-                up.reshape(g, k * rank, site.out).to(dtype or up.dtype),
-            )
+            wanted = dtype or up.dtype
+            down, up = down.reshape(g, k * rank, -1), up.reshape(g, k * rank, -1)
+            deltas[index] = Delta(down.to(wanted), up.to(wanted))
         return Route(component, slots_NK.shape[0], tuple(deltas))
+
+    def _ranked(self, weights_XP: Tensor, component: str) -> Tensor:
+        """A component's columns as [..., rank, W]."""
+        return weights_XP[..., self._columns[component]].unflatten(-1, (self.rank, sum(self._widths[component])))
 
     @contextmanager
     def using(self, *routes: Route) -> Iterator[None]:
@@ -223,29 +233,31 @@ class Bank:
 
         Raises UserError naming what does not fit: a module without a layer here, a rank above the bank's, a shape.
         """
-        row_P = torch.zeros(self.weights_SP.shape[1], dtype=self.weights_SP.dtype)
+        rank, dtype = adapter.rank, self.weights_SP.dtype
+        if rank > self.rank:
+            raise UserError(f"The adapter has rank {rank}; here it takes rank <= {self.rank}.")
+        parts = {c: torch.zeros(rank, sum(widths), dtype=dtype) for c, widths in self._widths.items()}
         worn: dict[str, set[int]] = {component: set() for component in self.sites}
         left = dict(adapter.modules)
-        for component, index, down, up in self._views(row_P):
+        for component, index, down_RI, up_RO in self._views(parts):
             site = self.sites[component][index]
-            low_rank = left.pop(site.key, None)
-            if low_rank is None:
+            low = left.pop(site.key, None)
+            if low is None:
                 continue
-            rank = low_rank.down.shape[0]
-            if rank > self.rank or low_rank.down.shape[1:] != down.shape[1:] or low_rank.up.shape[0] != site.out:
+            if low.down.shape[1:] != site.down or low.up.shape[0] != site.out:
                 raise UserError(
-                    f"Adapter module '{site.key}' has shapes {tuple(low_rank.down.shape)} and "
-                    f"{tuple(low_rank.up.shape)}; here it takes rank <= {self.rank}, in {site.down}, out {site.out}."
+                    f"Adapter module '{site.key}' has shapes {tuple(low.down.shape)} and {tuple(low.up.shape)}; here "
+                    f"it takes [rank, {', '.join(map(str, site.down))}] and [{site.out}, rank]."
                 )
-            down[:rank].copy_(low_rank.down)
-            up[:rank].copy_(low_rank.up.reshape(site.out, rank).T)
+            down_RI[: low.rank].copy_(low.down.flatten(1))
+            up_RO[: low.rank].copy_(low.up.flatten(1).T)
             worn[component].add(index)
         if left:
             raise UserError(f"{len(left)} adapter modules have no layer in this base, the first is '{min(left)}'.")
-        words = self._pack_words(row_P, adapter)
-        return Row(row_P, {component: frozenset(found) for component, found in worn.items()}, words, adapter.rank)
+        words, parts[self.WORDS] = self._pack_words(adapter)
+        return Row(parts, {component: frozenset(found) for component, found in worn.items()}, words, rank)
 
-    def _pack_words(self, row_P: Tensor, adapter: Adapter) -> dict[str, int]:
+    def _pack_words(self, adapter: Adapter) -> tuple[dict[str, int], Tensor]:
         named = {word: vectors.reshape(-1, vectors.shape[-1]) for word, vectors in sorted(adapter.embeddings.items())}
         words = {word: len(vectors_VD) for word, vectors_VD in named.items()}
         if sum(words.values()) > self._vectors or any(v.shape[1] != self._width for v in named.values()):
@@ -253,45 +265,64 @@ class Bank:
                 f"The adapter's words {', '.join(words)} take {sum(words.values())} vectors; here a slot holds "
                 f"{self._vectors} of width {self._width}."
             )
-        for word, vectors_VD in self._named_words(row_P, words).items():
-            vectors_VD.copy_(named[word])
-        return words
+        empty = torch.zeros(0, self._width, dtype=self.weights_SP.dtype)
+        return words, torch.cat([empty, *(vectors_VD.to(empty) for vectors_VD in named.values())])
 
     def unpack(self, row: Row, rank: int | None = None, scale: float = 1.0) -> Adapter:
         """The inverse of `pack`: the first `rank` ranks of the layers the row changes, `scale` folded into up."""
-        rank = self.rank if rank is None else rank
+        rank = row.rank if rank is None else rank
         modules = {}
-        for component, index, down, up in self._views(row.weights_P):
+        for component, index, down_RI, up_RO in self._views(row.parts):
             if index in row.worn.get(component, ()):
                 site = self.sites[component][index]
                 tail = (1,) * (len(site.down) - 1)
-                up_OR = (up[:rank].T * scale).reshape(site.out, rank, *tail)
-                modules[site.key] = LowRank(down[:rank].clone(), up_OR.contiguous())
-        words = {word: vectors.clone() for word, vectors in self._named_words(row.weights_P, row.words).items()}
-        return Adapter(modules=modules, embeddings=words)
+                down = down_RI[:rank].clone().reshape(rank, *site.down)
+                modules[site.key] = LowRank(down, (up_RO[:rank].T * scale).reshape(site.out, rank, *tail).contiguous())
+        vectors = row.parts[self.WORDS].split(list(row.words.values())) if row.words else ()
+        return Adapter(modules, {word: found.clone() for word, found in zip(row.words, vectors, strict=True)})
 
     def put(self, slot: int, row: Row) -> None:
-        """A row into a slot: one copy."""
-        self.weights_SP.detach()[slot].copy_(row.weights_P, non_blocking=True)
+        """A row into a slot: as many ranks as the adapter has, or its predecessor had, are written."""
+        self._write(self.weights_SP.detach()[slot], row, clear_to=self._ranks[slot])
         self._worn[slot], self._words[slot], self._ranks[slot] = row.worn, row.words, row.rank
 
     def take(self, slot: int) -> Row:
         """A copy of a slot, on the CPU."""
-        weights_P = self.weights_SP.detach()[slot].to("cpu", copy=True)
-        return Row(weights_P, self._worn[slot], self._words[slot], self._ranks[slot])
+        return self.row_of(self.weights_SP.detach()[slot], slot)
 
     def clear(self, slot: int) -> None:
         """Empties a slot: what wears it is the base."""
         self.weights_SP.detach()[slot].zero_()
-        self._worn[slot], self._words[slot], self._ranks[slot] = {}, {}, None
+        self._worn[slot], self._words[slot], self._ranks[slot] = {}, {}, 0
 
-    def _views(self, row_P: Tensor) -> Iterator[tuple[str, int, Tensor, Tensor]]:
-        """For every layer: component, index, `down_RI` [rank, *site.down] and `up_RO` [rank, out], views of the row."""
-        for component, sites in self.sites.items():
-            chunks = row_P[self._columns[component]].split(self._sizes[component])
-            for index, (site, chunk) in enumerate(zip(sites, chunks, strict=True)):
-                down, up = chunk.split([self.rank * prod(site.down), self.rank * site.out])
-                yield component, index, down.view(self.rank, *site.down), up.view(self.rank, site.out)
+    def row_of(self, values_P: Tensor, slot: int) -> Row:
+        """`values_P`, laid out as `slot` is (an optimizer's moment, say), as a row of its own on the CPU."""
+        rank, words = self._ranks[slot], self._words[slot]
+        parts = {c: self._ranked(values_P, c)[:rank].to("cpu", copy=True) for c in self.sites}
+        vectors_VD = values_P[self._columns[self.WORDS]].view(self._vectors, self._width)
+        parts[self.WORDS] = vectors_VD[: sum(words.values())].to("cpu", copy=True)
+        return Row(parts, self._worn[slot], words, rank)
+
+    def flat(self, row: Row) -> Tensor:
+        """The inverse of `row_of`: a row as the whole length of a slot, [P], on the CPU."""
+        values_P = torch.zeros(self.weights_SP.shape[1], dtype=self.weights_SP.dtype)
+        self._write(values_P, row, clear_to=0)
+        return values_P
+
+    def _write(self, values_P: Tensor, row: Row, clear_to: int) -> None:
+        for component in self.sites:
+            ranked_RW = self._ranked(values_P, component)
+            ranked_RW[: row.rank].copy_(row.parts[component], non_blocking=True)
+            ranked_RW[row.rank : clear_to].zero_()
+        vectors_VD = values_P[self._columns[self.WORDS]].view(self._vectors, self._width)
+        vectors_VD[: len(row.parts[self.WORDS])].copy_(row.parts[self.WORDS], non_blocking=True)
+
+    def _views(self, parts: Mapping[str, Tensor]) -> Iterator[tuple[str, int, Tensor, Tensor]]:
+        """For every layer: component, index, `down_RI` and `up_RO`, views of a row's parts."""
+        for component, widths in self._widths.items():
+            pieces = parts[component].split(widths, dim=1)
+            for index in range(len(self.sites[component])):
+                yield component, index, pieces[2 * index], pieces[2 * index + 1]
 
 
 def _common_run(rows_NX: Tensor) -> int:

@@ -17,7 +17,7 @@ from diffusers.optimization import get_scheduler
 from torch import Tensor
 
 from training.adapter import Adapter, LowRank
-from training.bank import Bank, Route, Row, find_sites
+from training.bank import Bank, Route, find_sites
 from training.base import Base
 from training.batch import Batch, Turn, make_batch
 from training.checkpoint import HISTORY, SubjectState
@@ -167,7 +167,7 @@ class Pack:
         member = self._member(id)
         rank, row = member.spec.lora.rank, self.bank.take(member.slot)
         remembered = self._optimizer(member.train.optimizer).state(member.slot)
-        rows = {name: self.bank.unpack(Row(r, row.worn, row.words), rank) for name, r in remembered.rows.items()}
+        rows = {n: self.bank.unpack(self.bank.row_of(r, member.slot), rank) for n, r in remembered.rows.items()}
         history = torch.tensor(member.history, dtype=torch.float64).reshape(-1, len(HISTORY))
         return SubjectState(
             step=member.step,
@@ -391,7 +391,7 @@ class Pack:
         return self._optimizers[name]
 
     def _optimizer_state(self, state: SubjectState) -> OptimizerState:
-        rows = {name: self.bank.pack(adapter).weights_P for name, adapter in state.optimizer_rows.items()}
+        rows = {name: self.bank.flat(self.bank.pack(adapter)) for name, adapter in state.optimizer_rows.items()}
         return OptimizerState(rows, state.optimizer_tensors, state.optimizer_numbers)
 
     def _initial(self, spec: SubjectSpec) -> Adapter:
