@@ -118,7 +118,8 @@ def main() -> None:
         with_ray, start = through_ray(manifest, folder / "ray")
     count, load = asked.subjects, os.getloadavg()[0]
     table = [
-        f"{time.strftime('%Y-%m-%d')}: {count} subjects of 1 step on {asked.base}; {os.cpu_count()} cores, load {load:.1f}",
+        f"{time.strftime('%Y-%m-%d')}: {count} subjects of 1 step on {asked.base}",
+        f"{os.cpu_count()} cores, load {load:.1f}",
         "",
         "| | seconds | a subject |",
         "|---|---:|---:|",

@@ -22,7 +22,7 @@ from ray_app.subject_queue import Entry, Release, SubjectQueue, View
 from ray_app.submission import Submission
 from training.plan import PackPlan, plan_run, profile_of
 from training.report import write_report
-from training.run import RunRecord, RunStore, SubjectRecord
+from training.run import ENDED, RunRecord, RunStore, SubjectRecord
 from training.source import Beat, Outcome
 
 POLL_SECONDS = 0.5
@@ -230,6 +230,10 @@ class Driver:
             futures = [lane.future for lane in self._lanes.values()]
             ray.wait(futures, num_returns=len(futures), timeout=STOP_SECONDS) if futures else None
             self._look(0)
+        for id, record in self.records.items():
+            if record.state not in ENDED:  # the last checkpoint is later than the last beat
+                step = max(self.store.checkpoints(id), default=0)
+                self.records[id] = record.model_copy(update={"step": step})
 
     # -- lanes --
 
