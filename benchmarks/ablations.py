@@ -92,7 +92,7 @@ def main() -> None:
         print(manifest())
         return
     storage = open_storage(asked.storage)
-    found = asked.run or next(run for run in reversed(list_runs(storage)) if run.startswith("ablat"))
+    found = asked.run or next(run for run in reversed(list_runs(storage)) if run.startswith("ablations-"))
     print(tables(RunStore(storage, found)))
 
 

@@ -79,7 +79,7 @@ def choose(candidates: Sequence[Candidate], *, keep_last: bool = False, tie: flo
     last = ordered[-1]
     if keep_last or len(ordered) == 1:
         why = "as asked" if keep_last else "the only checkpoint"
-        alarm = f". Mind: it {rejected[last.step]}" if last.step in rejected else ""
+        alarm = f". Mind: {rejected[last.step]}" if last.step in rejected else ""
         return Choice(last.step, f"the last step, {why}{alarm}", rejected)
     sound = [candidate for candidate in ordered if candidate.step not in rejected]
     if not sound:
