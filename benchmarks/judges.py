@@ -78,8 +78,8 @@ def detector(model: EfficientNetLite0, subjects: dict[str, list[Image.Image]]) -
             real.append(scores.nearest(plain[index : index + 1], known).item())
             held = scores.spatial_features(model.maps(list(copies(photo))))
             whole = torch.cat([plain, mirrored])
-            for kind, value in enumerate(scores.nearest(held, whole).tolist()):
-                copied[kind].append(value)
+            for place, value in enumerate(scores.nearest(held, whole).tolist()):
+                copied[place].append(value)
             limits.append(limit_above(COPYING_LIMITS[model.name], plain[rest], mirrored[rest]))
     negatives = torch.tensor(real)
     threshold = torch.quantile(negatives, 0.99).item()
