@@ -22,7 +22,7 @@ from rich.console import Console
 from ray_app.cluster import LOCAL, Limits, connect
 from ray_app.drive import drive_run
 from ray_app.submission import submit
-from training.base import load_base
+from training.base import best_device, load_base
 from training.plan import base_facts, plan_run
 from training.run import RunStore
 from training.source import Beat, Orders, Outcome, Task
@@ -74,13 +74,14 @@ def write_manifest(folder: Path, base: str, subjects: int) -> Path:
 
 def plain(manifest: Path, storage: Path) -> float:
     """Seconds of the subject loop alone, from its first lease to its end."""
-    from training.worker import work
+    from training.worker import precision, work
 
     submission = submit(manifest, open_storage(str(storage)))
     specs = submission.manifest.subjects
     source = ListSource([Task(spec, f"{index:064x}") for index, spec in enumerate(specs)])
-    base = load_base(submission.record.base)
     (pack,) = plan_run(submission.manifest, base_facts(submission.record.base)).packs
+    dtype = precision(pack.profile.mixed_precision, best_device())
+    base = load_base(submission.record.base, dtype=dtype)
     store = RunStore(submission.store.storage, submission.record.run)
     work(base, pack, source, store, tenant="default", root=submission.manifest.root)
     assert source.published == len(specs)
