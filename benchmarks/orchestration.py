@@ -15,7 +15,7 @@ from pathlib import Path
 
 import yaml
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 from rich.console import Console
 

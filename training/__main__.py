@@ -9,8 +9,8 @@ import sys
 import time
 from collections.abc import Sequence
 
-# threads that spin while they wait make busy cores crawl; OpenMP reads this when torch is imported
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# threads that spin long make busy cores crawl, those that never spin halve idle ones; torch's OpenMP reads this once
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 from training.base import best_device, load_base
 from training.errors import UserError
