@@ -12,7 +12,7 @@ from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 WORDS = ("a", "an", "photo", "of", "the", "sks", "ohwx", "dog", "cat", "toy", "on", "in", "grass", "snow", "beach")
-WORDS += ("water", "red", "blue", "person")
+MORE_WORDS = ("water", "red", "blue", "person")
 
 
 def tiny_tokenizer(folder: Path) -> CLIPTokenizer:
@@ -23,7 +23,7 @@ def tiny_tokenizer(folder: Path) -> CLIPTokenizer:
     merges: list[str] = []
     for symbol in [*letters, *(f"{letter}</w>" for letter in letters)]:
         vocab.setdefault(symbol, len(vocab))
-    for word in WORDS:
+    for word in (*WORDS, *MORE_WORDS):
         parts = [*word[:-1], f"{word[-1]}</w>"]
         while len(parts) > 1:
             merges.append(f"{parts[0]} {parts[1]}")
