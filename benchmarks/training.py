@@ -36,9 +36,9 @@ from training.words import tokenise
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 NOTES = """
-What was to be reached on two CPU cores with a base of 4 M parameters, and what this base of 10.9 M reaches: a pack of 8 at 4 times (a)
-and 3 times (b): reached; with prior at 3 times: reached; a pack of 32 at 8 times (a): not reached. A larger base is nearer to its
-arithmetic with one row, so a pack has less to win. Not measured: a GPU.
+What was to be reached on two CPU cores with a base of 4 M parameters, and what this base of 10.9 M reaches: a pack of 8
+at 4 times (a) and 3 times (b): reached; with prior at 3 times: reached; a pack of 32 at 8 times (a): not reached. A
+larger base is nearer to its arithmetic with one row, so a pack has less to win. Not measured: a GPU.
 """
 RESULT = Path(__file__).with_suffix(".md")
 

@@ -11,8 +11,10 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-WORDS = ("a", "an", "photo", "of", "the", "sks", "ohwx", "dog", "cat", "toy", "on", "in", "grass", "snow", "beach")
-MORE_WORDS = ("water", "red", "blue", "person")
+WORDS = (
+    *("a", "an", "photo", "of", "the", "sks", "ohwx", "dog", "cat", "toy", "on", "in", "grass", "snow", "beach"),
+    *("water", "red", "blue", "person"),
+)
 
 
 def tiny_tokenizer(folder: Path) -> CLIPTokenizer:
@@ -23,7 +25,7 @@ def tiny_tokenizer(folder: Path) -> CLIPTokenizer:
     merges: list[str] = []
     for symbol in [*letters, *(f"{letter}</w>" for letter in letters)]:
         vocab.setdefault(symbol, len(vocab))
-    for word in (*WORDS, *MORE_WORDS):
+    for word in WORDS:
         parts = [*word[:-1], f"{word[-1]}</w>"]
         while len(parts) > 1:
             merges.append(f"{parts[0]} {parts[1]}")
