@@ -50,7 +50,7 @@ def adapter_bank(base: Base, adapters: Sequence[Adapter]) -> Bank:
         sites,
         slots=max(1, len(adapters)),
         rank=max((adapter.rank for adapter in adapters), default=1),
-        vectors=(max((len(adapter.embeddings) for adapter in adapters), default=0), base.token_embedding.embedding_dim),
+        vectors=(max(map(_vectors, adapters), default=0), base.token_embedding.embedding_dim),
         device=base.device,
         dtype=torch.promote_types(base.dtype, torch.float32),
     )
@@ -106,3 +106,8 @@ def _draw(base: Base, bank: Bank, batch: Sequence[Shot], look: Look) -> list[Ima
 
 def _names(model: torch.nn.Module) -> list[str]:
     return [name for name, _ in model.named_modules() if name]
+
+
+def _vectors(adapter: Adapter) -> int:
+    """Textual-inversion vectors of all its words."""
+    return sum(vectors.reshape(-1, vectors.shape[-1]).shape[0] for vectors in adapter.embeddings.values())

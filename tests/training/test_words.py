@@ -5,10 +5,12 @@ import torch
 
 from tests.training.subjects import subject
 from tests.training.test_pack import run
-from training.adapter import load_adapter, save_adapter
+from training.adapter import Adapter, load_adapter, save_adapter
 from training.bank import Bank
 from training.base import Base
 from training.errors import UserError
+from training.render import adapter_bank
+from training.sampler import sample
 from training.words import first_vector, tokenise
 
 WORD = {"tokens": ["<s1>"], "learning_rate": 1e-2, "initial": "cat"}
@@ -61,3 +63,17 @@ def test_too_many_words_are_refused(tiny: Base) -> None:
     adapter.modules.clear()
     with pytest.raises(UserError, match="2 vectors; here a slot holds 1"):
         bank.pack(adapter)
+
+
+def test_words_are_worn_where_adapters_are_looked_at(tiny: Base) -> None:
+    """A bank made for looking holds words of several vectors, and its pictures follow them."""
+    one = subject("a", words=WORD, instance_prompt="a photo of <s1> dog")
+    adapter = run(tiny, [one]).adapters["a"]
+    loud = Adapter(adapter.modules, {"<s1>": torch.randn(2, 32) * 3})
+    drawn = []
+    for shown in (adapter, loud):
+        bank = adapter_bank(tiny, [shown])
+        bank.inject()
+        drawn.append(sample(tiny, ["a photo of <s1> dog"], seeds=[1], steps=2, bank=bank, slots=[0], scales=[1.0]))
+        bank.eject()
+    assert (drawn[0] - drawn[1]).abs().max() > 1e-4
