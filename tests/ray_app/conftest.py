@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-# Ray reads it when it is imported: everything on 127.0.0.1
+# Ray reads these when it is imported, once a process: everything on 127.0.0.1, and tokens
 os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+os.environ.setdefault("RAY_AUTH_MODE", "token")
 
 from tests.tiny import tiny_images
 
