@@ -178,7 +178,7 @@ def test_a_client_that_goes_away_is_cancelled(client: Client) -> None:
 @pytest.mark.ray
 def test_a_replica_that_dies_costs_no_request(client: Client) -> None:
     """Both engines are busy; one is killed. All requests end with the images that they would have had."""
-    bodies: list[dict[str, Any]] = [{"model": name, "steps": 120, "size": "32x32"} for name in NAMES]
+    bodies: list[dict[str, Any]] = [{"model": name, "steps": 500, "size": "32x32"} for name in NAMES]
     expected = [client.images(**body).json()["data"][0]["b64_json"] for body in bodies]
 
     async def story() -> list[httpx.Response]:
