@@ -33,6 +33,17 @@ def wait_for_step(desk: Desk, id: str, step: int, timeout_s: float = 120) -> Non
     raise AssertionError(f"{id} has no checkpoint of step {step} after {timeout_s} s")
 
 
+def wait_for_training(store: RunStore, id: str, after: float, timeout_s: float = 120) -> None:
+    """Until a driver that was started `after` has written down that the subject trains."""
+    end = time.monotonic() + timeout_s
+    while time.monotonic() < end:
+        subject = store.subject(id)
+        if subject is not None and subject.state == "training" and subject.updated > after:
+            return
+        time.sleep(0.2)
+    raise AssertionError(f"{id} does not train after {timeout_s} s")
+
+
 def test_a_pack_with_a_corrupt_subject_then_the_same_again(desk: Desk) -> None:
     manifest = desk.manifest("rusty", "tabby", "bolt", "torn")
     (desk.folder / "images/torn/2.png").write_bytes(b"no picture")
@@ -69,8 +80,10 @@ def test_a_killed_driver_then_a_stopped_one_then_to_the_end(desk: Desk) -> None:
     store = only_run(desk)
     saved = {id: max(store.checkpoints(id)) for id in ("rusty", "tabby")}
 
+    started = time.time()
     with desk.start("train", manifest) as driver:
-        wait_for_step(desk, "tabby", saved["tabby"] + 40)
+        # the killed driver's lane may have gone on for a moment: a checkpoint alone does not tell whose it is
+        wait_for_training(store, "tabby", started)
         os.kill(driver.pid, signal.SIGINT)
         out, err = driver.communicate(timeout=60)
     assert driver.returncode == 130
