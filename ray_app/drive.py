@@ -16,6 +16,7 @@ from rich.console import Console
 from ray_app.cluster import Limits, connect
 from ray_app.console import RunConsole
 from ray_app.lead import Lead, Lost
+from ray_app.metrics import RunMetrics
 from ray_app.subject_queue import View
 from ray_app.submission import Submission, settle
 from ray_app.train import Driver, finish
@@ -102,8 +103,9 @@ def _lead_run(submission: Submission, lead: Lead, address: str, limits: Limits, 
     lead.renew()
     if all(subject.state in ENDED for subject in subjects):
         return Whole(finish(store, record, subjects), subjects)
-    with connect(address) as cluster, RunConsole(console, record.run) as watcher:
-        driver = Driver(submission, subjects, lead, cluster, watcher, limits)
+    with connect(address) as cluster, RunConsole(console, record.run) as shown:
+        watchers = (shown, RunMetrics(record.run))
+        driver = Driver(submission, subjects, lead, cluster, watchers, limits)
         return Whole(driver.run(), tuple(driver.records.values()))
 
 

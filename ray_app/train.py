@@ -104,7 +104,7 @@ class Driver:
     subjects: Sequence[SubjectRecord]
     lead: Lead
     cluster: Cluster
-    watcher: Watcher
+    watchers: Sequence[Watcher]
     limits: Limits = field(default_factory=Limits)
 
     def __post_init__(self) -> None:
@@ -192,7 +192,8 @@ class Driver:
             self._take_in(record)
         for note in view.notes:
             self._log.add(note)
-        self.watcher.see(view, self.records)
+        for watcher in self.watchers:
+            watcher.see(view, self.records)
         self._log.flush(STEP_SAVE_SECONDS)
         return view
 
@@ -216,6 +217,10 @@ class Driver:
                 self._save(record)
         self._log.flush()
 
+    def _say(self, text: str) -> None:
+        for watcher in self.watchers:
+            watcher.say(text)
+
     def _finish(self) -> RunRecord:
         self._save_all()
         return finish(self.store, self.submission.record, tuple(self.records.values()))
@@ -224,7 +229,7 @@ class Driver:
         """Asks the lanes to checkpoint and end, and waits for them."""
         import ray
 
-        self.watcher.say("stopping: checkpoints are being written (again to stop at once)")
+        self._say("stopping: checkpoints are being written (again to stop at once)")
         with contextlib.suppress(KeyboardInterrupt, ray.exceptions.RayError):
             ray.get(self._queue.stop.remote())
             futures = [lane.future for lane in self._lanes.values()]
@@ -243,22 +248,26 @@ class Driver:
             yield Entry(record=self.records[subject.id], profile=place[profile_of(subject, self._facts)])
 
     def _open_lanes(self, view: View, queue: str) -> None:
-        """Opens lanes while there are subjects that no lane has room for, and seats. Pending lanes are the demand that
-        an autoscaler sees."""
+        """Opens lanes while there are subjects that no lane has room for, and seats: subjects are spread evenly over
+        the seats. Pending lanes are the demand that an autoscaler sees."""
         self._watch_cluster()
         most = self.limits.lanes or self.limits.gpus or self._seats
         busy = {lane.lane: len(lane.held) for lane in view.lanes}
-        for profile, waiting in sorted(view.waiting.items()):
-            slots = self.plan.packs[profile].slots
-            coming = sum(slots for i, lane in self._lanes.items() if lane.profile == profile and not busy.get(i))
-            while waiting > coming and len(self._lanes) < most:
-                self._open(profile, queue)
-                coming += slots
+        profiles = sorted(view.waiting.items())
+        for turn, (profile, waiting) in enumerate(profiles):
+            coming = sum(
+                lane.plan.slots for i, lane in self._lanes.items() if lane.profile == profile and not busy.get(i)
+            )
+            mine = -(-(most - len(self._lanes)) // (len(profiles) - turn))
+            while waiting > coming and mine > 0:
+                slots = min(self.plan.packs[profile].slots, -(-(waiting - coming) // mine))
+                self._open(profile, queue, slots)
+                coming, mine = coming + slots, mine - 1
 
-    def _open(self, profile: int, queue: str) -> None:
+    def _open(self, profile: int, queue: str, slots: int) -> None:
         import ray
 
-        plan, index = self.plan.packs[profile], self._opened
+        plan, index = with_slots(self.plan.packs[profile], slots), self._opened
         resources = self._slot_resources()
         order = Order(
             run=self.store.run,
@@ -296,7 +305,7 @@ class Driver:
 
         self._failures[lane.profile] += 1
         self._log.add(f"lane {index} failed: {reason}")
-        self.watcher.say(f"lane {index} failed: {reason}")
+        self._say(f"lane {index} failed: {reason}")
         ray.get(self._queue.leave.remote(index, f"its lane failed: {reason}", "lost"))
         alone = all(other.profile != lane.profile for other in self._lanes.values())
         if alone and self._failures[lane.profile] >= LANE_FAILURES:
@@ -331,6 +340,13 @@ def _living_nodes() -> set[str]:
     import ray
 
     return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+
+
+def with_slots(pack: PackPlan, slots: int) -> PackPlan:
+    """The same pack for fewer subjects at once."""
+    share = slots / pack.slots
+    news = {"slots": slots, "state_bytes": int(pack.state_bytes * share), "memory_mb": pack.memory_mb * share}
+    return pack.model_copy(update=news)
 
 
 def finish(store: RunStore, record: RunRecord, subjects: Sequence[SubjectRecord]) -> RunRecord:
