@@ -1,7 +1,8 @@
-"""A lane: one long-lived Ray Train run on one device. Its base is loaded once; the subject queue keeps its pack filled.
+"""A lane: one long-lived Ray Train run. Its base is loaded once; the subject queue keeps its pack filled.
 
-`run_lane` is the Ray task that holds the run; `lane_worker` is what the run's worker does. Both get an `Order` as the
-plain dict that crosses Ray's border.
+`run_lane` is the Ray task that holds the run; `lane_worker` is what each of the run's workers does: one on its one
+device, or a gang, of which the first alone talks to the queue. Both get an `Order` as the plain dict that crosses Ray's
+border.
 """
 
 import logging
@@ -11,7 +12,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter
 
@@ -20,9 +21,12 @@ from ray_app.subject_queue import Lease, Release
 from training.errors import UserError
 from training.manifest import Closed, SubjectSpec
 from training.plan import PackPlan
-from training.run import RunStore
+from training.run import RunRecord, RunStore
 from training.source import Beat, Orders, Outcome, Task
 from training.storage import StorageUnavailable, open_storage
+
+if TYPE_CHECKING:
+    from training.base import Base
 
 IDLE_SECONDS = 1.0  # how long an empty answer of the queue holds while the pack is busy
 QUEUE_TIMEOUT_S = 60.0
@@ -71,7 +75,7 @@ class QueueSource:
             train = spec.train
             rates = {name: getattr(train, name) * lease.rate_factor for name in LEARNING_RATES}
             spec = spec.model_copy(update={"train": train.model_copy(update=rates)})
-        return Task(spec, lease.fingerprint)
+        return Task(spec, lease.fingerprint, lease.may_spread)
 
     def beat(self, beat: Beat) -> Orders:
         return _ORDERS.validate_python(self._ask("beat", asdict(beat)))
@@ -99,19 +103,22 @@ class QueueSource:
 
 
 def lane_worker(payload: dict[str, Any]) -> None:
-    """Loads the base and works until the queue has nothing more for this lane. Runs in Ray Train's worker."""
+    """Loads the base and works until the queue has nothing more for this lane. Runs in Ray Train's workers."""
     silence()
     order = Order.model_validate(payload)
     import ray
+    from ray.train import get_context
 
     run = RunStore(open_storage(order.storage), order.run)
     record = run.record()
+    if get_context().get_world_rank() > 0:
+        return _follow(order, record)
     specs = {subject.id: subject for subject in record.manifest.subjects}
     source = QueueSource(ray.get_actor(order.queue), order.lane, specs)
-    if not source.enter(order.profile, ray.get_runtime_context().get_node_id()):
+    if not _all_begin(order, source.enter(order.profile, ray.get_runtime_context().get_node_id())):
         return  # one more try would end like those before; `run_lane` asks why
     try:
-        _work(order, run, source)
+        _work(order, record, run, source)
     except StorageUnavailable as error:
         # nobody's fault but the store's; what is on it is whole
         source.leave(str(error), "preempted")
@@ -123,15 +130,38 @@ def lane_worker(payload: dict[str, Any]) -> None:
     source.leave("the run was stopped", "stopped")
 
 
-def _work(order: Order, run: RunStore, source: QueueSource) -> None:
+def _work(order: Order, record: RunRecord, run: RunStore, source: QueueSource) -> None:
+    from training.worker import work
+
+    work(_base(order, record), order.plan, source, run, tenant=record.tenant, root=record.manifest.root)
+
+
+def _follow(order: Order, record: RunRecord) -> None:
+    """What the workers of a gang do but for its first."""
+    from training.fitting import follow_pack
+
+    if _all_begin(order, False):
+        follow_pack(_base(order, record), order.plan)
+
+
+def _all_begin(order: Order, first_begins: bool) -> bool:
+    """Whether to begin. What the first worker of a gang knows holds for all of them."""
+    if order.plan.workers == 1:
+        return first_begins
+    from training.zero import Gang
+
+    return Gang().any(first_begins)
+
+
+def _base(order: Order, record: RunRecord) -> "Base":
+    """The run's base on this worker's device."""
     import torch
 
     from training.base import best_device, load_base
-    from training.worker import precision, work
+    from training.worker import precision
 
     if order.threads:
         torch.set_num_threads(order.threads)
-    record = run.record()
     device = best_device()
     dtype = precision(order.plan.profile.mixed_precision, device)
     base = load_base(record.base, device=device, dtype=dtype, root=record.manifest.root)
@@ -140,7 +170,7 @@ def _work(order: Order, run: RunStore, source: QueueSource) -> None:
             f"Base '{record.base}' on node {os.uname().nodename} is not the one the run was submitted with "
             f"({base.hash[:12]} instead of {record.base_hash[:12]}). Put the same files on every node."
         )
-    work(base, order.plan, source, run, tenant=record.tenant, root=record.manifest.root)
+    return base
 
 
 def run_lane(payload: dict[str, Any]) -> None:
@@ -151,6 +181,7 @@ def run_lane(payload: dict[str, Any]) -> None:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
+    on_gpus = order.resources.get("GPU", 0) > 0
     # Train's own notes of the run; checkpoints go to the storage, subject by subject
     notes = tempfile.mkdtemp(prefix="dreamfleet-lane-", dir=os.environ.get("RAY_TMPDIR"))
     trainer = TorchTrainer(
@@ -159,7 +190,11 @@ def run_lane(payload: dict[str, Any]) -> None:
         # said outright: with logical GPUs on a CPU machine Ray would choose nccl
         torch_config=TorchConfig(backend="nccl" if _has_cuda() else "gloo"),
         scaling_config=ScalingConfig(
-            num_workers=1, use_gpu=order.resources.get("GPU", 0) > 0, resources_per_worker=order.resources
+            num_workers=order.plan.workers,
+            use_gpu=on_gpus,
+            resources_per_worker=order.resources,
+            # GPUs of a gang talk least far within a node; on CPUs every node has a memory of its own
+            placement_strategy="PACK" if on_gpus else "SPREAD",
         ),
         run_config=RunConfig(
             name=f"lane-{order.lane}-{time.time_ns():x}",

@@ -31,16 +31,22 @@ _STATES: dict[str, State] = {
     "out of memory": "failed",
     "cancelled": "cancelled",
 }
+# one device was too small: what may go to a gang of them does
+_TOO_SMALL = ("too large", "out of memory")
 # the first word of a phase; every other phase is preparation
 _PHASES: dict[str, State] = {"training": "training", "evaluating": "evaluating", "publishing": "evaluating"}
 
 
 class Entry(Closed):
-    """What the queue is told about a subject. Only lanes of its `profile` may lease it; high priorities go first."""
+    """What the queue is told about a subject. Only lanes of its `profile` may lease it; high priorities go first.
+
+    `reserve`: the profile it goes to if one device is too small for it.
+    """
 
     record: SubjectRecord
     profile: int
     priority: int = 0
+    reserve: int | None = None
 
 
 class Lease(Closed):
@@ -49,6 +55,7 @@ class Lease(Closed):
     id: str
     fingerprint: str
     rate_factor: float = Field(1.0, description="its learning rates are multiplied by it: less after it has diverged")
+    may_spread: bool = Field(False, description="a gang takes it if one device is too small for it")
 
 
 class LaneView(Closed):
@@ -95,6 +102,7 @@ class _Item:
     profile: int
     priority: int
     order: int
+    reserve: int | None = None
     holder: int | None = None
     until: float = 0.0
     since: float = 0.0
@@ -139,7 +147,7 @@ class SubjectQueue:
         self._items: dict[str, _Item] = {}
         self._waiting: dict[int, list[str]] = {}
         for order, entry in enumerate(entries):
-            self._items[entry.record.id] = _Item(entry.record, entry.profile, entry.priority, order)
+            self._items[entry.record.id] = _Item(entry.record, entry.profile, entry.priority, order, entry.reserve)
             if entry.record.state not in ENDED:
                 self._wait(entry.record.id)
 
@@ -201,7 +209,10 @@ class SubjectQueue:
         if outcome.loss is not None:
             news["loss"] = outcome.loss
         self._change(outcome.id, **news)
-        if outcome.kind == "diverged" and not _divergences(item.record):
+        if outcome.kind in _TOO_SMALL and item.reserve is not None:
+            item.profile, item.reserve = item.reserve, None
+            self._again(outcome.id, f"{outcome.reason}; it goes on over several devices", "too large")
+        elif outcome.kind == "diverged" and not _divergences(item.record):
             self._again(
                 outcome.id, f"{outcome.reason}; once more from its checkpoint with {CALMER} x the rate", "diverged"
             )
@@ -286,9 +297,14 @@ class SubjectQueue:
     # -- pieces --
 
     def _lease_of(self, id: str) -> Lease:
-        record = self._items[id].record
-        factor = CALMER if _divergences(record) else 1.0
-        return Lease(id=id, fingerprint=record.fingerprint or "", rate_factor=factor)
+        item = self._items[id]
+        factor = CALMER if _divergences(item.record) else 1.0
+        return Lease(
+            id=id,
+            fingerprint=item.record.fingerprint or "",
+            rate_factor=factor,
+            may_spread=item.reserve is not None,
+        )
 
     def _lane(self, lane: int) -> _Lane:
         """The lane's own entry. A queue that was made again learns of its lanes from their calls."""

@@ -6,7 +6,16 @@ from pathlib import Path
 import pytest
 
 from training.gate import EvaluateSpec
-from training.manifest import LoraSpec, PriorSpec, SubjectSpec, TrainSpec, WordSpec, load_manifest, parse_manifest
+from training.manifest import (
+    LoraSpec,
+    PriorSpec,
+    SubjectSpec,
+    TrainSpec,
+    WordSpec,
+    ZeroSpec,
+    load_manifest,
+    parse_manifest,
+)
 from training.photos import list_photo_files, photos
 from training.plan import base_facts, plan_run, unmatched_targets
 
@@ -39,7 +48,7 @@ def test_the_demo_trains_at_least_six_subjects_in_one_pack_and_names_licences() 
 
 def test_every_setting_is_documented() -> None:
     page = (MANIFESTS.parent / "docs" / "manifest.md").read_text(encoding="utf-8")
-    parts = (SubjectSpec, LoraSpec, WordSpec, PriorSpec, TrainSpec, EvaluateSpec)
+    parts = (SubjectSpec, LoraSpec, WordSpec, PriorSpec, TrainSpec, ZeroSpec, EvaluateSpec)
     named = {field.alias or name for part in parts for name, field in part.model_fields.items()}
     missing = sorted(name for name in named if name not in page)
     assert not missing

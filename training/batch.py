@@ -40,21 +40,27 @@ class Batch:
     from_base: list[bool] = field(default_factory=list)  # the target is the base's own prediction
 
 
-def make_batch(turns: Iterable[Turn], timesteps: int) -> Batch:
-    """The rows of every subject. `timesteps` is the length of the noise schedule."""
+WHOLE = slice(None)
+
+
+def make_batch(turns: Iterable[Turn], timesteps: int, part: slice = WHOLE) -> Batch:
+    """The rows of every subject. `timesteps` is the length of the noise schedule.
+
+    `part`: of each kind of rows only these. Parts that make up the whole have the whole's draws and, summed, its loss.
+    """
     batch = Batch()
     for place, turn in enumerate(turns):
-        _add_rows(batch, place, turn, "instance", turn.instance, timesteps)
+        _add_rows(batch, place, turn, "instance", turn.instance, timesteps, part)
         if not turn.spec.prior.enabled:
             continue
         if turn.spec.prior.source == "prediction":
-            _add_rows(batch, place, turn, "prediction", turn.instance, timesteps)
+            _add_rows(batch, place, turn, "prediction", turn.instance, timesteps, part)
         elif turn.prior is not None:
-            _add_rows(batch, place, turn, "prior", turn.prior, timesteps)
+            _add_rows(batch, place, turn, "prior", turn.prior, timesteps, part)
     return batch
 
 
-def _add_rows(batch: Batch, place: int, turn: Turn, kind: str, images: LatentSet, timesteps: int) -> None:
+def _add_rows(batch: Batch, place: int, turn: Turn, kind: str, images: LatentSet, timesteps: int, part: slice) -> None:
     """One kind of rows of one subject; each kind has a stream of its own, so that a prior changes no instance row."""
     train = turn.spec.train
     count = train.batch_size
@@ -65,12 +71,13 @@ def _add_rows(batch: Batch, place: int, turn: Turn, kind: str, images: LatentSet
     noise = torch.randn(latents.shape, generator=generator)
     if train.noise_offset:
         noise = noise + train.noise_offset * torch.randn(*latents.shape[:2], 1, 1, generator=generator)
-    batch.latents.append(latents)
-    batch.noise.append(noise)
-    batch.timesteps.append(torch.randint(0, timesteps, (count,), generator=generator))
+    batch.latents.append(latents[part])
+    batch.noise.append(noise[part])
+    batch.timesteps.append(torch.randint(0, timesteps, (count,), generator=generator)[part])
     class_prompt = turn.spec.filled_class_prompt
-    batch.prompts += [class_prompt if kind == "prediction" else images.prompts[index] for index in picked]
-    batch.member += [place] * count
-    batch.share += [1 / count] * count
-    batch.is_prior += [kind != "instance"] * count
-    batch.from_base += [kind == "prediction"] * count
+    mine = picked[part]
+    batch.prompts += [class_prompt if kind == "prediction" else images.prompts[index] for index in mine]
+    batch.member += [place] * len(mine)
+    batch.share += [1 / count] * len(mine)
+    batch.is_prior += [kind != "instance"] * len(mine)
+    batch.from_base += [kind == "prediction"] * len(mine)

@@ -2,6 +2,7 @@
 
     UserError                 bad input or usage: exit status 2, or HTTP 4xx; its message is the whole story
     SubjectFailed             one subject cannot be trained; its reason is a result, never a crash of its pack
+    TooLarge                  one device cannot hold one subject; a gang of several may
 
 Messages say what, the value, what is allowed and what to do. All errors carry only their message, so they pickle.
 """
@@ -13,3 +14,7 @@ class UserError(Exception):
 
 class SubjectFailed(Exception):
     """One subject ends as `failed`; `str(error)` is the reason a person reads."""
+
+
+class TooLarge(Exception):
+    """One subject does not fit on one device; `str(error)` says by how much."""

@@ -23,7 +23,7 @@ _NO_EFFECT: dict[str, Any] = {
     "sample_prompts": True,
     "min_images": True,
     "public": True,
-    "train": {"keep_checkpoints", "sample_every", "gradient_checkpointing"},
+    "train": {"keep_checkpoints", "sample_every", "gradient_checkpointing", "strategy", "zero"},
 }
 
 

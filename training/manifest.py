@@ -77,6 +77,16 @@ class PriorSpec(Closed):
         return self
 
 
+class ZeroSpec(Closed):
+    """One subject over several devices, by DeepSpeed ZeRO."""
+
+    stage: Literal[2, 3] = Field(
+        2, description="2 shards gradients and moments of the adapter; 3 its weights and the denoiser's too"
+    )
+    offload: bool = Field(False, description="what is sharded waits in the CPU's memory")
+    workers: int = Field(2, ge=2, le=64, description="devices that one subject is spread over")
+
+
 class TrainSpec(Closed):
     """The loop of one subject, with the usual names."""
 
@@ -106,7 +116,24 @@ class TrainSpec(Closed):
     mixed_precision: Literal["auto", "no", "fp16", "bf16"] = "auto"
     min_snr_gamma: float | None = Field(None, gt=0)
     noise_offset: float = Field(0.0, ge=0, le=1)
+    strategy: Literal["auto", "plain", "zero"] = Field(
+        "auto", description="one device (plain) or several (zero); auto: several where one is measured to be too small"
+    )
+    zero: ZeroSpec = ZeroSpec.model_construct()
     seed: int = Field(0, ge=0, lt=2**63)
+
+    @property
+    def against_zero(self) -> str | None:
+        """Why these settings cannot be spread over several devices, if so."""
+        if self.batch_size < self.zero.workers:
+            return (
+                f"needs `batch_size` >= `zero.workers` ({self.zero.workers}): every worker takes its share of the rows"
+            )
+        if self.optimizer != "adamw":
+            return "needs `optimizer: adamw`: the others cannot be sharded"
+        if self.mixed_precision == "fp16":
+            return "needs `mixed_precision: bf16` or `no`: fp16 scales its losses per device"
+        return None
 
     @model_validator(mode="after")
     def _crop_named_twice(self) -> "TrainSpec":
@@ -166,6 +193,8 @@ class SubjectSpec(SubjectSettings):
                 raise ValueError(
                     f"word {token!r} is not in `instance_prompt` {self.instance_prompt!r}: nothing trains it"
                 )
+        if self.train.strategy == "zero" and self.train.against_zero is not None:
+            raise ValueError(f"`strategy: zero` {self.train.against_zero}")
         if self.class_ is None:
             raise ValueError("`class` is missing: name the class noun (dog, person, backpack), here or in `defaults`")
         return self

@@ -5,6 +5,7 @@ autograd what it keeps; that is the same on a CPU and on a GPU.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import psutil
 import torch
@@ -18,7 +19,7 @@ SHARE = 0.75
 
 @dataclass(frozen=True)
 class Fit:
-    """How to run a pack: rows at once, whether to recompute activations, and the reason in words."""
+    """How to run a pack: rows at once (0: not even one), whether to recompute activations, and the reason in words."""
 
     rows: int
     checkpointing: bool
@@ -53,19 +54,31 @@ def free_bytes(device: torch.device) -> int:
     return psutil.virtual_memory().available
 
 
-def fit_rows(base: Base, wanted_rows: int, *, state_bytes: int, resolution: int | None = None) -> Fit:
-    """Decides for `wanted_rows` rows: activations are kept while memory allows, recomputed where not."""
+def fit_rows(
+    base: Base,
+    wanted_rows: int,
+    *,
+    state_bytes: int,
+    resolution: int | None = None,
+    checkpointing: Literal["auto"] | bool = "auto",
+) -> Fit:
+    """Decides for `wanted_rows` rows: activations are kept while memory allows, recomputed where not (`auto`)."""
     budget = SHARE * free_bytes(base.device) - state_bytes
-    plain = saved_bytes(base, resolution)
-    if plain * wanted_rows <= budget:
-        why = f"{wanted_rows} rows x {plain / 1e6:.0f} MB of activations fit into {budget / 1e6:.0f} MB"
-        return Fit(wanted_rows, False, why)
+    plain = saved_bytes(base, resolution) if checkpointing is not True else 0
+    if checkpointing is False or (plain and plain * wanted_rows <= budget):
+        return Fit(_room(budget, plain, wanted_rows), False, _why(wanted_rows, plain, budget))
     base.unet.enable_gradient_checkpointing()
     lean = saved_bytes(base, resolution)
     base.unet.disable_gradient_checkpointing()
-    rows = max(1, min(wanted_rows, int(budget // lean)))
-    why = (
-        f"{wanted_rows} rows x {plain / 1e6:.0f} MB of activations do not fit into {budget / 1e6:.0f} MB; recomputing "
-        f"them takes {lean / 1e6:.0f} MB a row: {rows} rows"
-    )
-    return Fit(rows, True, why)
+    rows = _room(budget, lean, wanted_rows)
+    why = f"recomputing them takes {lean / 1e6:.0f} MB a row: {rows} rows"
+    return Fit(rows, True, f"{_why(wanted_rows, plain, budget)}; {why}" if plain else _why(wanted_rows, lean, budget))
+
+
+def _room(budget: float, row_bytes: int, wanted_rows: int) -> int:
+    return max(0, min(wanted_rows, int(budget // row_bytes)))
+
+
+def _why(rows: int, row_bytes: int, budget: float) -> str:
+    verb = "fit" if rows * row_bytes <= budget else "do not fit"
+    return f"{rows} rows x {row_bytes / 1e6:.0f} MB of activations {verb} into {max(0.0, budget) / 1e6:.0f} MB"

@@ -19,7 +19,7 @@ from torch import Tensor
 from training.adapter import Adapter, LowRank
 from training.bank import Bank, Route, find_sites
 from training.base import Base
-from training.batch import Batch, Turn, make_batch
+from training.batch import WHOLE, Batch, Turn, make_batch
 from training.checkpoint import HISTORY, SubjectState
 from training.latents import LatentSet
 from training.loss import add_noise, min_snr_weights, row_losses, target
@@ -56,7 +56,7 @@ class Report(NamedTuple):
 
 
 @dataclass
-class _Member:
+class Member:
     """A subject in a slot. `micro` batches of the current step are done; the losses are their running means."""
 
     subject: Subject
@@ -107,11 +107,12 @@ class Pack:
         self.bank.weights_SP.requires_grad_(True)
         self.bank.weights_SP.grad = torch.zeros_like(self.bank.weights_SP)
         self.bank.inject()
-        self._members: dict[int, _Member] = {}
+        self._members: dict[int, Member] = {}
         self._makers = make_optimizers(self.bank.weights_SP)
         self._optimizers: dict[str, SlotOptimizer] = {}
         self._embeddings: dict[str, Tensor] = {}
         self._alphas = base.alphas_cumprod.to(base.device, wide)
+        self._part = WHOLE
         self._checkpointing = gradient_checkpointing
         if gradient_checkpointing:
             _checkpoint_activations(base, True)
@@ -141,7 +142,7 @@ class Pack:
         self.bank.put(slot, self.bank.pack(state.adapter if state else self._initial(spec)))
         optimizer.join(slot, spec.train, self._optimizer_state(state) if state else None)
         fp16 = self.base.dtype == torch.float16
-        self._members[slot] = _Member(
+        self._members[slot] = Member(
             subject=subject,
             slot=slot,
             step=state.step if state else 0,
@@ -157,7 +158,7 @@ class Pack:
         subject = Subject(member.spec, member.subject.instance, member.subject.prior, self.state(id))
         self._optimizer(member.train.optimizer).leave(member.slot)
         self.bank.clear(member.slot)
-        self._gradient()[member.slot].zero_()
+        self._clear_gradient(member.slot)
         del self._members[member.slot]
         self._place_text_encoder()
         return subject
@@ -220,10 +221,10 @@ class Pack:
         reports = [self._failure(member, "loss") for member in failed]
         return reports + (self._optimize(due) if due else [])
 
-    def _forward_backward(self, members: Sequence[_Member]) -> tuple[list[float], list[float]]:
+    def _forward_backward(self, members: Sequence[Member]) -> tuple[list[float], list[float]]:
         """Adds every member's gradient to its slot; answers instance and prior loss of each member."""
         turns = [Turn(m.spec, m.subject.instance, m.subject.prior, m.step, m.micro) for m in members]
-        batch = make_batch(turns, len(self._alphas))
+        batch = make_batch(turns, len(self._alphas), self._part)
         wide, device, dtype = self.bank.weights_SP.dtype, self.base.device, self.base.dtype
         latents = torch.cat(batch.latents).to(device, wide)
         noise = torch.cat(batch.noise).to(device, wide)
@@ -245,19 +246,22 @@ class Pack:
             prior_M = zeros.index_add(0, member_N[is_prior_N], losses_N[is_prior_N])
             factor_M = losses_N.new_tensor([m.spec.prior.weight for m in members])
             divide_M = losses_N.new_tensor([m.loss_scale / m.train.gradient_accumulation_steps for m in members])
-            ((instance_M + factor_M * prior_M) * divide_M).sum().backward()
+            self._backward(((instance_M + factor_M * prior_M) * divide_M).sum())
         return instance_M.tolist(), prior_M.tolist()
 
-    def _unet_route(self, batch: Batch, members: Sequence[_Member]) -> list[Route]:
+    def _backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+    def _unet_route(self, batch: Batch, members: Sequence[Member]) -> list[Route]:
         return [self._route(self.base.family.denoiser, [members[place] for place in batch.member])]
 
-    def _route(self, component: str, wearers: Sequence[_Member]) -> Route:
+    def _route(self, component: str, wearers: Sequence[Member]) -> Route:
         scales = [member.spec.lora.scale for member in wearers]
         weights = None if all(scale == 1 for scale in scales) else torch.tensor(scales, dtype=torch.float64)[:, None]
         slots = torch.tensor([member.slot for member in wearers])[:, None]
         return self.bank.route(component, slots, weights, self.base.dtype)
 
-    def _text_route(self, batch: Batch, members: Sequence[_Member]) -> tuple[list[Route], dict[tuple[int, str], int]]:
+    def _text_route(self, batch: Batch, members: Sequence[Member]) -> tuple[list[Route], dict[tuple[int, str], int]]:
         """The route of prompts that are encoded anew in each step, and each (member, prompt)'s place among them."""
         order: dict[tuple[int, str], int] = {}
         for place, prompt in zip(batch.member, batch.prompts, strict=True):
@@ -268,7 +272,7 @@ class Pack:
             return [], order
         return [self._route(component, [members[place] for place, _ in order])], order
 
-    def _embed(self, batch: Batch, members: Sequence[_Member], order: dict[tuple[int, str], int]) -> Tensor:
+    def _embed(self, batch: Batch, members: Sequence[Member], order: dict[tuple[int, str], int]) -> Tensor:
         """Embeddings of every row [N, L, C]: trained ones from the routed text encoder, the rest from the cache."""
         table: list[Tensor] = []
         if order:
@@ -300,7 +304,7 @@ class Pack:
             goal[rows] = self.base.unet(noisy[rows], timesteps[rows], encoder_hidden_states=plain).sample.to(goal)
         return goal
 
-    def _row_weights(self, batch: Batch, members: Sequence[_Member], alphas_N: Tensor) -> Tensor:
+    def _row_weights(self, batch: Batch, members: Sequence[Member], alphas_N: Tensor) -> Tensor:
         share_N = alphas_N.new_tensor(batch.share)
         gammas = [members[place].train.min_snr_gamma or math.inf for place in batch.member]
         if all(math.isinf(gamma) for gamma in gammas):
@@ -309,7 +313,7 @@ class Pack:
 
     # -- the optimizer step --
 
-    def _optimize(self, due: Sequence[_Member]) -> list[Report]:
+    def _optimize(self, due: Sequence[Member]) -> list[Report]:
         """Clips and applies the gradients of the members that are due, and forgets them."""
         slots = torch.tensor([member.slot for member in due], device=self.base.device)
         gradient_SP = self._gradient()
@@ -326,7 +330,7 @@ class Pack:
         gradient_SP[slots] = 0
         return [self._finish_step(member, norm) for member, norm in zip(due, norms, strict=True)]
 
-    def _finish_step(self, member: _Member, norm: float) -> Report:
+    def _finish_step(self, member: Member, norm: float) -> Report:
         if not math.isfinite(norm):
             if self.base.dtype != torch.float16 or member.loss_scale <= 1:
                 return self._failure(member, "gradient")
@@ -342,12 +346,12 @@ class Pack:
             self._grow_scale(member)
         return report
 
-    def _grow_scale(self, member: _Member) -> None:
+    def _grow_scale(self, member: Member) -> None:
         member.good_steps += 1
         if self.base.dtype == torch.float16 and member.good_steps >= FP16_GROWTH_STEPS:
             member.loss_scale, member.good_steps = member.loss_scale * 2, 0
 
-    def _failure(self, member: _Member, what: str) -> Report:
+    def _failure(self, member: Member, what: str) -> Report:
         loss = member.instance_loss + member.spec.prior.weight * member.prior_loss
         said = f"diverged: the {what} of step {member.step + 1} is not finite (loss {loss}); try a lower learning_rate"
         return Report(
@@ -361,7 +365,7 @@ class Pack:
             failure=said,
         )
 
-    def _rates(self, member: _Member) -> list[tuple[slice, float]]:
+    def _rates(self, member: Member) -> list[tuple[slice, float]]:
         factor = member.rate(member.step)
         rates = []
         for component in self.bank.sites:
@@ -378,8 +382,11 @@ class Pack:
         for component in self.base.family.text_encoders:
             self.base.send(component, to_work=trained)
 
-    def _member(self, id: str) -> _Member:
+    def _member(self, id: str) -> Member:
         return next(member for member in self._members.values() if member.spec.id == id)
+
+    def _clear_gradient(self, slot: int) -> None:
+        self._gradient()[slot].zero_()
 
     def _gradient(self) -> Tensor:
         assert self.bank.weights_SP.grad is not None

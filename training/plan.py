@@ -9,7 +9,7 @@ from math import ceil, prod
 from typing import Literal
 
 from training.base_folder import find_base, layer_shapes, read_config
-from training.manifest import Closed, Manifest, SubjectSpec
+from training.manifest import Closed, Manifest, SubjectSpec, ZeroSpec
 
 MAX_ROWS = 32  # rows of one fused batch: throughput has flattened by there
 ADAPTER_LIMIT_MB = 6.0
@@ -20,20 +20,21 @@ ACTIVATION_BYTES = 0.97 * 2**30 / (320 * 64 * 64)
 
 
 class Profile(Closed):
-    """What subjects of one pack have in common."""
+    """What subjects of one pack have in common. `zero`: they train one after another, each over several devices."""
 
     resolution: int
     targets: tuple[str, ...]
     text_encoder_targets: tuple[str, ...]
     mixed_precision: Literal["auto", "no", "fp16", "bf16"]
     gradient_checkpointing: Literal["auto"] | bool
+    zero: ZeroSpec | None = None
 
 
 class PackPlan(Closed):
     """Subjects that train on one device: `slots` at once, the rest follow as slots become free.
 
     `rows` of the fused batch and textual-inversion `words` are the most that one of them takes; `state_bytes` is
-    weights, gradients and moments of all slots.
+    weights, gradients and moments of all slots. `memory_mb` is per device.
     """
 
     profile: Profile
@@ -44,6 +45,11 @@ class PackPlan(Closed):
     words: int = 0
     state_bytes: int
     memory_mb: float
+
+    @property
+    def workers(self) -> int:
+        """Devices of one lane."""
+        return self.profile.zero.workers if self.profile.zero else 1
 
 
 class Plan(Closed):
@@ -89,6 +95,7 @@ def profile_of(subject: SubjectSpec, base: BaseFacts) -> Profile:
         text_encoder_targets=tuple(sorted(subject.lora.text_encoder_targets)) if subject.lora.text_encoder else (),
         mixed_precision=subject.train.mixed_precision,
         gradient_checkpointing=subject.train.gradient_checkpointing,
+        zero=subject.train.zero if subject.train.strategy == "zero" else None,
     )
 
 
@@ -119,7 +126,7 @@ def _packs(
     count = min(lanes, len(group))
     for turn in range(count):
         subjects = group[turn::count]
-        slots = min(max(1, max_rows // rows), len(subjects))
+        slots = min(max(1, max_rows // rows), len(subjects)) if profile.zero is None else 1
         state = slots * STATE_BYTES * max(adapter_parameters(subject, base) for subject in subjects)
         yield PackPlan(
             profile=profile,
@@ -129,8 +136,18 @@ def _packs(
             rows=rows,
             words=max(len(subject.words.tokens) for subject in subjects),
             state_bytes=state,
-            memory_mb=(state + _activation_bytes(profile, slots * rows, base)) / 1e6,
+            memory_mb=_memory_mb(profile, state, slots * rows, base),
         )
+
+
+def reserve(manifest: Manifest, base: BaseFacts) -> tuple[PackPlan, ...]:
+    """Gangs for subjects that leave the choice to us: opened for those that turn out too large for one device."""
+    groups: dict[Profile, list[SubjectSpec]] = {}
+    for subject in manifest.subjects:
+        if subject.train.strategy == "auto" and subject.train.against_zero is None:
+            profile = profile_of(subject, base).model_copy(update={"zero": subject.train.zero})
+            groups.setdefault(profile, []).append(subject)
+    return tuple(pack for profile, group in groups.items() for pack in _packs(profile, group, base, 1, MAX_ROWS))
 
 
 def rows_of(subject: SubjectSpec) -> int:
@@ -154,6 +171,12 @@ def adapter_parameters(subject: SubjectSpec, base: BaseFacts) -> int:
 def adapter_bytes(subject: SubjectSpec, base: BaseFacts) -> int:
     """Size of the published file: fp16 weights; the header is some ten kB more."""
     return 2 * adapter_parameters(subject, base)
+
+
+def _memory_mb(profile: Profile, state_bytes: int, rows: int, base: BaseFacts) -> float:
+    """Of one device: its share of the state and of the rows."""
+    workers = profile.zero.workers if profile.zero else 1
+    return (state_bytes / workers + _activation_bytes(profile, ceil(rows / workers), base)) / 1e6
 
 
 def _activation_bytes(profile: Profile, rows: int, base: BaseFacts) -> float:

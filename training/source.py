@@ -9,15 +9,19 @@ from typing import Literal, Protocol
 
 from training.manifest import SubjectSpec
 
-Kind = Literal["done", "bad subject", "diverged", "out of memory", "cancelled", "unknown"]
+Kind = Literal["done", "bad subject", "diverged", "out of memory", "too large", "cancelled", "unknown"]
 
 
 @dataclass(frozen=True)
 class Task:
-    """A leased subject. `fingerprint` identifies what will be published."""
+    """A leased subject. `fingerprint` identifies what will be published.
+
+    `may_spread`: it has somewhere to go if this device is too small for it; without, it is tried anyway.
+    """
 
     spec: SubjectSpec
     fingerprint: str
+    may_spread: bool = False
 
 
 @dataclass

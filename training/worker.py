@@ -15,15 +15,15 @@ from PIL import Image
 from training.base import Base
 from training.checkpoint import SubjectState, dump_state, load_state
 from training.early_stop import Watch
-from training.errors import SubjectFailed, UserError
+from training.errors import SubjectFailed, TooLarge, UserError
 from training.evaluate import Evaluation, candidate_steps
 from training.events import NAME as EVENTS, event_file
+from training.fitting import open_pack
 from training.intake import read_files
 from training.judging import Finished, Judging, gate_failure, hold_out
 from training.latents import LatentSet, encode_photos, load_latents, photos_key, save_latents
 from training.manifest import SubjectSpec
-from training.memory import fit_rows
-from training.pack import Pack, Report, Subject
+from training.pack import Report, Subject
 from training.photos import Photo, Photos, photos
 from training.plan import PackPlan
 from training.prior import prepare_prior
@@ -67,7 +67,9 @@ class Worker:
         self._watch = Watch(base)
         self._held: dict[str, _Held] = {}
         self._beat = Beat()
-        self.pack, self._limit = self._make_pack(plan)
+        self._opened = open_pack(base, plan)
+        self.pack = self._opened.pack
+        self._beat.notes += self._opened.notes
         self._beaten = 0.0
         self._stop = False
         self._rate: list[tuple[float, int]] = []
@@ -76,31 +78,10 @@ class Worker:
     def storage(self) -> Storage:
         return self.run.storage
 
-    def _make_pack(self, plan: PackPlan) -> tuple[Pack, int]:
-        """The pack, and how many subjects at once fit on this device."""
-        profile, limit = plan.profile, plan.slots
-        checkpointing = profile.gradient_checkpointing is True
-        if profile.gradient_checkpointing == "auto":
-            wanted = plan.slots * plan.rows
-            fit = fit_rows(self.base, wanted, state_bytes=plan.state_bytes, resolution=profile.resolution)
-            checkpointing, limit = fit.checkpointing, max(1, fit.rows // plan.rows)
-            if checkpointing:
-                self._beat.notes.append(fit.why)
-        targets = {"unet": profile.targets, "text_encoder": profile.text_encoder_targets}
-        pack = Pack(
-            self.base,
-            slots=plan.slots,
-            rank=plan.rank,
-            targets={component: ends for component, ends in targets.items() if ends},
-            words=plan.words,
-            gradient_checkpointing=checkpointing,
-        )
-        return pack, limit
-
     def work(self) -> None:
         """Until the source has nothing more, or says stop."""
         try:
-            for progress in train(self.pack, self._feed, limit=self._limit):
+            for progress in train(self.pack, self._feed, limit=self._opened.limit):
                 self._follow(progress)
                 if self._stop:
                     break
@@ -124,6 +105,8 @@ class Worker:
                     ready.append(self._prepare(task))
                 except StorageError as error:
                     self._end(task.spec.id, "unknown", str(error))
+                except TooLarge as error:
+                    self._end(task.spec.id, "too large", str(error))
                 except (UserError, SubjectFailed) as error:
                     self._end(task.spec.id, "bad subject", str(error))
                 except Exception as error:
@@ -134,6 +117,8 @@ class Worker:
     def _prepare(self, task: Task) -> Subject:
         """Photos, latents, prior and the latest checkpoint of a subject."""
         spec = task.spec
+        if task.may_spread:
+            self._opened.check(spec)
         self.judging.check(spec)
         self._say(spec.id, "reading photos")
         resolution = spec.train.resolution or self.base.resolution

@@ -128,6 +128,20 @@ def test_what_trying_again_does_not_mend_fails_with_its_reason(kind: str) -> Non
     assert record(made, "b").state == "preparing"
 
 
+@pytest.mark.parametrize("kind", ["too large", "out of memory"])
+def test_what_one_device_cannot_hold_goes_to_a_gang_once(kind: str) -> None:
+    made = queue(entry("a").model_copy(update={"reserve": 1}), entry("b"))
+    assert [lease.may_spread for lease in made.lease(0, 2)] == [True, False]
+    made.ended(0, Outcome("a", kind, reason="it takes 8 rows"))  # type: ignore[arg-type]
+    assert made.view().waiting == {1: 1}
+    assert record(made, "a").attempts[0].reason == "it takes 8 rows; it goes on over several devices"
+    made.enter(1, 1)
+    (lease,) = made.lease(1, 1)
+    assert (lease.id, lease.may_spread) == ("a", False)
+    made.ended(1, Outcome("a", "out of memory", reason="not even so"))
+    assert (record(made, "a").state, record(made, "a").reason) == ("failed", "not even so")
+
+
 def test_what_diverged_goes_on_once_with_a_lower_rate() -> None:
     made = queue(entry("a"))
     assert made.lease(0, 1)[0].rate_factor == 1

@@ -87,3 +87,27 @@ def test_the_words_import_no_torch() -> None:
         "sys.exit(any(name in sys.modules for name in ('torch', 'diffusers', 'transformers', 'ray')))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ("{strategy: zero}", "`batch_size` >= `zero.workers` (2)"),
+        ("{strategy: zero, batch_size: 2, zero: {workers: 3}}", "`batch_size` >= `zero.workers` (3)"),
+        ("{strategy: zero, batch_size: 2, optimizer: prodigy}", "`optimizer: adamw`"),
+        ("{strategy: zero, batch_size: 2, mixed_precision: fp16}", "`mixed_precision: bf16` or `no`"),
+        ("{batch_size: 2, zero: {stage: 1}}", "stage"),
+    ],
+)
+def test_what_cannot_be_spread_over_devices_says_why(settings: str, message: str) -> None:
+    text = f"{{version: 1, name: t, subjects: [{{id: a, images: x, class: dog, train: {settings}}}]}}"
+    with pytest.raises(ManifestError) as caught:
+        parse_manifest(text)
+    assert message in str(caught.value)
+
+
+def test_whether_it_can_be_spread_depends_on_defaults_and_overrides_together() -> None:
+    text = "{version: 1, name: t, defaults: {class: dog, train: {strategy: zero}}, "
+    text += "subjects: [{id: a, images: x, train: %s}]}"
+    assert parse_manifest(text % "{batch_size: 2}").subjects[0].train.zero.workers == 2
+    assert parse_manifest(text % "{strategy: auto}").subjects[0].train.against_zero is not None

@@ -8,7 +8,7 @@ import yaml
 from training.bank import Bank, find_sites
 from training.base import Base
 from training.manifest import Manifest, parse_manifest
-from training.plan import BaseFacts, adapter_parameters, base_facts, plan_run, unmatched_targets
+from training.plan import BaseFacts, adapter_parameters, base_facts, plan_run, reserve, unmatched_targets
 
 from .subjects import subject
 
@@ -60,3 +60,28 @@ def test_the_adapters_size_is_known_beforehand(facts: BaseFacts, tiny: Base) -> 
 def test_a_target_that_no_layer_has_is_found(facts: BaseFacts) -> None:
     one = subject("a", lora={"targets": ["to_q", "to_kk"], "text_encoder": False})
     assert unmatched_targets(one.spec, facts) == ["to_kk"]
+
+
+def test_a_subject_over_several_devices_has_a_pack_of_its_kind(facts: BaseFacts) -> None:
+    zero = {"strategy": "zero", "batch_size": 4, "zero": {"workers": 4, "stage": 3}}
+    plan = plan_run(manifest({"train": zero}, {}, {"train": zero}), facts)
+    spread, plain = plan.packs
+    assert (spread.subjects, spread.slots, spread.workers) == (("s0", "s2"), 1, 4)
+    assert (plain.subjects, plain.workers) == (("s1",), 1)
+    one = plan_run(manifest({"train": {"batch_size": 4}}), facts).packs[0]
+    assert spread.memory_mb < one.memory_mb and spread.state_bytes == one.state_bytes
+
+
+def test_what_may_be_spread_has_a_gang_in_reserve(facts: BaseFacts) -> None:
+    found = manifest(
+        {"train": {"batch_size": 2}},
+        {},  # one row cannot be shared
+        {"train": {"batch_size": 2, "strategy": "plain"}},
+        {"train": {"batch_size": 2, "optimizer": "prodigy"}},
+        {"train": {"batch_size": 6, "zero": {"workers": 3}}},
+        {"train": {"batch_size": 5}, "lora": {"rank": 16}},
+    )
+    assert len(plan_run(found, facts).packs) == 1
+    two, three = reserve(found, facts)
+    assert (two.subjects, two.workers, two.slots, two.rows, two.rank) == (("s0", "s5"), 2, 1, 10, 16)
+    assert (three.subjects, three.workers) == (("s4",), 3)
