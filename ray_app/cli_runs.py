@@ -75,7 +75,7 @@ def logs(run: str, subject: str | None, storage: str, as_json: bool) -> None:
 def cancel(run: str, subjects: Sequence[str], storage: str, as_json: bool) -> None:
     """Stop a run, or some of its subjects. What is published stays published."""
     from ray_app.cancel import cancel_run
-    from ray_app.lead import Lead
+    from training.lead import Lead
     from training.run import RunStore
 
     store = RunStore(open_storage(storage), run)
@@ -83,7 +83,7 @@ def cancel(run: str, subjects: Sequence[str], storage: str, as_json: bool) -> No
     _check_subjects(record, subjects)
     if record.state != "running":
         raise UserError(f"Run '{run}' has ended already: {record.state}. There is nothing to cancel.")
-    ended = cancel_run(store, record, subjects, driven=Lead(store).living() is not None)
+    ended = cancel_run(store, record, subjects, driven=Lead(store.storage, store.driver_key).living() is not None)
     said = "is cancelled" if ended else "will be cancelled by its driver within seconds"
     if as_json:
         return options.print_json({"run": run, "subjects": list(subjects), "ended": ended})

@@ -15,11 +15,11 @@ from rich.console import Console
 
 from ray_app.cluster import Limits, connect
 from ray_app.console import RunConsole
-from ray_app.lead import Lead, Lost
 from ray_app.metrics import RunMetrics
 from ray_app.subject_queue import View
 from ray_app.submission import Submission, settle
 from ray_app.train import Driver, finish
+from training.lead import Lead, Lost
 from training.run import ENDED, RunRecord, RunStore, SubjectRecord
 
 LOOK_SECONDS = 1.0
@@ -34,7 +34,7 @@ class Whole(NamedTuple):
 
 def drive_run(submission: Submission, address: str, limits: Limits, console: Console, *, retry: bool = False) -> Whole:
     """Works a run off, whoever leads it. On KeyboardInterrupt checkpoints are written and it is raised again."""
-    store, lead = submission.store, Lead(submission.store)
+    store, lead = submission.store, Lead(submission.store.storage, submission.store.driver_key)
     while True:
         leader = lead.acquire()
         if leader is not None:

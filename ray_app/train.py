@@ -16,10 +16,10 @@ from pydantic import TypeAdapter
 from ray_app import cancel
 from ray_app.cluster import Cluster, Limits, current
 from ray_app.lane import Order, run_lane
-from ray_app.lead import Lead
 from ray_app.runlog import RunLog
 from ray_app.subject_queue import Entry, Release, SubjectQueue, View
 from ray_app.submission import Submission
+from training.lead import Lead
 from training.plan import PackPlan, plan_run, profile_of
 from training.report import write_report
 from training.run import ENDED, RunRecord, RunStore, SubjectRecord

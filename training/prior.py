@@ -3,6 +3,8 @@
 Generated class images never leave latent space. Image i depends on the prior's seed and i alone.
 """
 
+import contextlib
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,12 +13,14 @@ import torch
 from training.base import Base
 from training.errors import UserError
 from training.latents import LatentSet, content_key, encode_photos, load_latents, photos_key, save_latents
+from training.lead import Lead, Lost
 from training.manifest import PriorSpec, SubjectSpec
 from training.photos import list_photo_files, photos
 from training.sampler import sample
 from training.storage_base import Storage
 
 BATCH = 16
+LOOK_SECONDS = 0.5  # how often it is looked whether another worker has made what is wanted
 
 
 def prior_key(base: Base, subject: SubjectSpec) -> str:
@@ -30,22 +34,36 @@ def prior_key(base: Base, subject: SubjectSpec) -> str:
 def prepare_prior(
     base: Base, storage: Storage, subject: SubjectSpec, root: str = "."
 ) -> Iterator[tuple[int, int, LatentSet | None]]:
-    """Makes or finds the prior of a subject. Yields (images done, images wanted, the set once it is there)."""
+    """Makes or finds the prior of a subject. Yields (images done, images wanted, the set once it is there).
+
+    Of all workers that want it at once, wherever they are, one makes it.
+    """
     prior = subject.prior
     if prior.source == "folder":
         yield 1, 1, _from_folder(base, storage, subject, Path(root))
         return
     key = prior_key(base, subject)
-    cached = load_latents(storage, key)
-    if cached is None:
-        made: list[torch.Tensor] = []
-        for start in range(0, prior.images, BATCH):
-            made.append(_generate(base, subject, range(start, min(start + BATCH, prior.images))))
-            yield start + len(made[-1]), prior.images, None
-        mean = torch.cat(made)
-        cached = mean, torch.zeros_like(mean)
-        save_latents(storage, key, *cached)
+    lead = Lead(storage, f"{key}.lead")
+    while (cached := load_latents(storage, key)) is None:
+        if lead.acquire() is not None:  # another worker, of this run or another one, makes it
+            yield 0, prior.images, None
+            time.sleep(LOOK_SECONDS)
+            continue
+        with contextlib.suppress(Lost), lead:
+            for done in _make(base, storage, subject, key, lead):
+                yield done, prior.images, None
     yield prior.images, prior.images, LatentSet(*cached, (subject.filled_class_prompt,) * len(cached[0]))
+
+
+def _make(base: Base, storage: Storage, subject: SubjectSpec, key: str, lead: Lead) -> Iterator[int]:
+    """Generates and keeps the prior, as long as this worker has the lead. Yields how many images there are."""
+    wanted, made = subject.prior.images, []
+    for start in range(0, wanted, BATCH):
+        lead.renew()
+        made.append(_generate(base, subject, range(start, min(start + BATCH, wanted))))
+        yield start + len(made[-1])
+    mean = torch.cat(made)
+    save_latents(storage, key, mean, torch.zeros_like(mean))
 
 
 def _generate(base: Base, subject: SubjectSpec, indices: range) -> torch.Tensor:

@@ -102,6 +102,11 @@ class RunStore:
         """The storage key of something of a subject of this run."""
         return "/".join((self._folder, "subjects", id, *parts))
 
+    @property
+    def driver_key(self) -> str:
+        """The storage key at which drivers of this run settle who leads."""
+        return f"{self._folder}/driver.json"
+
     # -- checkpoints --
 
     def save_checkpoint(self, id: str, step: int, data: bytes, keep: int, spared: frozenset[int] = frozenset()) -> None:

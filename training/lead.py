@@ -1,7 +1,8 @@
-"""Who drives a run. Of several drivers one leads; the others look on, and take over when it is dead.
+"""Who does what only one shall do: drive a run, make what is cached. One leads; the others look on, and take over when
+it is dead.
 
-`runs/<run>/driver.json` is compare-and-swapped. It holds no time: a leader is dead when its process is known to be, or
-when its file has not changed for a while on the observer's own clock. So clocks may jump and differ.
+A key of the storage is compare-and-swapped. It holds no time: a leader is dead when its process is known to be, or when
+its key has not changed for a while on the observer's own clock. So clocks may jump and differ.
 """
 
 import contextlib
@@ -11,17 +12,17 @@ import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Self
 
 from training.manifest import Closed
-from training.run import RunStore
-from training.storage import NotFound, StorageUnavailable
+from training.storage_base import NotFound, Storage, StorageUnavailable
 
 RENEW_SECONDS = 5.0
 DEAD_SECONDS = 30.0  # six renewals missed
 
 
 class Leader(Closed):
-    """The driver that leads. `token` grows with every change of leader; `beat` with every sign of life."""
+    """The process that leads. `token` grows with every change of leader; `beat` with every sign of life."""
 
     token: int
     owner: str
@@ -33,15 +34,15 @@ class Leader(Closed):
 
 
 class Lost(Exception):
-    """Another driver leads now; this one must write nothing more."""
+    """Another process leads now; this one must write nothing more."""
 
 
 class Lead:
-    """One driver's claim to a run. `clock` is monotonic, in seconds."""
+    """One process' claim to the lead at `key`. `clock` is monotonic, in seconds."""
 
-    def __init__(self, store: RunStore, clock: Callable[[], float] = time.monotonic) -> None:
-        self._storage = store.storage
-        self._key = f"runs/{store.run}/driver.json"
+    def __init__(self, storage: Storage, key: str, clock: Callable[[], float] = time.monotonic) -> None:
+        self._storage = storage
+        self._key = key
         self._clock = clock
         self._owner = secrets.token_hex(8)
         self._mine: tuple[Leader, str] | None = None
@@ -49,7 +50,7 @@ class Lead:
         self._seen: tuple[str, float] | None = None
 
     def acquire(self) -> Leader | None:
-        """Takes the lead. Answers None, or the driver that leads and lives."""
+        """Takes the lead. Answers None, or the process that leads and lives."""
         leader, tag = self._read()
         if leader is not None and not leader.done and self._lives(leader, tag):
             return leader
@@ -66,7 +67,7 @@ class Lead:
         return self.acquire()
 
     def renew(self) -> None:
-        """Shows that this driver lives, every few seconds. Raises Lost if another one has taken over."""
+        """Shows that this process lives, every few seconds. Raises Lost if another one has taken over."""
         if self._mine is None:
             raise Lost
         if self._clock() - self._renewed >= RENEW_SECONDS:
@@ -81,8 +82,14 @@ class Lead:
                 self._write(leader.model_copy(update={"done": True}), tag)
             self._mine = None
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.release()
+
     def living(self) -> Leader | None:
-        """The driver that leads, unless it is known to be dead. Does not wait: one that is silent counts as living."""
+        """The process that leads, unless it is known to be dead. Does not wait: one that is silent counts as living."""
         leader, tag = self._read()
         return leader if leader is not None and not leader.done and self._lives(leader, tag) else None
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ray_app.lead import DEAD_SECONDS, RENEW_SECONDS, Lead, Lost
+from training.lead import DEAD_SECONDS, RENEW_SECONDS, Lead, Lost
 from training.run import RunStore
 from training.storage import open_storage
 
@@ -27,7 +27,7 @@ def store(tmp_path: Path) -> RunStore:
 
 def rewrite(store: RunStore, **news: object) -> None:
     """Makes the leader somebody else, as if from another machine or process."""
-    lead = Lead(store)
+    lead = Lead(store.storage, store.driver_key)
     leader, tag = lead._read()
     assert leader is not None
     data = leader.model_copy(update=news).model_dump_json().encode()
@@ -35,7 +35,7 @@ def rewrite(store: RunStore, **news: object) -> None:
 
 
 def test_the_first_leads_and_the_second_is_told_who_does(store: RunStore) -> None:
-    first, second = Lead(store), Lead(store)
+    first, second = Lead(store.storage, store.driver_key), Lead(store.storage, store.driver_key)
     assert first.acquire() is None
     leader = second.acquire()
     assert leader is not None and leader.pid == os.getpid()
@@ -46,27 +46,27 @@ def test_the_first_leads_and_the_second_is_told_who_does(store: RunStore) -> Non
 
 def test_a_process_that_died_here_is_followed_at_once(store: RunStore) -> None:
     code = (
-        "import os, sys; from ray_app.lead import Lead; from training.run import RunStore;"
+        "import os, sys; from training.lead import Lead; "
         "from training.storage import open_storage;"
-        f"Lead(RunStore(open_storage({store.storage.uri!r}), 'demo-1')).acquire(); os.kill(os.getpid(), 9)"
+        f"Lead(open_storage({store.storage.uri!r}), {store.driver_key!r}).acquire(); os.kill(os.getpid(), 9)"
     )
     subprocess.run([sys.executable, "-c", code], check=False)
-    lead = Lead(store)
+    lead = Lead(store.storage, store.driver_key)
     assert lead.living() is None
     assert lead.acquire() is None
 
 
 def test_an_id_that_was_given_to_another_process_is_not_the_leader(store: RunStore) -> None:
-    assert Lead(store).acquire() is None
+    assert Lead(store.storage, store.driver_key).acquire() is None
     rewrite(store, process="12345")
-    assert Lead(store).living() is None
+    assert Lead(store.storage, store.driver_key).living() is None
 
 
 def test_elsewhere_silence_is_death_and_a_sign_of_life_is_not(store: RunStore) -> None:
-    assert Lead(store).acquire() is None
+    assert Lead(store.storage, store.driver_key).acquire() is None
     rewrite(store, host="another")
     clock = Clock()
-    second = Lead(store, clock)
+    second = Lead(store.storage, store.driver_key, clock)
     assert second.acquire() is not None
     clock.now += DEAD_SECONDS - 1
     assert second.acquire() is not None
@@ -79,23 +79,23 @@ def test_elsewhere_silence_is_death_and_a_sign_of_life_is_not(store: RunStore) -
 
 def test_who_was_taken_for_dead_finds_out_and_writes_no_more(store: RunStore) -> None:
     clock = Clock()
-    first = Lead(store, clock)
+    first = Lead(store.storage, store.driver_key, clock)
     assert first.acquire() is None
     rewrite(store, process="gone")
-    assert Lead(store).acquire() is None
+    assert Lead(store.storage, store.driver_key).acquire() is None
     first.renew()  # not due yet
     clock.now += RENEW_SECONDS
     with pytest.raises(Lost):
         first.renew()
     first.release()  # changes nothing
-    assert Lead(store).living() is not None
+    assert Lead(store.storage, store.driver_key).living() is not None
 
 
 def test_renewing_is_seen(store: RunStore) -> None:
     clock = Clock()
-    first = Lead(store, clock)
+    first = Lead(store.storage, store.driver_key, clock)
     assert first.acquire() is None
     clock.now += RENEW_SECONDS
     first.renew()
-    leader = Lead(store).living()
+    leader = Lead(store.storage, store.driver_key).living()
     assert leader is not None and leader.beat == 1
