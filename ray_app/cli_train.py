@@ -212,12 +212,14 @@ def _print_plan(
     packs = Table(
         title=f"{manifest.name}: {len(manifest.subjects)} subjects on base {manifest.base}", title_style="bold"
     )
-    for column in ("pack", "subjects", "at once", "resolution", "rank", "memory"):
+    for column in ("pack", "subjects", "at once", "devices", "resolution", "rank", "memory"):
         packs.add_column(column, justify="left" if column == "subjects" else "right")
     for index, pack in enumerate(plan.packs):
         shown = ", ".join(pack.subjects[:8]) + (f" and {len(pack.subjects) - 8} more" if len(pack.subjects) > 8 else "")
         size = f"{pack.profile.resolution} px"
-        packs.add_row(str(index), shown, str(pack.slots), size, str(pack.rank), f"{pack.memory_mb:,.0f} MB")
+        packs.add_row(
+            str(index), shown, str(pack.slots), str(pack.workers), size, str(pack.rank), f"{pack.memory_mb:,.0f} MB"
+        )
     console.print(packs)
     sizes = plan.adapter_mb.values()
     console.print(

@@ -150,6 +150,13 @@ def reserve(manifest: Manifest, base: BaseFacts) -> tuple[PackPlan, ...]:
     return tuple(pack for profile, group in groups.items() for pack in _packs(profile, group, base, 1, MAX_ROWS))
 
 
+def with_slots(pack: PackPlan, slots: int) -> PackPlan:
+    """The same pack for fewer subjects at once."""
+    share = slots / pack.slots
+    news = {"slots": slots, "state_bytes": int(pack.state_bytes * share), "memory_mb": pack.memory_mb * share}
+    return pack.model_copy(update=news)
+
+
 def rows_of(subject: SubjectSpec) -> int:
     """Rows of the fused batch that a subject takes."""
     return subject.train.batch_size * (2 if subject.prior.enabled else 1)

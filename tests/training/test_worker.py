@@ -51,10 +51,11 @@ class Fleet:
         self.outcomes: dict[str, Outcome] = {}
         self.steps: dict[str, list[int]] = {}
         self.orders: Callable[[Beat], Orders] = lambda beat: Orders()
+        self.may_spread = False
 
     def lease(self, count: int) -> Sequence[Task]:
         taken, self._todo = self._todo[:count], self._todo[count:]
-        return [Task(spec, self.fingerprint(spec.id)) for spec in taken]
+        return [Task(spec, self.fingerprint(spec.id), self.may_spread) for spec in taken]
 
     def beat(self, beat: Beat) -> Orders:
         for id, step in beat.steps.items():
@@ -140,6 +141,17 @@ def test_a_corrupt_subject_costs_the_others_nothing(folder: Path, tiny: Base) ->
     }
     assert "0.png" in str(outcomes["b"].reason)
     assert "nowhere" in str(outcomes["none"].reason)
+
+
+def test_what_this_device_cannot_hold_is_handed_on_if_somebody_takes_it(
+    folder: Path, tiny: Base, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("training.memory.free_bytes", lambda device: 0)
+    fleet = Fleet(folder, tiny, entries("a"))
+    assert fleet.work()["a"].kind == "done"  # nobody does: it is tried
+    fleet.may_spread = True
+    outcome = fleet.work()["a"]
+    assert outcome.kind == "too large" and "it takes 2 rows" in str(outcome.reason)
 
 
 def test_a_stopped_worker_goes_on_from_its_checkpoint_bit_exact(folder: Path, tiny: Base, tmp_path: Path) -> None:
