@@ -11,7 +11,7 @@ from training.plan import PackPlan, Profile
 
 def pack(slots: int = 4, workers: int = 1) -> PackPlan:
     kinds = {"resolution": 64, "targets": ("to_q",), "text_encoder_targets": (), "mixed_precision": "no"}
-    zero = ZeroSpec(workers=workers) if workers > 1 else None
+    zero = ZeroSpec.model_validate({"workers": workers}) if workers > 1 else None
     profile = Profile.model_validate({**kinds, "gradient_checkpointing": "auto", "zero": zero})
     return PackPlan(profile=profile, subjects=(), slots=slots, rank=8, rows=1, state_bytes=8, memory_mb=1.0)
 
