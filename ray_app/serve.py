@@ -29,10 +29,9 @@ from training.errors import UserError
 from training.storage import open_storage
 
 APP = "dreamfleet"
-SERVE_SETTINGS = {
-    # how soon autoscaling sees waiting requests; its own 10 s are added to every cold start
-    "RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "1",
-}
+# how soon autoscaling sees waiting requests; Serve's own 10 s are added to every cold start
+INGRESS_SETTINGS = {"RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "1"}
+LOOK_BACK_SECONDS = 10.0  # autoscaling goes by the mean of so long
 
 
 class Deployment(Closed):
@@ -119,7 +118,6 @@ def build_app(args: Deployment) -> Any:
     from ray import serve
     from ray.serve.config import RequestRouterConfig
 
-    os.environ.update({name: value for name, value in SERVE_SETTINGS.items() if name not in os.environ})
     server = args.server.model_dump()
     gpus = args.gpus
     if gpus is None:
@@ -142,6 +140,7 @@ def build_app(args: Deployment) -> Any:
             "target_ongoing_requests": args.target_requests,
             "upscale_delay_s": args.upscale_delay_s,
             "downscale_delay_s": args.downscale_delay_s,
+            "look_back_period_s": LOOK_BACK_SECONDS,
         },
     )(EngineReplica)
     ingress = serve.deployment(
@@ -150,7 +149,7 @@ def build_app(args: Deployment) -> Any:
         max_ongoing_requests=10_000,
         graceful_shutdown_timeout_s=args.drain_s,
         graceful_shutdown_wait_loop_s=0.2,
-        ray_actor_options={"num_cpus": 0.1},
+        ray_actor_options={"num_cpus": 0.1, "runtime_env": {"env_vars": INGRESS_SETTINGS}},
     )(serve.ingress()(Ingress))
     return ingress.bind(engine.bind(server), server, args.min_replicas)
 
@@ -191,7 +190,6 @@ def start_server(
         update={"storage": open_storage(storage).uri, "base": _absolute(base), "keys": keys}
     )
     port = port or _free_port(host)
-    os.environ.update({name: value for name, value in SERVE_SETTINGS.items() if name not in os.environ})
     with ExitStack() as stack:
         stack.enter_context(connect(address))
         _run(args.model_copy(update={"server": server}), host, port, stack)

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
 os.environ.setdefault("RAY_AUTH_MODE", "token")
 
+from tests.ray_app.head import SETTINGS, ray_head
 from tests.tiny import tiny_images
 
 MANIFEST = """\
@@ -94,3 +96,12 @@ class Desk:
 @pytest.fixture
 def desk(tmp_path: Path, tiny_folder: Path) -> Desk:
     return Desk(tmp_path, tiny_folder)
+
+
+@pytest.fixture
+def head(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The dashboard's address of a cluster that is already there."""
+    for name, value in SETTINGS.items():
+        monkeypatch.setenv(name, value)
+    with ray_head() as address:
+        yield address

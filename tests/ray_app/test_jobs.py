@@ -1,77 +1,13 @@
 """A run through the Ray Jobs API of a cluster that is already there."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
-import tempfile
-import time
-import urllib.error
-import urllib.request
-from collections.abc import Iterator
-from contextlib import closing
-from pathlib import Path
 
-import psutil
 import pytest
 
 from tests.ray_app.conftest import Desk
+from tests.ray_app.head import free_port
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
-
-
-def free_port() -> int:
-    with closing(socket.socket()) as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-@pytest.fixture
-def head(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The dashboard's address of a cluster of one node, with token auth, on loopback."""
-    dashboard = free_port()
-    with tempfile.TemporaryDirectory(prefix="dfh-") as folder:
-        monkeypatch.setenv("RAY_AUTH_MODE", "token")
-        monkeypatch.setenv("RAY_AUTH_TOKEN", "f" * 64)
-        monkeypatch.setenv("RAY_TMPDIR", folder)
-        monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        monkeypatch.setenv("OMP_NUM_THREADS", "1")
-        command = [str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", "--num-cpus=8"]
-        command += [f"--port={free_port()}", f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1"]
-        command += ["--node-ip-address=127.0.0.1", "--object-store-memory=150000000"]
-        for name in ("dashboard-agent-listen-port", "dashboard-agent-grpc-port", "ray-client-server-port"):
-            command.append(f"--{name}={free_port()}")  # other clusters may run on this machine
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        try:
-            wait_for(f"http://127.0.0.1:{dashboard}/api/version", process)
-            yield f"http://127.0.0.1:{dashboard}"
-        finally:
-            end(process)
-
-
-def wait_for(url: str, process: "subprocess.Popen[bytes]") -> None:
-    deadline = time.monotonic() + 90
-    while time.monotonic() < deadline and process.poll() is None:
-        request = urllib.request.Request(url, headers={"Authorization": f"Bearer {os.environ['RAY_AUTH_TOKEN']}"})
-        try:
-            urllib.request.urlopen(request, timeout=2).close()
-            return
-        except (urllib.error.URLError, OSError):
-            time.sleep(0.5)
-    raise AssertionError(f"the head does not answer at {url} (exit status {process.poll()})")
-
-
-def end(process: "subprocess.Popen[bytes]") -> None:
-    children = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
-    process.kill()
-    for child in children:
-        try:
-            child.kill()
-        except psutil.NoSuchProcess:
-            continue
-    psutil.wait_procs(children, timeout=10)
-    process.wait()
 
 
 def test_a_run_as_a_job_then_again_and_detached(desk: Desk, head: str) -> None:

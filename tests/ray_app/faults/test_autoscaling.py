@@ -15,11 +15,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
-import psutil
 import pytest
 
 from tests.ray_app.conftest import Desk
 from tests.ray_app.faults.conftest import wait_until
+from tests.ray_app.head import end
 
 log = logging.getLogger(__name__)
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -96,11 +96,7 @@ def growing_cluster(folder: Path) -> Iterator[dict[str, str]]:
         wait_until(lambda: b"Ray runtime started" in (folder / "head.log").read_bytes(), "the head starts")
         yield environment
     finally:
-        family = [*psutil.Process(head.pid).children(recursive=True), psutil.Process(head.pid)]
-        for process in family:
-            process.kill()
-        psutil.wait_procs(family, timeout=20)
-        head.wait()
+        end(head)
 
 
 class GpuNodes:
@@ -140,8 +136,8 @@ def test_nodes_come_for_a_run_and_go_after_it(desk: Desk) -> None:
     ):
         wait_until(nodes.seen, "the cluster answers")
         assert max(nodes.seen()) == 0
-        command = [sys.executable, "-m", "ray_app.cli", "train", manifest, "--address", f"127.0.0.1:{PORT}"]
-        command += ["--max-gpus", str(NODES_ALLOWED), "--storage", desk.storage, "--json"]
+        command = [sys.executable, "-m", "ray_app.cli", "train", str(manifest), "--address", f"127.0.0.1:{PORT}"]
+        command += ["--max-gpus", str(NODES_ALLOWED), "--storage", str(desk.storage), "--json"]
         began = time.monotonic()
         with subprocess.Popen(
             command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
