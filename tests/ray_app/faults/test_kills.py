@@ -12,7 +12,16 @@ import psutil
 import pytest
 
 from tests.ray_app.conftest import Desk
-from tests.ray_app.faults.conftest import kill_all, only_run, processes, same_as_in, step_of, versions, wait_until
+from tests.ray_app.faults.conftest import (
+    kill_all,
+    only_run,
+    processes,
+    same_as_in,
+    step_of,
+    versions,
+    wait_until,
+)
+from tests.tiny import tiny_images
 from training.registry import Registry
 from training.storage import open_storage
 
@@ -43,6 +52,23 @@ def test_a_worker_killed_at_a_random_step(desk: Desk) -> None:
         subject = run.subject(id)
         assert subject is not None and [attempt.kind for attempt in subject.attempts] == ["lost"]
     same_as_in(peace, desk, PETS)
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_one_worker_of_a_gang_is_killed(desk: Desk, place: int) -> None:
+    tiny_images(desk.folder / "images" / "large")
+    large = "  - {id: large, images: images/large, train: {strategy: zero, batch_size: 2}}\n"
+    with desk.start("train", desk.manifest(steps=200, every=20, tail=large), "--json") as driver:
+        wait_until(lambda: step_of(desk, "large") >= 40, "a checkpoint", timeout_s=300)
+        workers = sorted(processes(driver, "ray::RayTrainWorker"), key=lambda worker: worker.create_time())
+        workers[place].kill()
+        _, err = driver.communicate(timeout=400)
+    assert driver.returncode == 0, err
+    run = only_run(desk)
+    assert run is not None
+    subject = run.subject("large")
+    assert subject is not None and subject.state == "published"
+    assert [attempt.kind for attempt in subject.attempts] == ["lost"]
 
 
 def test_everything_killed_then_the_same_command(desk: Desk) -> None:
