@@ -12,6 +12,10 @@ from tools.pocket.recipe import NARROW_POOL, PROMPT_TOKENS, UNET, VAE
 def card(scores: dict[str, Any]) -> str:
     places = ", ".join(place.phrase for place in PLACES.values())
     vendors = "\n".join(f"| `{v.package}` | {v.credit} | {v.licence} | {v.style} |" for v in VENDORS.values())
+    by_guidance = "\n".join(
+        f"| {guidance} | {found['class']:.3f} | {found['place']:.3f} | {found['colour']:.3f} |"
+        for guidance, found in scores["by_guidance"].items()
+    )
     per_class = ", ".join(f"{noun} {share:.2f}" for noun, share in scores["per_class"].items())
     return f"""---
 license: apache-2.0
@@ -56,9 +60,13 @@ zero terminal SNR, trailing steps, AdamW {UNET.learning_rate}, batches of {UNET.
 Compute: two CPU cores, {scores["images"]} pictures through the UNet, 100 to 135 a second where nothing else runs.
 
 ## Scores
-{scores["pictures_per_class"]} pictures a class, 20 DDIM steps, guidance {scores["guidance"]}, read by the independent judge (`training/bases/pocket-judge`):
-class {scores["class"]:.2f}, place {scores["place"]:.2f}, colour {scores["colour"]:.2f}.
-By class: {per_class}.
+{scores["pictures_per_class"]} pictures a class, 20 DDIM steps: the share that the independent judge (`training/bases/pocket-judge`) reads as asked.
+
+| guidance | class | place | colour |
+|---|---|---|---|
+{by_guidance}
+
+By class at guidance {scores["guidance"]}: {per_class}.
 VAE: {scores["vae_psnr_unseen_composites_db"]} dB on unseen composites, {scores["vae_psnr_unseen_drawings_db"]} dB on drawings that it never saw.
 
 ## Limits

@@ -66,14 +66,14 @@ def check(folder: Path) -> None:
         )
 
 
-def make(source: Path | None = None, per_class: int = score.PER_CLASS) -> None:
-    staged = BASE.with_name(BASE.name + ".part")
+def make(source: Path | None = None, folder: Path = BASE, per_class: int = score.PER_CLASS) -> None:
+    staged = folder.with_name(folder.name + ".part")
     shutil.rmtree(staged, ignore_errors=True)
     images = write(source or newest(), staged)
     check(staged)
     scores: dict[str, object] = {"images": images} | score.exported(staged, per_class)
     (staged / "scores.json").write_text(json.dumps(scores, indent=2) + "\n")
     (staged / "README.md").write_text(card(scores))
-    shutil.rmtree(BASE, ignore_errors=True)
-    staged.rename(BASE)
+    shutil.rmtree(folder, ignore_errors=True)
+    staged.rename(folder)
     log.info(f"exported {images} images: {scores}")

@@ -131,13 +131,14 @@ def exported(folder: Path, per_class: int = PER_CLASS, guidances: Sequence[float
     """Scores an exported folder as any user would load it."""
     pipe = StableDiffusionPipeline.from_pretrained(folder)
     found = [ask(pipe, guidance, per_class) for guidance in guidances]
-    best = max(found, key=lambda score: score.noun)
+    best = max(found, key=lambda score: score.noun + score.place + score.colour)
     return {
         "class": best.noun,
         "place": best.place,
         "colour": best.colour,
         "guidance": best.guidance,
         "per_class": best.per_noun,
+        "by_guidance": {str(s.guidance): {"class": s.noun, "place": s.place, "colour": s.colour} for s in found},
         "pictures_per_class": per_class,
         "vae_psnr_unseen_composites_db": round(vae.psnr(pipe.vae, vae.unseen_composites()), 2),
         "vae_psnr_unseen_drawings_db": round(vae.psnr(pipe.vae, vae.unseen_drawings()), 2),
