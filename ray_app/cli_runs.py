@@ -9,7 +9,7 @@ import click
 from rich.table import Table
 
 from ray_app import options
-from ray_app.cli_train import follow, lanes_option, max_gpus_option, run_json
+from ray_app.cli_train import follow, lanes_option, max_gpus_option, priority_option, run_json
 from ray_app.cluster import Limits
 from training.errors import UserError
 from training.storage import open_storage
@@ -96,14 +96,17 @@ def cancel(run: str, subjects: Sequence[str], storage: str, as_json: bool) -> No
 @options.storage
 @lanes_option
 @max_gpus_option
+@priority_option
 @options.as_json
-def retry(run: str, address: str, storage: str, lanes: int | None, max_gpus: int | None, as_json: bool) -> None:
+def retry(
+    run: str, address: str, storage: str, lanes: int | None, max_gpus: int | None, priority: int, as_json: bool
+) -> None:
     """Take up what failed or was cancelled in a run, from its checkpoints."""
     from ray_app.submission import reopen
     from training.run import RunStore
 
     store = RunStore(open_storage(storage), run)
-    follow(reopen(store), address, Limits(lanes, max_gpus), as_json, retry=True)
+    follow(reopen(store), address, Limits(lanes, max_gpus, priority=priority), as_json, retry=True)
 
 
 def _list(storage: str, as_json: bool) -> None:

@@ -25,6 +25,9 @@ _GOOD = ("published", "reused")
 manifest_path = click.argument("manifest", type=click.Path(path_type=Path))
 lanes_option = click.option("--lanes", type=click.IntRange(1), help="packs at once; default: one a GPU, or one a node")
 max_gpus_option = click.option("--max-gpus", type=click.IntRange(1), help="GPUs at most; an autoscaler may add them")
+priority_option = click.option(
+    "--priority", type=int, default=0, help="runs of higher priority get the cluster's devices first; default 0"
+)
 
 
 @click.command()
@@ -54,6 +57,7 @@ def validate(manifest: Path, as_json: bool) -> None:
 @click.option("--keep-last", is_flag=True, help="publish the last step of every subject, whatever the scores say")
 @lanes_option
 @max_gpus_option
+@priority_option
 @options.as_json
 def train(
     manifest: Path,
@@ -63,13 +67,14 @@ def train(
     keep_last: bool,
     lanes: int | None,
     max_gpus: int | None,
+    priority: int,
     as_json: bool,
 ) -> None:
     """Train the subjects of MANIFEST. The same command again takes an unfinished run up, and trains nothing twice."""
     from ray_app.submission import submit
 
     check_address(address)
-    limits = Limits(lanes, max_gpus)
+    limits = Limits(lanes, max_gpus, priority=priority)
     if address.startswith(JOBS):
         return _train_elsewhere(manifest, address, storage, limits, detach=detach, keep_last=keep_last, as_json=as_json)
     submission = submit(manifest, open_storage(storage), upload=address != LOCAL, keep_last=keep_last)
@@ -87,13 +92,16 @@ def train(
 @options.storage
 @lanes_option
 @max_gpus_option
+@priority_option
 @options.as_json
-def drive(run: str, address: str, storage: str, lanes: int | None, max_gpus: int | None, as_json: bool) -> None:
+def drive(
+    run: str, address: str, storage: str, lanes: int | None, max_gpus: int | None, priority: int, as_json: bool
+) -> None:
     """Go on with a run that is on the storage; what detached runs and Ray jobs call."""
     from ray_app.submission import reopen
     from training.run import RunStore
 
-    follow(reopen(RunStore(open_storage(storage), run)), address, Limits(lanes, max_gpus), as_json)
+    follow(reopen(RunStore(open_storage(storage), run)), address, Limits(lanes, max_gpus, priority=priority), as_json)
 
 
 def follow(

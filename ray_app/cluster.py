@@ -63,12 +63,13 @@ class Cluster(NamedTuple):
 class Limits(NamedTuple):
     """What a run may take of the cluster. `lanes`: at most so many at once; None: as many as there are seats.
 
-    `gpus` are waited for where there are fewer: an autoscaler sees the demand.
+    `gpus` are waited for where there are fewer: an autoscaler sees the demand. `priority`: above runs of lower ones.
     """
 
     lanes: int | None = None
     gpus: int | None = None
     cpus_per_lane: int = 1
+    priority: int = 0
 
 
 def check_address(address: str) -> str:

@@ -1,5 +1,6 @@
 """What a command does with a run: it leads the run, or looks on while another driver leads, or lets it run detached."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -7,7 +8,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -89,6 +89,7 @@ def drive_arguments(submission: Submission, address: str, limits: Limits) -> lis
     arguments = ["drive", submission.record.run, "--address", address, "--storage", submission.store.storage.uri]
     arguments += ["--lanes", str(limits.lanes)] if limits.lanes else []
     arguments += ["--max-gpus", str(limits.gpus)] if limits.gpus else []
+    arguments += ["--priority", str(limits.priority)] if limits.priority else []
     return arguments
 
 
@@ -103,13 +104,18 @@ def _lead_run(submission: Submission, lead: Lead, address: str, limits: Limits, 
     lead.renew()
     if all(subject.state in ENDED for subject in subjects):
         return Whole(finish(store, record, subjects), subjects)
-    with connect(address) as cluster, RunConsole(console, record.run) as shown:
+    # Ray prints what nodes have to say on stdout, where a command's answer alone belongs
+    with (
+        contextlib.redirect_stdout(sys.stderr),
+        connect(address) as cluster,
+        RunConsole(console, record.run) as shown,
+    ):
         watchers = (shown, RunMetrics(record.run))
         driver = Driver(submission, subjects, lead, cluster, watchers, limits)
         return Whole(driver.run(), tuple(driver.records.values()))
 
 
-@contextmanager
+@contextlib.contextmanager
 def _termination_interrupts() -> Iterator[None]:
     """SIGTERM is a wish to stop, as Ctrl-C is. (Signals can be handled in the main thread only.)"""
 

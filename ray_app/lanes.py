@@ -5,12 +5,13 @@ Decides how many there are and how large each is. It knows nothing of a subject 
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ray_app.cluster import Cluster, Limits, current
 from ray_app.lane import Order, run_lane
+from ray_app.shares import Sharing
 from ray_app.subject_queue import View
 from training.plan import PackPlan, with_slots
 from training.run import RunStore
@@ -41,6 +42,7 @@ class Lanes:
         queue: Any,
         queue_name: str,
         say: Callable[[str], None],
+        sharing: Sharing | None = None,
     ) -> None:
         self._store = store
         self._packs = packs
@@ -49,6 +51,8 @@ class Lanes:
         self._queue = queue
         self._queue_name = queue_name
         self._say = say
+        self._sharing = sharing
+        self._allowed: int | None = None
         self._lanes: dict[int, _Lane] = {}
         self._opened = 0
         self._failures = dict.fromkeys(range(len(packs)), 0)
@@ -70,12 +74,36 @@ class Lanes:
                 lane.plan.slots for i, lane in self._lanes.items() if lane.profile == profile and not busy.get(i)
             )
             mine = -(-self._free() // (len(profiles) - turn)) // pack.workers
-            if not self._lanes:
+            if not self._lanes and self._allowed is None:
                 mine = max(1, mine)  # a gang of more than all seats: there are devices for it
             while waiting > coming and mine > 0:
                 slots = min(pack.slots, -(-(waiting - coming) // mine))
                 self._open(profile, with_slots(pack, slots))
                 coming, mine = coming + slots, mine - 1
+
+    def share(self, view: View) -> None:
+        """Gives devices back that other runs have a right to: those it only waits for first, then the latest."""
+        if self._sharing is None:
+            return
+        working = {lane.lane for lane in view.lanes}
+        at_work = self._taken(working)
+        before, self._allowed = self._allowed, self._sharing.ask(at_work, self._taken() - at_work)
+        over = self._taken() - self._allowed if self._allowed is not None else 0
+        if over > 0 and before != self._allowed:
+            self._say(f"{over} of {self._taken()} devices are given back: other runs wait for their share")
+        for index in sorted(self._lanes, key=lambda index: (index in working, -index)):
+            if over <= 0:
+                break
+            over -= self._lanes[index].plan.workers
+            self._give_back(index, index in working)
+
+    def _give_back(self, index: int, works: bool) -> None:
+        """A lane that works checkpoints and ends; one that waits is taken away."""
+        import ray
+
+        ray.get(self._queue.dismiss.remote(index))
+        if not works:
+            ray.cancel(self._lanes.pop(index).future, force=True)
 
     def close_ended(self) -> None:
         """Takes away lanes that ended. One that failed gives back its subjects; what no lane can serve fails."""
@@ -148,10 +176,15 @@ class Lanes:
 
     def _most(self) -> int:
         """Seats that the run may take."""
-        return self._limits.lanes or self._limits.gpus or self._seats
+        most = self._limits.lanes or self._limits.gpus or self._seats
+        return most if self._allowed is None else min(most, self._allowed)
 
     def _free(self) -> int:
-        return self._most() - sum(lane.plan.workers for lane in self._lanes.values())
+        return self._most() - self._taken()
+
+    def _taken(self, lanes: Collection[int] | None = None) -> int:
+        """Devices of these lanes, of all by default."""
+        return sum(lane.plan.workers for index, lane in self._lanes.items() if lanes is None or index in lanes)
 
     def _devices(self) -> int:
         """The most workers that a gang can have."""

@@ -140,6 +140,7 @@ class SubjectQueue:
         self._clock = clock
         self._seq = 0
         self._stopped = False
+        self._dismissed: set[int] = set()
         self._lanes: dict[int, _Lane] = {}
         self._barren: dict[int, int] = {}  # workers in a row that ended before they leased anything
         self._troubles: dict[int, str] = {}
@@ -156,18 +157,18 @@ class SubjectQueue:
     def enter(self, lane: int, profile: int, reason: str = "its worker died", kind: Release = "lost") -> bool:
         """A lane's worker begins. What an earlier worker of the lane still held goes back, for `reason`.
 
-        False: too many workers of this lane ended before they did anything; this one shall not begin.
+        False: the lane is dismissed, or too many of its workers ended before they did anything.
         """
         self.release(lane, reason, kind)
         self._lanes[lane] = _Lane(profile)
         self._barren[lane] = self._barren.get(lane, -1) + 1
-        return self._barren[lane] < self._max_attempts
+        return self._barren[lane] < self._max_attempts and lane not in self._dismissed
 
     def lease(self, lane: int, count: int) -> list[Lease]:
         """Up to `count` subjects for the lane, which holds them until they end or it stops beating."""
         self.expire()
         here = self._lane(lane)
-        if self._stopped or any(self._items[id].losses >= SUSPECT_ATTEMPTS for id in here.held):
+        if self._ends(lane) or any(self._items[id].losses >= SUSPECT_ATTEMPTS for id in here.held):
             return []
         self._barren[lane] = -1
         chosen = self._choose(here, count)
@@ -191,7 +192,9 @@ class SubjectQueue:
         for id in set(beat.phase) - drop:
             self._take_in(id, beat)
         self.expire()
-        return Orders(cancel=frozenset(drop | {id for id in here.held if self._items[id].cancel}), stop=self._stopped)
+        return Orders(
+            cancel=frozenset(drop | {id for id in here.held if self._items[id].cancel}), stop=self._ends(lane)
+        )
 
     def ended(self, lane: int, outcome: Outcome) -> None:
         """A subject's end, as its lane saw it. A lane that lost the subject is heard only if it has published it."""
@@ -268,6 +271,10 @@ class SubjectQueue:
             self._attempt(id, reason, "no lane")
             self._end(id, "failed", reason=reason)
 
+    def dismiss(self, lane: int) -> None:
+        """Tells one lane to checkpoint and end. Its subjects go back, free of charge."""
+        self._dismissed.add(lane)
+
     def stop(self) -> None:
         """No more leases; every lane is told to checkpoint and end. Unfinished subjects stay unfinished."""
         self._stopped = True
@@ -295,6 +302,9 @@ class SubjectQueue:
         )
 
     # -- pieces --
+
+    def _ends(self, lane: int) -> bool:
+        return self._stopped or lane in self._dismissed
 
     def _lease_of(self, id: str) -> Lease:
         item = self._items[id]

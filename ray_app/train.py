@@ -16,6 +16,7 @@ from ray_app import cancel
 from ray_app.cluster import Cluster, Limits
 from ray_app.lanes import Lanes
 from ray_app.runlog import RunLog
+from ray_app.shares import Sharing, read_quota
 from ray_app.subject_queue import Entry, Release, SubjectQueue, View
 from ray_app.submission import Submission
 from training.lead import Lead
@@ -76,6 +77,9 @@ class QueueActor:
     def give_up(self, profile: int, reason: str) -> None:
         self._queue.give_up(profile, reason)
 
+    def dismiss(self, lane: int) -> None:
+        self._queue.dismiss(lane)
+
     def stop(self) -> None:
         self._queue.stop()
 
@@ -122,7 +126,8 @@ class Driver:
         actor = ray.remote(QueueActor).options(num_cpus=0, name=name, scheduling_strategy=here)
         self._queue = actor.remote(entries)
         packs = (*self.plan.packs, *self._reserve)
-        lanes = Lanes(self.store, packs, self.cluster, self.limits, self._queue, name, self._complain)
+        sharing = self._sharing()
+        lanes = Lanes(self.store, packs, self.cluster, self.limits, self._queue, name, self._complain, sharing)
         try:
             self._follow(lanes)
             return self._finish()
@@ -132,6 +137,15 @@ class Driver:
             raise
         finally:
             ray.kill(self._queue)
+            if sharing is not None:
+                sharing.leave()
+
+    def _sharing(self) -> Sharing | None:
+        """A cluster of its own is shared with nobody."""
+        if self.cluster.local:
+            return None
+        tenant = self.submission.record.tenant
+        return Sharing(self.store.run, tenant, self.limits.priority, read_quota(self.store.storage, tenant))
 
     # -- following --
 
@@ -147,6 +161,7 @@ class Driver:
                 if not self.cluster.local:  # on a cluster of others they get the time to clean up after themselves
                     lanes.wait(STOP_SECONDS)
                 return
+            lanes.share(view)
             lanes.open(view)
             time.sleep(POLL_SECONDS)
 

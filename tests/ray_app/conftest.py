@@ -103,5 +103,5 @@ def head(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The dashboard's address of a cluster that is already there."""
     for name, value in SETTINGS.items():
         monkeypatch.setenv(name, value)
-    with ray_head() as address:
-        yield address
+    with ray_head() as head:
+        yield head.dashboard

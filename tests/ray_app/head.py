@@ -11,6 +11,7 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import psutil
 
@@ -29,21 +30,28 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+class Head(NamedTuple):
+    """Where a cluster answers: its dashboard, for jobs and `serve deploy`, and what drivers join."""
+
+    dashboard: str
+    address: str
+
+
 @contextmanager
-def ray_head() -> Iterator[str]:
-    """The dashboard's address of a cluster of one node, with token auth, on loopback. `SETTINGS` have to be set."""
-    dashboard = free_port()
+def ray_head(*arguments: str) -> Iterator[Head]:
+    """A cluster of one node, with token auth, on loopback. `SETTINGS` have to be set."""
+    dashboard, port = free_port(), free_port()
     with tempfile.TemporaryDirectory(prefix="dfh-") as folder:
         command = [str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", "--num-cpus=8"]
-        command += [f"--port={free_port()}", f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1"]
-        command += ["--node-ip-address=127.0.0.1", "--object-store-memory=150000000"]
+        command += [f"--port={port}", f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1"]
+        command += ["--node-ip-address=127.0.0.1", "--object-store-memory=150000000", *arguments]
         for name in ("dashboard-agent-listen-port", "dashboard-agent-grpc-port", "ray-client-server-port"):
             command.append(f"--{name}={free_port()}")  # other clusters may run on this machine
         environment = {**os.environ, "RAY_TMPDIR": folder}
         process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         try:
             _wait_for(f"http://127.0.0.1:{dashboard}/api/version", process)
-            yield f"http://127.0.0.1:{dashboard}"
+            yield Head(f"http://127.0.0.1:{dashboard}", f"127.0.0.1:{port}")
         finally:
             end(process)
 

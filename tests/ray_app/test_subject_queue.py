@@ -253,3 +253,17 @@ def test_ten_thousand_subjects_are_quick(benchmark_seconds: float = 5.0) -> None
             made.ended(0, Outcome(lease.id, "done", version="v"))
     assert made.view().unfinished == 0
     assert time.perf_counter() - began < benchmark_seconds
+
+
+def test_a_dismissed_lane_ends_and_its_subjects_go_to_another() -> None:
+    one = queue(entry("a"), entry("b"))
+    assert one.enter(0, 0) and one.enter(1, 0)
+    assert ids(one, 0, 1) == ["a"]
+    one.dismiss(0)
+    assert one.beat(0, Beat(phase={"a": "training"}, steps={"a": 5}, losses={"a": 0.1})).stop
+    assert not one.beat(1, Beat()).stop
+    assert not ids(one, 0)
+    one.release(0, "the run was stopped", "stopped")
+    assert ids(one, 1) == ["a", "b"]
+    assert not record(one, "a").attempts and record(one, "a").step == 5
+    assert not one.enter(0, 0)
