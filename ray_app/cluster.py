@@ -43,6 +43,8 @@ _ALL_SETTINGS = {
     # Train polls its workers this often; at its own 2 s every start and end waits that long
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    # a node that an autoscaler adds may take minutes; at Train's own 60 s the demand is withdrawn and made anew
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "900",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
 
