@@ -1,9 +1,10 @@
 """What Ray and the run's bookkeeping cost beside the training: many subjects of one step each.
 
-    python -m benchmarks.orchestration [--subjects 200] [--base pocket]
+    python -m benchmarks.orchestration [--subjects 200 1000] [--base pocket] [--write]
 
-The same subjects are worked off twice by the same subject loop: fed from a list in this process, and by `dreamfleet
-train`'s own driver, queue and lane. The difference, less the start of Ray, is the overhead.
+The same subjects are worked off by the same subject loop in turn: fed from a list in this process, and by `dreamfleet
+train`'s own driver, queue and lane. The difference, less the start of Ray, is the overhead. Then subjects train
+for some steps on 1, 2 and 4 logical devices of this machine.
 """
 
 import argparse
@@ -51,7 +52,8 @@ class ListSource:
         self.published += outcome.version is not None
 
 
-def write_manifest(folder: Path, base: str, subjects: int) -> Path:
+def write_manifest(folder: Path, base: str, subjects: int, steps: int = 1) -> Path:
+    folder.mkdir()
     path = folder / "manifest.yaml"
     text = {
         "version": 1,
@@ -62,7 +64,7 @@ def write_manifest(folder: Path, base: str, subjects: int) -> Path:
             "instance_prompt": "a photo of a sks {class}",
             "prior": {"enabled": False},
             "evaluate": {"enabled": False},
-            "train": {"max_steps": 1},
+            "train": {"max_steps": steps},
         },
         "subjects": [
             {"id": f"subject-{index:05d}", "images": str(PHOTOS), "train": {"seed": index}} for index in range(subjects)
@@ -88,12 +90,12 @@ def plain(manifest: Path, storage: Path) -> float:
     return time.perf_counter() - source.began
 
 
-def through_ray(manifest: Path, storage: Path) -> tuple[float, float]:
+def through_ray(manifest: Path, storage: Path, lanes: int = 1) -> tuple[float, float]:
     """Seconds from the first lease to the end of the run, and seconds before the first lease."""
     began = time.time()
     submission = submit(manifest, open_storage(str(storage)))
     with connect(LOCAL):
-        whole = drive_run(submission, LOCAL, Limits(), Console(quiet=True))
+        whole = drive_run(submission, LOCAL, Limits(lanes), Console(quiet=True))
     ended = time.time()
     assert all(subject.state == "published" for subject in whole.subjects)
     first = min(_first_lease(submission.store), ended)
@@ -106,31 +108,58 @@ def _first_lease(store: RunStore) -> float:
     return next(when for when, text in read_log(store) if ": preparing" in text)
 
 
+def overhead(folder: Path, base: str, subjects: int) -> str:
+    """A row of the table: both ways, twice in turn, the faster of each."""
+    alone, with_ray = [], []
+    for turn in range(2):
+        manifest = write_manifest(folder / f"{subjects}-{turn}", base, subjects)
+        alone.append(plain(manifest, manifest.parent / "plain"))
+        with_ray.append(through_ray(manifest, manifest.parent / "ray")[0])
+    ours, theirs = min(with_ray), min(alone)
+    return f"| {subjects} | {theirs:.1f} | {ours:.1f} | {theirs / subjects:.3f} | {(ours - theirs) / subjects:+.3f} |"
+
+
+def devices(folder: Path, base: str, lanes: int, alone: float | None) -> tuple[str, float]:
+    """A row of the table, and the images a second of so many lanes: 16 subjects of 60 steps."""
+    manifest = write_manifest(folder / f"lanes-{lanes}", base, 16, steps=60)
+    seconds, start = through_ray(manifest, manifest.parent / "ray", lanes)
+    rate = 16 * 60 / seconds
+    share = f"{rate / alone:.2f}" if alone else "1.00"
+    return f"| {lanes} | {start:.1f} | {seconds:.1f} | {rate:.1f} | {share} |", rate
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--subjects", type=int, default=200)
+    parser.add_argument("--subjects", type=int, nargs="+", default=[200, 1000])
     parser.add_argument("--base", default="pocket")
-    parser.add_argument("--write", action="store_true", help="write the table to benchmarks/orchestration.md")
+    parser.add_argument("--write", action="store_true", help="write the tables to benchmarks/orchestration.md")
     asked = parser.parse_args()
+    cores, load = os.cpu_count(), os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        manifest = write_manifest(folder, asked.base, asked.subjects)
-        alone = plain(manifest, folder / "plain")
-        with_ray, start = through_ray(manifest, folder / "ray")
-    count, load = asked.subjects, os.getloadavg()[0]
-    table = [
-        f"{time.strftime('%Y-%m-%d')}: {count} subjects of 1 step on {asked.base}",
-        f"{os.cpu_count()} cores, load {load:.1f}",
+        costs = [overhead(folder, asked.base, count) for count in asked.subjects]
+        first, rate = devices(folder, asked.base, 1, None)
+        spread = [first, *(devices(folder, asked.base, lanes, rate)[0] for lanes in (2, 4))]
+    lines = [
+        f"{time.strftime('%Y-%m-%d')}, {asked.base}, {cores} cores, load {load:.1f} before it began.",
         "",
-        "| | seconds | a subject |",
-        "|---|---:|---:|",
-        f"| subject loop alone | {alone:.1f} | {alone / count:.3f} |",
-        f"| through driver, queue and lane, {start:.1f} s after it began | {with_ray:.1f} | {with_ray / count:.3f} |",
-        f"| overhead | {with_ray - alone:.1f} | {(with_ray - alone) / count:.3f} |",
+        "Subjects of one step, published: seconds of the subject loop alone, and through driver, queue and lane, from",
+        "the first lease on; each the faster of two.",
+        "",
+        "| subjects | loop alone, s | through Ray, s | loop a subject, s | overhead a subject, s |",
+        "|---:|---:|---:|---:|---:|",
+        *costs,
+        "",
+        "16 subjects of 60 steps on so many lanes. The lanes share the same cores, so 1.00 is the ideal.",
+        "",
+        "| lanes | first lease after, s | then, s | images/s with preparing and publishing | of one lane |",
+        "|---:|---:|---:|---:|---:|",
+        *spread,
     ]
-    print("\n".join(table))
+    print("\n".join(lines))
     if asked.write:
-        Path(__file__).with_suffix(".md").write_text("# Orchestration\n\n" + "\n".join(table) + "\n")
+        text = "# What orchestration costs\n\n" + "\n".join(lines) + "\n"
+        Path(__file__).with_suffix(".md").write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":
