@@ -33,6 +33,7 @@ _folder = click.Path(path_type=Path, file_okay=False, exists=True)
 @click.option("--images", type=click.IntRange(1, 64), help="pictures a prompt")
 @click.option("--steps", type=click.IntRange(1, 1000), default=20, show_default=True, help="denoising steps a picture")
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), default="out/evaluate", show_default=True)
+@click.option("--address", help="spread a protocol's subjects over a cluster: local, auto, host:port, ray://host:10001")
 @options.storage
 @options.tenant
 @options.as_json
@@ -48,6 +49,7 @@ def evaluate(
     images: int | None,
     steps: int,
     out: Path,
+    address: str | None,
     storage: str,
     tenant: str,
     as_json: bool,
@@ -57,7 +59,7 @@ def evaluate(
     from training.registry import Registry
 
     registry = Registry(open_storage(storage))
-    wish = Wish(tenant, base, photos, models, likeness_model, fidelity_model, images, steps, out)
+    wish = Wish(tenant, base, photos, models, likeness_model, fidelity_model, images, steps, out, address)
     if protocol is not None:
         return _protocol(registry, protocol, adapters, wish, as_json)
     if not adapters:

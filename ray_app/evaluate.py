@@ -34,6 +34,7 @@ class Wish:
     images: int | None = None
     steps: int = 20
     out: Path = Path("out/evaluate")
+    address: str | None = None
 
 
 def resolve_all(registry: Registry, names: Sequence[str], tenant: str) -> list[Resolved]:
@@ -109,20 +110,37 @@ def evaluate_protocol(
             f"Train adapters under the protocol's ids: {', '.join(list(protocol.subjects)[:4])}, ..."
         )
     loaded = _open_base([there[subject] for subject in ready], wish.base)
-    box = JudgeBox(loaded, wish.models)
-    judges, inception = box.judges(wish.likeness, wish.fidelity), box.inception()
     sittings = [_sitting(registry, there[subject], photos, loaded) for subject in ready]
     # the usual guidance of Stable Diffusion, and that of the pocket base
     look = Look(wish.steps, 3.0 if loaded.name == "pocket" else 7.5, None)
     wish.out.mkdir(parents=True, exist_ok=True)
     judged = []
-    for one in run_protocol(
-        loaded, protocol, sittings, judges, look=look, images=wish.images, inception=inception, alive=alive
-    ):
+    for one in _sit_all(loaded, protocol, sittings, look, wish, alive):
         (wish.out / f"{one.subject}.png").write_bytes(one.sheet)
         judged.append(one)
     write_parquet([row for one in judged for row in one.rows], wish.out / "rows.parquet")
     return protocol, judged, [subject for subject in wanted if subject not in ready]
+
+
+def _sit_all(
+    base: Base, protocol: Protocol, sittings: Sequence[Sitting], look: Look, wish: Wish, alive: Alive | None
+) -> Iterator[Judged]:
+    """Every subject judged: here, or on a cluster."""
+    if wish.address is None:
+        box = JudgeBox(base, wish.models)
+        judges, inception = box.judges(wish.likeness, wish.fidelity), box.inception()
+        yield from run_protocol(
+            base, protocol, sittings, judges, look=look, images=wish.images, inception=inception, alive=alive
+        )
+        return
+    from ray_app.jury import spread_protocol
+
+    judging = (str(base.folder), wish.models, wish.likeness, wish.fidelity)
+    spread = spread_protocol(wish.address, judging, protocol, sittings, look, wish.images)
+    for done, one in enumerate(spread, start=1):
+        if alive:
+            alive(one.subject, done, len(sittings))
+        yield one
 
 
 def _published(registry: Registry, ids: Sequence[str], tenant: str) -> Iterator[Resolved]:

@@ -1,9 +1,12 @@
-"""`dreamfleet evaluate` from the command line, on the tiny base; no Ray is needed for it."""
+"""`dreamfleet evaluate` from the command line, on the tiny base."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet
 import pytest
 import torch
 from click.testing import CliRunner, Result
@@ -87,6 +90,28 @@ def test_the_protocol_runs_on_what_is_there(storage: Path, tiny: Base, tmp_path:
     assert "cat" in found["missing"] and "dog" not in found["missing"]
     assert found["table"][1]["method"] == "this base, 1 of 30 subjects"
     assert (tmp_path / "out" / "rows.parquet").exists() and (tmp_path / "out" / "dog.png").exists()
+
+
+@pytest.mark.ray
+def test_a_protocol_on_ray_finds_the_same(storage: Path, tiny: Base, tmp_path: Path) -> None:
+    for seed, id in enumerate(("dog", "cat")):
+        tiny_images(tmp_path / "photos" / id, 2, side=32, seed=seed)
+    args = ("--protocol", "dreambooth", "--photos", tmp_path / "photos", "--storage", storage, "--images", 1)
+    here = drawn(tiny, *args, "--out", tmp_path / "here", "--json")
+    command = [sys.executable, "-m", "ray_app.cli", "evaluate", *args, "--out", tmp_path / "ray", "--json"]
+    command += ["--likeness-model", "base", "--fidelity-model", "base", "--steps", 1, "--base", tiny.folder]
+    command += ["--address", "local"]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["missing"] == json.loads(here.stdout)["missing"]
+    mine, theirs = (
+        sorted(pyarrow.parquet.read_table(tmp_path / name / "rows.parquet").to_pylist(), key=str)
+        for name in ("here", "ray")
+    )
+    assert len(mine) == len(theirs) > 0
+    for one, other in zip(mine, theirs, strict=True):
+        assert one["prompt"] == other["prompt"] and one["likeness"] == pytest.approx(other["likeness"], abs=1e-4)
+    assert (tmp_path / "ray" / "cat.png").read_bytes() == (tmp_path / "here" / "cat.png").read_bytes()
 
 
 @pytest.mark.parametrize(
