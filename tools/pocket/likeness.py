@@ -112,24 +112,26 @@ def target_features(subject: Subject, place: str) -> torch.Tensor:
     return features(targets(subject, place))
 
 
-def cosines(subject: Subject, strip: Sequence[Bytes], of: Callable[[Ask], bool]) -> list[float]:
+def cosines(subject: Subject, strip: Sequence[Bytes]) -> list[float]:
     """Each picture's mean cosine to the subject in the same place."""
     rows = features(strip)
-    return [likeness(rows[i : i + 1], target_features(subject, ask.place)) for i, ask in enumerate(ASKS) if of(ask)]
+    return [likeness(rows[i : i + 1], target_features(subject, ask.place)) for i, ask in enumerate(ASKS)]
 
 
-def reached(subject: Subject, strip: Sequence[Bytes], bare: Sequence[Bytes], of: Callable[[Ask], bool]) -> float:
-    """How far the pictures have gone from the base's own (0) to the subject (1)."""
+def picked(found: Sequence[float], of: Callable[[Ask], bool]) -> list[float]:
+    return [value for ask, value in zip(ASKS, found, strict=True) if of(ask)]
+
+
+def reached(subject: Subject, found: Sequence[float], bare: Sequence[float], of: Callable[[Ask], bool]) -> float:
+    """How far cosines have gone from the base's own (0) to those of the subject with itself (1)."""
     places = dict.fromkeys(ask.place for ask in ASKS if of(ask))
     ceiling = float(np.mean([mutual_likeness(target_features(subject, place)) for place in places]))
-    found, floor = (float(np.mean(cosines(subject, pictures, of))) for pictures in (strip, bare))
-    return share(found, floor, ceiling)
+    return share(float(np.mean(picked(found, of))), float(np.mean(picked(bare, of))), ceiling)
 
 
-def errors(subject: Subject, strip: Sequence[Bytes], bare: Sequence[Bytes]) -> float:
+def errors(found: Sequence[float], bare: Sequence[float]) -> float:
     """The gain over the base in standard errors, picture by picture on the same prompt and seed."""
-    pairs = zip(cosines(subject, strip, is_unseen), cosines(subject, bare, is_unseen), strict=True)
-    gains = [one - other for one, other in pairs]
+    gains = [one - other for one, other in zip(picked(found, is_unseen), picked(bare, is_unseen), strict=True)]
     scatter = standard_error(gains)
     return float(np.mean(gains)) / scatter if scatter else 0.0
 
@@ -162,6 +164,7 @@ def weigh(subject: Subject, strip: Sequence[Bytes], bare: Sequence[Bytes]) -> Wo
     """`bare`: the strip of the base alone."""
     readings = load_judge().read([Image.fromarray(pixels) for pixels in strip])
     pairs = list(zip(ASKS, readings, strict=True))
+    found, floor = cosines(subject, strip), cosines(subject, bare)
 
     def placed(of: Callable[[Ask], bool]) -> float:
         return float(np.mean([reading.place == ask.place for ask, reading in pairs if of(ask)]))
@@ -171,15 +174,15 @@ def weigh(subject: Subject, strip: Sequence[Bytes], bare: Sequence[Bytes]) -> Wo
 
     return Worth(
         hues=mean_hues(subject, strip, is_unseen),
-        likeness=reached(subject, strip, bare, is_unseen),
-        cosine=float(np.mean(cosines(subject, strip, is_unseen))),
-        errors=errors(subject, strip, bare),
+        likeness=reached(subject, found, floor, is_unseen),
+        cosine=float(np.mean(picked(found, is_unseen))),
+        errors=errors(found, floor),
         unseen_places=placed(is_unseen),
         seen_places=placed(is_seen),
         diversity=spread(strip),
         class_hues=mean_hues(subject, strip, lambda ask: ask.of_class),
-        class_drift=reached(subject, strip, bare, is_class),
+        class_drift=reached(subject, found, floor, is_class),
         class_read=recognised(is_class),
-        placed_class_drift=reached(subject, strip, bare, is_placed_class),
+        placed_class_drift=reached(subject, found, floor, is_placed_class),
         placed_class_read=recognised(is_placed_class),
     )
