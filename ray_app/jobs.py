@@ -91,10 +91,15 @@ def follow_job(submission: Submission, address: str, job: str, console: Console)
 
 
 def _client(address: str) -> Any:
+    from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 
     try:
         return JobSubmissionClient(address)
+    except AuthenticationError:
+        raise UserError(
+            f"The cluster at {address} asks for Ray's token. Set RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH to a file with it."
+        ) from None
     except (ConnectionError, RuntimeError) as error:
         said = str(error).strip().splitlines()[0]
         raise UserError(

@@ -65,6 +65,10 @@ class PriorSpec(Closed):
     )
     folder: str | None = Field(None, description="class images, relative to the manifest (source: folder)")
     images: int = Field(200, ge=1, le=10_000)
+    captions: bool = Field(
+        False,
+        description="class images under the photos' captions, too, without the subject's own words (source: generate)",
+    )
     weight: float = Field(1.0, ge=0, le=100)
     steps: int = Field(25, ge=1, le=1000, description="denoising steps of a generated class image")
     guidance_scale: float = Field(4.0, ge=0, le=50)
@@ -74,6 +78,8 @@ class PriorSpec(Closed):
     def _folder_and_source(self) -> "PriorSpec":
         if (self.source == "folder") != (self.folder is not None):
             raise ValueError("`folder` and `source: folder` go together")
+        if self.captions and self.source != "generate":
+            raise ValueError("`captions` is for class images that are made: it goes with `source: generate` only")
         return self
 
 

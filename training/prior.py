@@ -1,11 +1,11 @@
 """The prior: latents of class images, made once per (base, class prompt, settings) and shared by every subject of it.
 
-Generated class images never leave latent space. Image i depends on the prior's seed and i alone.
+Generated class images never leave latent space. Image i depends on its prompt, the prior's seed and i alone.
 """
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -23,26 +23,38 @@ BATCH = 16
 LOOK_SECONDS = 0.5  # how often it is looked whether another worker has made what is wanted
 
 
-def prior_key(base: Base, subject: SubjectSpec) -> str:
+def class_prompts(subject: SubjectSpec, captions: Sequence[str] = ()) -> tuple[str, ...]:
+    """What class images show: the class prompt, and `captions` without the words that only the subject has, each once.
+
+    Where captions name places and class images do not, the places come to call the subject as much as its own words.
+    """
+    own = set(subject.filled_instance_prompt.split()) - set(subject.filled_class_prompt.split())
+    bare = (" ".join(word for word in caption.split() if word not in own) for caption in captions)
+    return tuple(dict.fromkeys((subject.filled_class_prompt, *sorted(bare))))
+
+
+def prior_key(base: Base, subject: SubjectSpec, prompts: Sequence[str]) -> str:
     """The cache key of a generated prior: everything its images depend on."""
     prior = subject.prior
     settings = (prior.images, prior.steps, prior.guidance_scale, prior.seed, subject.negative_prompt)
     resolution = subject.train.resolution or base.resolution
-    return content_key("priors", base.hash, str(base.dtype), subject.filled_class_prompt, resolution, *settings)
+    return content_key("priors", base.hash, str(base.dtype), "\n".join(prompts), resolution, *settings)
 
 
 def prepare_prior(
-    base: Base, storage: Storage, subject: SubjectSpec, root: str = "."
+    base: Base, storage: Storage, subject: SubjectSpec, root: str = ".", captions: Sequence[str] = ()
 ) -> Iterator[tuple[int, int, LatentSet | None]]:
     """Makes or finds the prior of a subject. Yields (images done, images wanted, the set once it is there).
 
-    Of all workers that want it at once, wherever they are, one makes it.
+    `captions`: of the subject's photos, if class images are to be made under them, too. Of all workers that want it at
+    once, wherever they are, one makes it.
     """
     prior = subject.prior
     if prior.source == "folder":
         yield 1, 1, _from_folder(base, storage, subject, Path(root))
         return
-    key = prior_key(base, subject)
+    prompts = class_prompts(subject, captions if prior.captions else ())
+    key = prior_key(base, subject, prompts)
     lead = Lead(storage, f"{key}.lead")
     while (cached := load_latents(storage, key)) is None:
         if lead.acquire() is not None:  # another worker, of this run or another one, makes it
@@ -50,28 +62,35 @@ def prepare_prior(
             time.sleep(LOOK_SECONDS)
             continue
         with contextlib.suppress(Lost), lead:
-            for done in _make(base, storage, subject, key, lead):
+            for done in _make(base, storage, subject, prompts, key, lead):
                 yield done, prior.images, None
-    yield prior.images, prior.images, LatentSet(*cached, (subject.filled_class_prompt,) * len(cached[0]))
+    yield prior.images, prior.images, LatentSet(*cached, _shared_out(prompts, range(prior.images)))
 
 
-def _make(base: Base, storage: Storage, subject: SubjectSpec, key: str, lead: Lead) -> Iterator[int]:
+def _make(
+    base: Base, storage: Storage, subject: SubjectSpec, prompts: Sequence[str], key: str, lead: Lead
+) -> Iterator[int]:
     """Generates and keeps the prior, as long as this worker has the lead. Yields how many images there are."""
     wanted, made = subject.prior.images, []
     for start in range(0, wanted, BATCH):
         lead.renew()
-        made.append(_generate(base, subject, range(start, min(start + BATCH, wanted))))
+        made.append(_generate(base, subject, prompts, range(start, min(start + BATCH, wanted))))
         yield start + len(made[-1])
     mean = torch.cat(made)
     save_latents(storage, key, mean, torch.zeros_like(mean))
 
 
-def _generate(base: Base, subject: SubjectSpec, indices: range) -> torch.Tensor:
+def _shared_out(prompts: Sequence[str], indices: range) -> tuple[str, ...]:
+    """The prompt of each image: all prompts in turn."""
+    return tuple(prompts[index % len(prompts)] for index in indices)
+
+
+def _generate(base: Base, subject: SubjectSpec, prompts: Sequence[str], indices: range) -> torch.Tensor:
     prior: PriorSpec = subject.prior
     return (
         sample(
             base,
-            [subject.filled_class_prompt] * len(indices),
+            _shared_out(prompts, indices),
             seeds=[prior.seed * 1_000_003 + index for index in indices],
             steps=prior.steps,
             guidance_scale=prior.guidance_scale,

@@ -132,7 +132,7 @@ class Worker:
         self._held[spec.id].found, self._held[spec.id].held_out = found, held_out
         instance = self._latents(spec, found)
         self._watch.join(spec, instance)
-        prior = self._prior(spec) if spec.prior.enabled and spec.prior.source != "prediction" else None
+        prior = self._prior(spec, found) if spec.prior.enabled and spec.prior.source != "prediction" else None
         state = self._resume(spec)
         self._held[spec.id].saved_step = state.step if state else -1
         return Subject(spec, instance, prior, state)
@@ -149,8 +149,9 @@ class Worker:
         prompts = [photo.caption or spec.filled_instance_prompt for photo in found.good for _ in range(each)]
         return LatentSet(*cached, tuple(prompts))
 
-    def _prior(self, spec: SubjectSpec) -> LatentSet:
-        for done, wanted, prior in prepare_prior(self.base, self.storage, spec, self.root):
+    def _prior(self, spec: SubjectSpec, found: Photos) -> LatentSet:
+        captions = [photo.caption for photo in found.good if photo.caption]
+        for done, wanted, prior in prepare_prior(self.base, self.storage, spec, self.root, captions):
             self._say(spec.id, f"class images {done}/{wanted}")
             if prior is not None:
                 return prior

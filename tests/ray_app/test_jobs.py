@@ -33,7 +33,16 @@ def test_what_the_cluster_cannot_see_is_refused_before_anything_is_submitted(des
     assert not desk.storage.exists()
 
 
-def test_a_dashboard_that_is_not_there(desk: Desk) -> None:
+def test_without_the_clusters_token(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(desk.folder / "nothing"))
+    monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
+    result = desk.run("train", desk.manifest("rusty"), "--address", f"http://127.0.0.1:{free_port()}")
+    assert result.status == 2 and "RAY_AUTH_TOKEN" in result.err and "Traceback" not in result.err
+
+
+def test_a_dashboard_that_is_not_there(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "f" * 64)
     result = desk.run("train", desk.manifest("rusty"), "--address", f"http://127.0.0.1:{free_port()}")
     assert result.status == 2 and "No Ray dashboard answers" in result.err
     assert "Traceback" not in result.err

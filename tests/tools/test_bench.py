@@ -9,15 +9,14 @@ from PIL import Image
 
 from tools.pocket.dreambooth import (
     ASKS,
+    BARE_CLASS,
     BASE_ALONE,
-    CLASS_IN_PLACES,
     NO_PRIOR,
     PHOTOGRAPHED,
     REFERENCE,
     SETTINGS,
     STEPS,
     UNSEEN_PLACES,
-    class_asks,
     photos_of,
     run_setting,
     spec_of,
@@ -29,6 +28,7 @@ from tools.pocket.likeness import can_tell, hue_share, weigh
 from tools.pocket.recipe import BASE, DEMO_IMAGES
 from tools.pocket.subjects import MAGENTA, MINT, SUBJECTS, VIOLET, YELLOW, Subject, picture
 from training.manifest import load_manifest
+from training.prior import class_prompts
 
 
 @pytest.mark.parametrize("colour", [MAGENTA, VIOLET, YELLOW, MINT])
@@ -63,12 +63,11 @@ def test_the_reference_is_the_demo() -> None:
         assert spec.filled_instance_prompt == demo.filled_instance_prompt
 
 
-def test_captions_of_class_images_lack_the_rare_word_alone() -> None:
-    captions, asks = [photo.caption for photo in photos_of(SUBJECTS[0])], class_asks(CLASS_IN_PLACES)
-    prompts = [ask.prompt(SUBJECTS[0].noun) for ask in asks]
-    assert prompts[0] == spec_of(SUBJECTS[0], CLASS_IN_PLACES).filled_class_prompt
-    assert set(prompts[1:]) == {caption.replace("sks ", "") for caption in captions if caption}
-    assert [ask.prompt(SUBJECTS[0].noun) for ask in class_asks(REFERENCE)] == prompts[:1]
+def test_class_images_show_the_places_of_the_photos() -> None:
+    captions = [photo.caption for photo in photos_of(SUBJECTS[0]) if photo.caption]
+    spec = spec_of(SUBJECTS[0], REFERENCE)
+    assert spec.prior.captions and not spec_of(SUBJECTS[0], BARE_CLASS).prior.captions
+    assert set(class_prompts(spec, captions)[1:]) == {caption.replace("sks ", "") for caption in captions}
 
 
 def test_other_settings_lie_elsewhere() -> None:

@@ -225,9 +225,9 @@ def test_a_prior_is_made_once_and_shared(folder: Path, tiny: Base, monkeypatch: 
     made: list[range] = []
     generate = prior._generate
 
-    def counted(base: Base, subject: SubjectSpec, indices: range) -> torch.Tensor:
+    def counted(base: Base, subject: SubjectSpec, prompts: Sequence[str], indices: range) -> torch.Tensor:
         made.append(indices)
-        return generate(base, subject, indices)
+        return generate(base, subject, prompts, indices)
 
     monkeypatch.setattr(prior, "_generate", counted)
     Fleet(folder, tiny, entries("a", "b", "c")).work()

@@ -18,8 +18,8 @@ from tools.pocket import dreambooth
 from tools.pocket.composite import Bytes
 from tools.pocket.dreambooth import (
     ASKS,
+    BARE_CLASS,
     BASE_ALONE,
-    CLASS_IN_PLACES,
     NO_PRIOR,
     PHOTOGRAPHED,
     REFERENCE,
@@ -48,8 +48,8 @@ COLUMNS = (
     "placed_class_drift",
     "placed_class_read",
 )
-BEST = CLASS_IN_PLACES
-CURVES = (BEST, REFERENCE, NO_PRIOR)
+BEST = REFERENCE
+CURVES = (BEST, BARE_CLASS, NO_PRIOR)
 CLASS_AT = (Ask("", 0, of_class=True), Ask("snow", 0, of_class=True))
 
 

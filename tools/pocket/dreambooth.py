@@ -54,26 +54,22 @@ CACHE = WORK / "dreambooth" / "cache"
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """What differs from the demo's settings, and the steps after which pictures are drawn.
-
-    `class_in_places`: the class images show the class under the photos' captions, too, without the rare word.
-    """
+    """What differs from the demo's settings, and the steps after which pictures are drawn."""
 
     name: str
     changes: dict[str, dict[str, object]] = field(default_factory=dict)
     captions: bool = True
-    class_in_places: bool = False
     steps: tuple[int, ...] = (STEPS,)
 
 
 BASE_ALONE = Setting("base alone", steps=(0,))
 REFERENCE = Setting("reference", steps=CURVE)
 NO_PRIOR = Setting("no prior", {"prior": {"enabled": False}}, steps=CURVE)
-CLASS_IN_PLACES = Setting("class in places", class_in_places=True, steps=CURVE)
+BARE_CLASS = Setting("bare class images", {"prior": {"captions": False}}, steps=CURVE)
 SETTINGS = (
     REFERENCE,
     NO_PRIOR,
-    CLASS_IN_PLACES,
+    BARE_CLASS,
     Setting("rank 4", {"lora": {"rank": 4}}),
     Setting("rank 16", {"lora": {"rank": 16}}),
     Setting("attention only", {"lora": {"targets": ATTENTION}}),
@@ -103,7 +99,7 @@ ASKS = tuple(
 def strips_folder(base_hash: str, setting: Setting) -> Path:
     """Where a setting's strips lie: other weights, hyperparameters or prompts are other strips."""
     specs = [spec_of(subject, setting).model_dump_json() for subject in SUBJECTS]
-    own = (setting.captions, setting.class_in_places, setting.steps)
+    own = (setting.captions, setting.steps)
     asked = json.dumps([base_hash, specs, own, PHOTOGRAPHED, LOOK, str(ASKS)])
     digest = hashlib.sha256(asked.encode()).hexdigest()
     return WORK / "dreambooth" / f"{setting.name.replace(' ', '-')}-{digest[:12]}"
@@ -152,23 +148,8 @@ def learner(base: Base, subject: Subject, setting: Setting, cache: Path = CACHE)
         instance = LatentSet(instance.mean_VCHW, instance.std_VCHW, plain)
     if not spec.prior.enabled:
         return Learner(spec, instance)
-    prompts = [ask.prompt(subject.noun) for ask in class_asks(setting)]
-    return Learner(spec, instance, class_images(base, spec, prompts, cache))
-
-
-def class_asks(setting: Setting) -> list[Ask]:
-    """What class images are asked to show."""
-    places = ("", *dict.fromkeys(PHOTOGRAPHED)) if setting.class_in_places else ("",)
-    return [Ask(place, 0, of_class=True) for place in places]
-
-
-def class_images(base: Base, spec: SubjectSpec, prompts: Sequence[str], cache: Path) -> LatentSet:
-    """The prior's images, shared out among `prompts`."""
-    prior = spec.prior.model_copy(update={"images": spec.prior.images // len(prompts)})
-    asked = [spec.model_copy(update={"class_prompt": prompt, "prior": prior}) for prompt in prompts]
-    made = [done for one in asked for _, _, done in prepare_prior(base, open_storage(str(cache)), one) if done]
-    means, stds = torch.cat([one.mean_VCHW for one in made]), torch.cat([one.std_VCHW for one in made])
-    return LatentSet(means, stds, tuple(prompt for one in made for prompt in one.prompts))
+    *_, (_, _, prior) = prepare_prior(base, open_storage(str(cache)), spec, captions=instance.prompts)
+    return Learner(spec, instance, prior)
 
 
 def learn(base: Base, found: Sequence[Learner], steps: Sequence[int]) -> dict[int, list[Adapter]]:

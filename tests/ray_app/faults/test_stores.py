@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import secrets
 import subprocess
 import sys
 import threading
@@ -45,7 +46,8 @@ def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
     urllib.request.urlopen(
         urllib.request.Request(f"http://127.0.0.1:{server.server_port}/{BUCKET}", method="PUT"), timeout=10
     ).close()
-    uri = f"s3://{BUCKET}/fleet?endpoint_override=http://127.0.0.1:{server.server_port}&region=us-east-1"
+    # the server's buckets live as long as this process
+    uri = f"s3://{BUCKET}/fleet-{secrets.token_hex(4)}?endpoint_override=http://127.0.0.1:{server.server_port}&region=us-east-1"
     yield Store(faults, uri)
     server.shutdown()
     thread.join(timeout=10)
