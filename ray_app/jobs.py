@@ -98,7 +98,7 @@ def _client(address: str) -> Any:
         return JobSubmissionClient(address)
     except AuthenticationError:
         raise UserError(
-            f"The cluster at {address} asks for Ray's token. Set RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH to a file with it."
+            f"The cluster at {address} asks for Ray's token. Set RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH to its file."
         ) from None
     except (ConnectionError, RuntimeError) as error:
         said = str(error).strip().splitlines()[0]
