@@ -39,6 +39,13 @@ def load_as_float(folder: Path) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | {"dtype": "float32"}, indent=2, sort_keys=True) + "\n")
 
 
+def forget_origin(file: Path) -> None:
+    """diffusers notes in a config where a part was loaded from: a path of this machine."""
+    config = json.loads(file.read_text())
+    config.pop("_name_or_path", None)
+    file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
 def write(source: Path, folder: Path) -> int:
     """Writes the folder and returns how many images the weights have seen."""
     pipe, images = score.average_of(source)
@@ -46,6 +53,8 @@ def write(source: Path, folder: Path) -> int:
     tokenizer.write(folder / "tokenizer")
     prefix_text_keys(folder / "text_encoder")
     load_as_float(folder / "text_encoder")
+    for part in ("unet", "vae", "text_encoder"):
+        forget_origin(folder / part / "config.json")
     return images
 
 
