@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tools.pocket.drawings import path_of
 from tools.pocket.dreambooth import (
     ASKS,
     BARE_CLASS,
@@ -17,7 +18,7 @@ from tools.pocket.dreambooth import (
     SETTINGS,
     STEPS,
     UNSEEN_PLACES,
-    photos_of,
+    Ask,
     run_setting,
     spec_of,
     strip_path,
@@ -29,6 +30,11 @@ from tools.pocket.recipe import BASE, DEMO_IMAGES
 from tools.pocket.subjects import MAGENTA, MINT, SUBJECTS, VIOLET, YELLOW, Subject, picture
 from training.manifest import load_manifest
 from training.prior import class_prompts
+
+needs_drawings = pytest.mark.skipif(
+    any(path_of(subject.drawing) is None for subject in SUBJECTS),
+    reason="needs the emoji drawings: python -m tools.pocket fetch",
+)
 
 
 @pytest.mark.parametrize("colour", [MAGENTA, VIOLET, YELLOW, MINT])
@@ -64,7 +70,7 @@ def test_the_reference_is_the_demo() -> None:
 
 
 def test_class_images_show_the_places_of_the_photos() -> None:
-    captions = [photo.caption for photo in photos_of(SUBJECTS[0]) if photo.caption]
+    captions = [Ask(place, 0, of_class=False).prompt(SUBJECTS[0].noun) for place in PHOTOGRAPHED]
     spec = spec_of(SUBJECTS[0], REFERENCE)
     assert spec.prior.captions and not spec_of(SUBJECTS[0], BARE_CLASS).prior.captions
     assert set(class_prompts(spec, captions)[1:]) == {caption.replace("sks ", "") for caption in captions}
@@ -79,6 +85,7 @@ def test_every_setting_ends_alike() -> None:
     assert {setting.steps[-1] for setting in SETTINGS} == {STEPS}
 
 
+@needs_drawings
 def test_the_subject_itself_is_worth_most(subject: Subject = SUBJECTS[0]) -> None:
     strip = [np.asarray(picture(subject, ask.place or "white", 50 + i)) for i, ask in enumerate(ASKS)]
     plain = [np.full_like(strip[0], 200) for _ in ASKS]
@@ -94,6 +101,7 @@ def test_a_strip_of_the_base_alone(tmp_path: Path) -> None:
     assert len(tiles(strip_path(folder, SUBJECTS[0], 0))) == len(ASKS)
 
 
+@needs_drawings
 @pytest.mark.slow
 def test_a_few_steps_already_change_what_is_drawn(tmp_path: Path) -> None:
     short, subjects = replace(NO_PRIOR, steps=(2, 4)), SUBJECTS[:2]
