@@ -12,8 +12,8 @@ A device's time is useful if its step stays: steps after the last checkpoint of 
 """
 
 import argparse
-import math
 import random
+import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -73,7 +73,7 @@ class World:
 
     def device(self, lane: int) -> simpy.events.ProcessGenerator:
         """A node after the other, until nothing is left to do."""
-        while self.queue.view(math.inf).unfinished:  # type: ignore[arg-type]
+        while self.queue.view(since=sys.maxsize).unfinished:
             born, dies = self.env.now, self.env.now + self.rng.expovariate(1 / LIFE_SECONDS)
             finished = yield self.env.process(self.life(lane, dies))
             self.tally.there += self.env.now - born
