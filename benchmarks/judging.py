@@ -44,7 +44,7 @@ def main() -> None:
     )
     for spec in specs:
         instance = encode_photos(base, images[spec.id], spec.train, spec.filled_instance_prompt)
-        prior = LatentSet(instance.mean_VCHW, instance.std_VCHW, (spec.filled_class_prompt,) * len(instance))
+        prior = LatentSet(instance.images, (spec.filled_class_prompt,) * len(instance))
         pack.join(Subject(spec, instance, prior))
     pack.step()
     started = time.process_time()

@@ -28,7 +28,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 
 from training.base import Base, load_base
-from training.latents import LatentSet
+from training.latents import LatentSet, posteriors
 from training.manifest import SubjectSpec, parse_manifest
 from training.pack import Pack, Subject
 from training.words import tokenise
@@ -82,8 +82,8 @@ def make_subject(base: Base, index: int, prior: bool) -> Subject:
     generator = torch.Generator().manual_seed(index)
     mean = torch.randn(5, base.latent_channels, side, side, generator=generator)
     made = spec(index, prior)
-    latents = LatentSet(mean, 0.1 * torch.ones_like(mean), (made.filled_instance_prompt,) * 5)
-    return Subject(made, latents, LatentSet(mean, 0 * mean, (made.filled_class_prompt,) * 5))
+    latents = LatentSet(posteriors(mean, 0.1 * torch.ones_like(mean)), (made.filled_instance_prompt,) * 5)
+    return Subject(made, latents, LatentSet(posteriors(mean, 0 * mean), (made.filled_class_prompt,) * 5))
 
 
 def timed(step: Callable[[], object], steps: int) -> float:
@@ -140,7 +140,8 @@ class UsualLoop:
         base, index = self.base, self.turn % 5
         self.turn += 1
         if self.cached:
-            latents = self.subject.instance.draw([index], torch.Generator().manual_seed(self.turn)).to(base.device)
+            drawn = self.subject.instance.draw([index], torch.Generator().manual_seed(self.turn))
+            latents = torch.stack(drawn).to(base.device)
             embedding = self.embedding
         else:
             with torch.no_grad():

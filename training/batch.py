@@ -4,13 +4,13 @@ What a subject draws depends on its seed, step and micro-batch alone. Rows stand
 rows before its prior rows.
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, fields
 
 import torch
 from torch import Tensor
 
-from training.latents import LatentSet
+from training.latents import LatentSet, same_sizes
 from training.manifest import SubjectSpec
 from training.stream import shuffled, stream
 
@@ -30,14 +30,21 @@ class Turn:
 class Batch:
     """One fused batch, one entry a row. `member` is the row's place among the subjects of this step."""
 
-    latents: list[Tensor] = field(default_factory=list)
+    latents: list[Tensor] = field(default_factory=list)  # [C, h, w] each
     noise: list[Tensor] = field(default_factory=list)
-    timesteps: list[Tensor] = field(default_factory=list)
+    timesteps: list[int] = field(default_factory=list)
     prompts: list[str] = field(default_factory=list)
     member: list[int] = field(default_factory=list)
     share: list[float] = field(default_factory=list)  # of the row in its mean
     is_prior: list[bool] = field(default_factory=list)
     from_base: list[bool] = field(default_factory=list)  # the target is the base's own prediction
+
+    def by_size(self) -> list["Batch"]:
+        """The batch in parts whose rows go through one forward together."""
+        return [self._rows(places) for places in same_sizes(self.latents)]
+
+    def _rows(self, places: Sequence[int]) -> "Batch":
+        return Batch(**{of.name: [getattr(self, of.name)[place] for place in places] for of in fields(self)})
 
 
 WHOLE = slice(None)
@@ -68,12 +75,12 @@ def _add_rows(batch: Batch, place: int, turn: Turn, kind: str, images: LatentSet
     start = (turn.step * train.gradient_accumulation_steps + turn.micro) * count
     picked = shuffled(train.seed, kind, len(images), start, count)
     latents = images.draw(picked, generator)
-    noise = torch.randn(latents.shape, generator=generator)
+    noise = [torch.randn(latent.shape, generator=generator) for latent in latents]
     if train.noise_offset:
-        noise = noise + train.noise_offset * torch.randn(*latents.shape[:2], 1, 1, generator=generator)
-    batch.latents.append(latents[part])
-    batch.noise.append(noise[part])
-    batch.timesteps.append(torch.randint(0, timesteps, (count,), generator=generator)[part])
+        noise = [one + train.noise_offset * torch.randn(one.shape[0], 1, 1, generator=generator) for one in noise]
+    batch.latents += latents[part]
+    batch.noise += noise[part]
+    batch.timesteps += torch.randint(0, timesteps, (count,), generator=generator)[part].tolist()
     class_prompt = turn.spec.filled_class_prompt
     mine = picked[part]
     batch.prompts += [class_prompt if kind == "prediction" else images.prompts[index] for index in mine]

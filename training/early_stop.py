@@ -4,7 +4,7 @@ The loss of a training step says little, because its images, noise and timesteps
 changes the learning itself is what is left. All subjects that are looked at share one forward.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 from training.bank import Bank
 from training.base import Base
 from training.choose import has_settled
-from training.latents import LatentSet
+from training.latents import LatentSet, same_sizes
 from training.loss import add_noise, row_losses, target
 from training.manifest import SubjectSpec
 from training.stream import shuffled, stream
@@ -27,8 +27,8 @@ class _Fixed:
     """A subject's batch, the same at every look, and the losses so far."""
 
     spec: SubjectSpec
-    latents: Tensor
-    noise: Tensor
+    latents: list[Tensor]  # [C, h, w] each
+    noise: list[Tensor]
     timesteps: Tensor
     prompts: list[str]
     losses: list[float] = field(default_factory=list)
@@ -51,7 +51,7 @@ class Watch:
         steps = len(self._base.alphas_cumprod)
         # evenly spread, so that no look depends on which noise levels were drawn
         timesteps = ((torch.arange(ROWS) + 0.5) / ROWS * steps).long()
-        noise = torch.randn(latents.shape, generator=generator)
+        noise = [torch.randn(latent.shape, generator=generator) for latent in latents]
         self._fixed[spec.id] = _Fixed(spec, latents, noise, timesteps, [images.prompts[index] for index in picked])
 
     def leave(self, id: str) -> None:
@@ -74,18 +74,26 @@ class Watch:
 
     def _look(self, bank: Bank, wearing: Mapping[str, tuple[int, float]]) -> dict[str, float]:
         """The mean loss of each subject on its batch."""
-        base, batches = self._base, [self._fixed[id] for id in wearing]
-        slots = torch.tensor([[slot] for slot, _ in wearing.values() for _ in range(ROWS)])
-        scales = torch.tensor([[scale] for _, scale in wearing.values() for _ in range(ROWS)])
-        wide = bank.weights_SP.dtype
-        latents = torch.cat([batch.latents for batch in batches]).to(base.device, wide)
-        noise = torch.cat([batch.noise for batch in batches]).to(base.device, wide)
-        timesteps = torch.cat([batch.timesteps for batch in batches])
+        batches = [self._fixed[id] for id in wearing]
+        losses_N = torch.zeros(ROWS * len(batches))
+        latents = [latent for batch in batches for latent in batch.latents]
+        for places in same_sizes(latents):
+            rows = [(list(wearing.values())[place // ROWS], batches[place // ROWS], place % ROWS) for place in places]
+            losses_N[places] = self._losses(bank, rows).float().cpu()
+        return dict(zip(wearing, losses_N.reshape(-1, ROWS).mean(1).tolist(), strict=True))
+
+    def _losses(self, bank: Bank, rows: Sequence[tuple[tuple[int, float], _Fixed, int]]) -> Tensor:
+        """The losses of rows of one size: each (slot and scale), batch and place in it."""
+        base, wide = self._base, bank.weights_SP.dtype
+        slots = torch.tensor([[slot] for (slot, _), _, _ in rows])
+        scales = torch.tensor([[scale] for (_, scale), _, _ in rows])
+        latents = torch.stack([batch.latents[place] for _, batch, place in rows]).to(base.device, wide)
+        noise = torch.stack([batch.noise[place] for _, batch, place in rows]).to(base.device, wide)
+        timesteps = torch.stack([batch.timesteps[place] for _, batch, place in rows])
         alphas = base.alphas_cumprod[timesteps].to(base.device, wide)
         goal = target(base.prediction_type, latents, noise, alphas)
         with bank.using(*(bank.route(component, slots, scales, base.dtype) for component in bank.sites)):
-            embeddings = base.encode_prompts([prompt for batch in batches for prompt in batch.prompts])
+            embeddings = base.encode_prompts([batch.prompts[place] for _, batch, place in rows])
             noisy = add_noise(latents, noise, alphas).to(base.dtype)
             said = base.unet(noisy, timesteps.to(base.device), encoder_hidden_states=embeddings).sample
-        means = row_losses(said, goal).reshape(len(batches), ROWS).mean(1).tolist()
-        return dict(zip(wearing, means, strict=True))
+        return row_losses(said, goal)

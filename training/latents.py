@@ -5,8 +5,10 @@ storage under the hash of everything they depend on.
 """
 
 import hashlib
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,36 +19,68 @@ from training.base import Base
 from training.manifest import TrainSpec
 from training.photos import Photo
 from training.storage_base import Storage
-from training.variants import variants
+from training.variants import Pixels, on_backgrounds, variants
 
 BATCH = 8
 
 
+class Posterior(NamedTuple):
+    """What the VAE says of one image: mean and std [C, h, w], in fp32 on the CPU."""
+
+    mean_CHW: Tensor
+    std_CHW: Tensor
+
+
+def posteriors(mean_VCHW: Tensor, std_VCHW: Tensor) -> tuple[Posterior, ...]:
+    """V images of one size, one by one."""
+    return tuple(map(Posterior, mean_VCHW.unbind(), std_VCHW.unbind()))
+
+
 @dataclass(frozen=True)
 class LatentSet:
-    """V images as latents: posterior mean and std [V, C, h, w] in fp32 on the CPU, and each one's prompt."""
+    """Images as latents, each with its prompt. They may differ in size (aspect buckets)."""
 
-    mean_VCHW: Tensor
-    std_VCHW: Tensor
+    images: tuple[Posterior, ...]
     prompts: tuple[str, ...]
 
     def __len__(self) -> int:
         return len(self.prompts)
 
-    def draw(self, picked: Sequence[int], generator: torch.Generator) -> Tensor:
-        """A sample of the posterior for each picked image: [N, C, h, w]."""
-        mean = self.mean_VCHW[list(picked)]
-        return mean + self.std_VCHW[list(picked)] * torch.randn(mean.shape, generator=generator)
+    def draw(self, picked: Sequence[int], generator: torch.Generator) -> list[Tensor]:
+        """A sample of the posterior for each picked image, [C, h, w]."""
+        return [
+            mean_CHW + std_CHW * torch.randn(mean_CHW.shape, generator=generator)
+            for mean_CHW, std_CHW in (self.images[index] for index in picked)
+        ]
+
+
+def same_sizes(latents: Sequence[Tensor]) -> list[list[int]]:
+    """The places of latents of one size, for every size: what can go through one forward together."""
+    places: dict[torch.Size, list[int]] = {}
+    for place, latent_CHW in enumerate(latents):
+        places.setdefault(latent_CHW.shape, []).append(place)
+    return list(places.values())
 
 
 def encode_photos(base: Base, photos: Sequence[Photo], spec: TrainSpec, prompt: str) -> LatentSet:
-    """Encodes every variant of every photo. A photo's caption, where it has one, stands for `prompt`."""
+    """Encodes every variant of every photo."""
     resolution = spec.resolution or base.resolution
-    pixels: list[np.ndarray] = []
-    prompts: list[str] = []
+    pixels: list[Pixels] = []
     for photo in photos:
-        made = variants(
-            photo.image,
+        pixels += _photo_variants(photo, spec, resolution)
+    return LatentSet(encode_pixels(base, pixels), photo_prompts(photos, spec, prompt, len(pixels)))
+
+
+def _photo_variants(photo: Photo, spec: TrainSpec, resolution: int) -> list[Pixels]:
+    """As many of each photo, whatever it is like, so that every photo of a subject weighs the same."""
+    images = [photo.image] * (1 + spec.backgrounds)
+    if photo.mask is not None:
+        images[1:] = on_backgrounds(photo.image, photo.mask, spec.backgrounds, spec.seed)
+    return [
+        variant
+        for image in images
+        for variant in variants(
+            image,
             resolution,
             crop=spec.cropping,
             crops=spec.crops,
@@ -54,27 +88,40 @@ def encode_photos(base: Base, photos: Sequence[Photo], spec: TrainSpec, prompt: 
             color_jitter=spec.color_jitter,
             seed=spec.seed,
         )
-        pixels += made
-        prompts += [photo.caption or prompt] * len(made)
-    mean, std = encode_pixels(base, pixels)
-    return LatentSet(mean, std, tuple(prompts))
+    ]
 
 
-def encode_pixels(base: Base, pixels: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
-    """Posterior mean and std of uint8 images [H, W, 3], in batches: two tensors [V, C, h, w] in fp32."""
-    means, stds = [], []
-    for start in range(0, len(pixels), BATCH):
-        batch = torch.from_numpy(np.stack(pixels[start : start + BATCH])).permute(0, 3, 1, 2)
-        mean, std = base.encode_images(batch.float() / 127.5 - 1)
-        means.append(mean.float())
-        stds.append(std.float())
-    # as they come back from a file: another memory format would be another rounding in every step
-    return torch.cat(means).contiguous(), torch.cat(stds).contiguous()
+def photo_prompts(photos: Sequence[Photo], spec: TrainSpec, prompt: str, count: int) -> tuple[str, ...]:
+    """The prompts of `count` variants of the photos: a photo's caption, where it has one, stands for `prompt`.
+
+    Not where its background was replaced: a caption tells of the place.
+    """
+    each = count // (len(photos) * (1 + spec.backgrounds))
+    prompts: list[str] = []
+    for photo in photos:
+        own = photo.caption or prompt
+        replaced = own if photo.mask is None else prompt
+        prompts += [own] * each + [replaced] * each * spec.backgrounds
+    return tuple(prompts)
+
+
+def encode_pixels(base: Base, pixels: Sequence[Pixels]) -> tuple[Posterior, ...]:
+    """The posterior of uint8 images [H, W, 3]; neighbours of one size are encoded in batches."""
+    made: list[Posterior] = []
+    for _, alike in itertools.groupby(pixels, key=lambda image_HW3: image_HW3.shape):
+        images = list(alike)
+        for start in range(0, len(images), BATCH):
+            batch = torch.from_numpy(np.stack(images[start : start + BATCH])).permute(0, 3, 1, 2)
+            mean, std = base.encode_images(batch.float() / 127.5 - 1)
+            # as they come back from a file: another memory format would be another rounding in every step
+            made += posteriors(mean.float().contiguous(), std.float().contiguous())
+    return tuple(made)
 
 
 def photos_key(base: Base, photos: Sequence[Photo], spec: TrainSpec) -> str:
     """The cache key of `encode_photos`' tensors: everything they depend on."""
-    settings = (spec.resolution or base.resolution, spec.cropping, spec.crops, spec.flip, spec.color_jitter, spec.seed)
+    resolution = spec.resolution or base.resolution
+    settings = (resolution, spec.cropping, spec.crops, spec.flip, spec.color_jitter, spec.backgrounds, spec.seed)
     return content_key("latents", base.hash, str(base.dtype), *settings, *(photo.sha256 for photo in photos))
 
 
@@ -84,13 +131,16 @@ def content_key(kind: str, *parts: object) -> str:
     return f"cache/{kind}/{digest}.safetensors"
 
 
-def load_latents(storage: Storage, key: str) -> tuple[Tensor, Tensor] | None:
-    """Mean and std cached under `key`, or None."""
+def load_latents(storage: Storage, key: str) -> tuple[Posterior, ...] | None:
+    """The images cached under `key`, or None."""
     if not storage.exists(key):
         return None
     tensors = load(storage.get(key))
-    return tensors["mean"], tensors["std"]
+    return tuple(Posterior(tensors[f"{i}.mean"], tensors[f"{i}.std"]) for i in range(len(tensors) // 2))
 
 
-def save_latents(storage: Storage, key: str, mean_VCHW: Tensor, std_VCHW: Tensor) -> None:
-    storage.put(key, save({"mean": mean_VCHW.contiguous(), "std": std_VCHW.contiguous()}))
+def save_latents(storage: Storage, key: str, images: Sequence[Posterior]) -> None:
+    means = {f"{index}.mean": image.mean_CHW for index, image in enumerate(images)}
+    stds = {f"{index}.std": image.std_CHW for index, image in enumerate(images)}
+    # cloned: safetensors refuses views of one memory
+    storage.put(key, save({name: value.clone() for name, value in (means | stds).items()}))

@@ -97,11 +97,16 @@ class TrainSpec(Closed):
     """The loop of one subject, with the usual names."""
 
     resolution: int | None = Field(None, ge=16, le=2048, description="pixels a side; the base's own by default")
-    crop: Literal["center", "random", "face"] = "center"
+    crop: Literal["center", "random", "face", "bucket"] = Field(
+        "center", description="bucket: no square, but the aspect bucket that crops least of each photo"
+    )
     center_crop: bool | None = Field(None, description="the usual name: true is `crop: center`, false `crop: random`")
     crops: int = Field(4, ge=1, le=64, description="cached crops an image when `crop: random`")
     flip: bool = True
     color_jitter: bool = False
+    backgrounds: int = Field(
+        0, ge=0, le=16, description="so many more variants of a photo with transparency, each before a plain colour"
+    )
     batch_size: int = Field(1, ge=1, le=64)
     gradient_accumulation_steps: int = Field(1, ge=1, le=1024)
     learning_rate: float = Field(1e-4, gt=0, le=10)
@@ -139,6 +144,8 @@ class TrainSpec(Closed):
             return "needs `optimizer: adamw`: the others cannot be sharded"
         if self.mixed_precision == "fp16":
             return "needs `mixed_precision: bf16` or `no`: fp16 scales its losses per device"
+        if self.cropping == "bucket":
+            return "needs another `crop` than bucket: all workers take rows of one size"
         return None
 
     @model_validator(mode="after")
@@ -148,7 +155,7 @@ class TrainSpec(Closed):
         return self
 
     @property
-    def cropping(self) -> Literal["center", "random", "face"]:
+    def cropping(self) -> Literal["center", "random", "face", "bucket"]:
         """The crop meant, whichever of its two names was used."""
         return "random" if self.center_crop is False and self.crop == "center" else self.crop
 

@@ -225,10 +225,16 @@ class Pack:
         """Adds every member's gradient to its slot; answers instance and prior loss of each member."""
         turns = [Turn(m.spec, m.subject.instance, m.subject.prior, m.step, m.micro) for m in members]
         batch = make_batch(turns, len(self._alphas), self._part)
+        losses = [self._learn(part, members) for part in batch.by_size()]
+        instance, prior = (torch.tensor(kind, dtype=torch.float64).sum(0) for kind in zip(*losses, strict=True))
+        return instance.tolist(), prior.tolist()
+
+    def _learn(self, batch: Batch, members: Sequence[Member]) -> tuple[list[float], list[float]]:
+        """`_forward_backward` of rows of one size."""
         wide, device, dtype = self.bank.weights_SP.dtype, self.base.device, self.base.dtype
-        latents = torch.cat(batch.latents).to(device, wide)
-        noise = torch.cat(batch.noise).to(device, wide)
-        timesteps = torch.cat(batch.timesteps).to(device)
+        latents = torch.stack(batch.latents).to(device, wide)
+        noise = torch.stack(batch.noise).to(device, wide)
+        timesteps = torch.tensor(batch.timesteps, device=device)
         alphas = self._alphas[timesteps]
         noisy = add_noise(latents, noise, alphas).to(dtype)
         goal = target(self.base.prediction_type, latents, noise, alphas)

@@ -12,7 +12,16 @@ import torch
 
 from training.base import Base
 from training.errors import UserError
-from training.latents import LatentSet, content_key, encode_photos, load_latents, photos_key, save_latents
+from training.latents import (
+    LatentSet,
+    content_key,
+    encode_photos,
+    load_latents,
+    photo_prompts,
+    photos_key,
+    posteriors,
+    save_latents,
+)
 from training.lead import Lead, Lost
 from training.manifest import PriorSpec, SubjectSpec
 from training.photos import list_photo_files, photos
@@ -64,7 +73,7 @@ def prepare_prior(
         with contextlib.suppress(Lost), lead:
             for done in _make(base, storage, subject, prompts, key, lead):
                 yield done, prior.images, None
-    yield prior.images, prior.images, LatentSet(*cached, _shared_out(prompts, range(prior.images)))
+    yield prior.images, prior.images, LatentSet(cached, _shared_out(prompts, range(prior.images)))
 
 
 def _make(
@@ -77,7 +86,7 @@ def _make(
         made.append(_generate(base, subject, prompts, range(start, min(start + BATCH, wanted))))
         yield start + len(made[-1])
     mean = torch.cat(made)
-    save_latents(storage, key, mean, torch.zeros_like(mean))
+    save_latents(storage, key, posteriors(mean, torch.zeros_like(mean)))
 
 
 def _shared_out(prompts: Sequence[str], indices: range) -> tuple[str, ...]:
@@ -113,8 +122,6 @@ def _from_folder(base: Base, storage: Storage, subject: SubjectSpec, root: Path)
     cached = load_latents(storage, key)
     if cached is None:
         made = encode_photos(base, found, subject.train, subject.filled_class_prompt)
-        save_latents(storage, key, made.mean_VCHW, made.std_VCHW)
+        save_latents(storage, key, made.images)
         return made
-    each = len(cached[0]) // len(found)
-    prompts = [photo.caption or subject.filled_class_prompt for photo in found for _ in range(each)]
-    return LatentSet(*cached, tuple(prompts))
+    return LatentSet(cached, photo_prompts(found, subject.train, subject.filled_class_prompt, len(cached)))

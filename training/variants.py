@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-Crop = Literal["center", "random", "face"]
+Crop = Literal["center", "random", "face", "bucket"]
 Size = tuple[int, int]
 Pixels = NDArray[np.uint8]
 
@@ -50,7 +50,7 @@ class _Detector(Protocol):
 
 def variants(
     image: Image.Image,
-    resolution: int | Size,
+    resolution: int,
     *,
     crop: Crop = "center",
     crops: int = 4,
@@ -60,13 +60,15 @@ def variants(
 ) -> list[Pixels]:
     """Every variant of an image, each `[height, width, 3]` uint8, always in the same order.
 
-    `resolution` is a square's side or a bucket's (width, height). The image is resized to cover it, then cropped:
-    `center` and `face` once, `random` `crops` times at places keyed by `seed` and the pixels. `color_jitter` follows
-    each crop with `JITTERS` changed ones. `flip` appends the mirror of each, in order: `result[i + len(result) // 2]`
-    mirrors `result[i]`. `face` is `center` where none can be found. How many there are depends on the settings alone,
-    so every image of a subject weighs the same.
+    The image is resized to cover a square with sides of `resolution` px, for `bucket` the aspect bucket that crops
+    least of it, then cropped: `random` `crops` times at places keyed by `seed` and the pixels, else once; `face` is
+    `center` where none can be found. `color_jitter` follows each crop with `JITTERS` changed ones. `flip` appends the
+    mirror of each, in order: `result[i + len(result) // 2]` mirrors `result[i]`. How many there are depends on the
+    settings alone, so every image of a subject weighs the same.
     """
-    size = (resolution, resolution) if isinstance(resolution, int) else resolution
+    size = (resolution, resolution)
+    if crop == "bucket":
+        size = assign_bucket(*image.size, bucket_sizes(resolution))
     rgb = image.convert("RGB")
     covering = cover(rgb, size)
     identity = hashlib.sha256(f"{rgb.size}".encode() + rgb.tobytes()).hexdigest()
@@ -113,25 +115,26 @@ def assign_bucket(width: int, height: int, sizes: Sequence[Size]) -> Size:
     return min(sizes, key=lambda size: (round(abs(aspect - math.log(size[0] / size[1])), 9), -size[0] * size[1]))
 
 
-def replace_background(
-    image: Image.Image, mask: Image.Image, background: Image.Image | tuple[int, int, int]
-) -> Image.Image:
-    """`image` with `background`, a colour or an image cut to fit, where `mask` (L, 255 = keep) is not opaque.
+def replace_background(image: Image.Image, mask: Image.Image, colour: tuple[int, int, int]) -> Image.Image:
+    """`image` with `colour` where `mask` (L, 255 = keep) is not opaque.
 
     `image` must lie on white, as `read_picture` gives it: the white in half-covered edge pixels is taken out exactly,
     so hair and fur get no pale rim.
     """
     if mask.size != image.size:
         raise ValueError(f"mask of {mask.size} px for an image of {image.size} px")
-    if isinstance(background, tuple):
-        behind = Image.new("RGB", image.size, background)
-    else:
-        behind = _centre_cut(cover(background.convert("RGB"), image.size), image.size)
     clear_HW1 = 1 - np.asarray(mask.convert("L"), np.float32)[..., None] / 255
     image_HW3 = np.asarray(image.convert("RGB"), np.float32)
     # image = alpha * colour + (1 - alpha) * white, so the swap needs no division by alpha
-    replaced_HW3 = image_HW3 + clear_HW1 * (np.asarray(behind, np.float32) - 255)
+    replaced_HW3 = image_HW3 + clear_HW1 * (np.asarray(colour, np.float32) - 255)
     return Image.fromarray(_to_bytes(replaced_HW3))
+
+
+def on_backgrounds(image: Image.Image, mask: Image.Image, count: int, seed: int) -> list[Image.Image]:
+    """`count` times the image, each before a plain colour keyed by `seed` and the pixels; see `replace_background`."""
+    drawn = _uniforms(f"{seed}/{hashlib.sha256(image.tobytes()).hexdigest()}/background")
+    colours = [(int(256 * next(drawn)), int(256 * next(drawn)), int(256 * next(drawn))) for _ in range(count)]
+    return [replace_background(image, mask, colour) for colour in colours]
 
 
 def can_find_faces() -> bool:
@@ -167,11 +170,6 @@ def _places(image: Image.Image, size: Size, crop: Crop, crops: int, key: str) ->
     left = (face.left + face.right - size[0]) // 2
     top = (face.top + face.bottom - size[1]) // 2
     return [(min(max(left, 0), free_x), min(max(top, 0), free_y))]
-
-
-def _centre_cut(image: Image.Image, size: Size) -> Image.Image:
-    left, top = (image.width - size[0]) // 2, (image.height - size[1]) // 2
-    return image.crop((left, top, left + size[0], top + size[1]))
 
 
 def _jittered(image_HW3: Pixels, key: str) -> list[Pixels]:

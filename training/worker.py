@@ -21,7 +21,7 @@ from training.events import NAME as EVENTS, event_file
 from training.fitting import open_pack
 from training.intake import read_files
 from training.judging import Finished, Judging, gate_failure, hold_out
-from training.latents import LatentSet, encode_photos, load_latents, photos_key, save_latents
+from training.latents import LatentSet, encode_photos, load_latents, photo_prompts, photos_key, save_latents
 from training.manifest import SubjectSpec
 from training.pack import Report, Subject
 from training.photos import Photo, Photos, photos
@@ -143,11 +143,9 @@ class Worker:
         if cached is None:
             self._say(spec.id, "encoding photos")
             made = encode_photos(self.base, found.good, spec.train, spec.filled_instance_prompt)
-            save_latents(self.storage, key, made.mean_VCHW, made.std_VCHW)
+            save_latents(self.storage, key, made.images)
             return made
-        each = len(cached[0]) // len(found.good)
-        prompts = [photo.caption or spec.filled_instance_prompt for photo in found.good for _ in range(each)]
-        return LatentSet(*cached, tuple(prompts))
+        return LatentSet(cached, photo_prompts(found.good, spec.train, spec.filled_instance_prompt, len(cached)))
 
     def _prior(self, spec: SubjectSpec, found: Photos) -> LatentSet:
         captions = [photo.caption for photo in found.good if photo.caption]

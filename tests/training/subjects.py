@@ -1,11 +1,12 @@
 """Subjects made of random latents: what a pack needs, without photos."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import yaml
 
-from training.latents import LatentSet
+from training.latents import LatentSet, Posterior, posteriors
 from training.manifest import SubjectSpec, parse_manifest
 from training.pack import Subject
 
@@ -17,10 +18,14 @@ def spec(id: str, **settings: Any) -> SubjectSpec:
     return parse_manifest(yaml.safe_dump({"version": 1, "name": "test", "subjects": [entry]})).subjects[0]
 
 
-def latents(prompt: str, count: int, seed: int) -> LatentSet:
+def latents(prompt: str, count: int, seed: int, sizes: Sequence[tuple[int, int]] = ((8, 8),)) -> LatentSet:
+    """Of `count` images, whose sizes take turns."""
     generator = torch.Generator().manual_seed(seed)
-    mean = torch.randn(count, 4, 8, 8, generator=generator)
-    return LatentSet(mean, torch.full_like(mean, 0.1), (prompt,) * count)
+    images: list[Posterior] = []
+    for index in range(count):
+        mean = torch.randn(1, 4, *sizes[index % len(sizes)], generator=generator)
+        images += posteriors(mean, torch.full_like(mean, 0.1))
+    return LatentSet(tuple(images), (prompt,) * count)
 
 
 def subject(id: str, seed: int = 0, **settings: Any) -> Subject:
@@ -28,4 +33,5 @@ def subject(id: str, seed: int = 0, **settings: Any) -> Subject:
     settings["train"] = {"seed": seed, **settings.get("train", {})}
     made = spec(id, **settings)
     prior = latents(made.filled_class_prompt, 7, seed=1000)
-    return Subject(made, latents(made.filled_instance_prompt, 5, seed), prior)
+    sizes = ((8, 8), (8, 12), (12, 6)) if made.train.cropping == "bucket" else ((8, 8),)
+    return Subject(made, latents(made.filled_instance_prompt, 5, seed, sizes), prior)

@@ -85,6 +85,7 @@ VARIED: dict[str, dict[str, Any]] = {
     "min-snr": {"train": {"min_snr_gamma": 5.0, "noise_offset": 0.1}},
     "cosine": {"train": {"lr_scheduler": "cosine", "lr_warmup_steps": 2, "max_grad_norm": None}},
     "prodigy": {"train": {"optimizer": "prodigy", "learning_rate": 1.0}},
+    "bucket": {"train": {"crop": "bucket", "batch_size": 3}},
     "word": {
         "words": {"tokens": ["<s1>", "<s2>"], "learning_rate": 1e-2},
         "instance_prompt": "a photo of <s1><s2> dog",
@@ -198,8 +199,11 @@ def plain_loop(base: Base, one: Subject) -> Adapter:
         for micro in range(spec.gradient_accumulation_steps):
             generator = stream(spec.seed, "instance", step, micro)
             start = (step * spec.gradient_accumulation_steps + micro) * spec.batch_size
-            clean = one.instance.draw(shuffled(spec.seed, "instance", 5, start, spec.batch_size), generator).double()
-            noise = torch.randn(clean.shape, generator=generator).double()
+            clean = torch.stack(
+                one.instance.draw(shuffled(spec.seed, "instance", 5, start, spec.batch_size), generator)
+            )
+            noise = torch.stack([torch.randn(image.shape, generator=generator) for image in clean])
+            clean, noise = clean.double(), noise.double()
             timesteps = torch.randint(0, 1000, (spec.batch_size,), generator=generator)
             noisy = schedule.add_noise(clean, noise, timesteps)
             goal = noise if base.prediction_type == "epsilon" else schedule.get_velocity(clean, noise, timesteps)
@@ -221,7 +225,8 @@ def plain_loop(base: Base, one: Subject) -> Adapter:
 def test_a_diverging_subject_fails_with_its_step_and_costs_the_others_nothing(tiny64: Base) -> None:
     """Law 8: NaN in one subject's latents from the start."""
     bad = subject("bad", seed=5)
-    bad.instance.mean_VCHW.fill_(float("nan"))
+    for image in bad.instance.images:
+        image.mean_CHW.fill_(float("nan"))
     good = [subject("a", seed=1), subject("b", seed=2)]
     out = run(tiny64, [good[0], bad, good[1]], slots=3)
     reason = out.reasons["bad"]

@@ -42,7 +42,7 @@ def test_of_two_workers_one_makes_it(tiny: Base, tmp_path: Path, monkeypatch: py
     *_, (_, _, mine) = first
     *_, (_, _, theirs) = second
     assert mine is not None and theirs is not None
-    assert torch.equal(mine.mean_VCHW, theirs.mean_VCHW)
+    assert all(torch.equal(one.mean_CHW, other.mean_CHW) for one, other in zip(mine.images, theirs.images, strict=True))
     assert made == [range(2), range(2, 4)]
 
 
@@ -76,5 +76,5 @@ def test_class_images_are_shared_out_among_the_captions(tiny: Base, tmp_path: Pa
     assert without is not None and set(without.prompts) == {"a photo of dog"}
     assert found is not None
     assert found.prompts == (*class_prompts(captioned, CAPTIONS), "a photo of dog")
-    same = [torch.equal(one, other) for one, other in zip(found.mean_VCHW, without.mean_VCHW, strict=True)]
+    same = [torch.equal(one.mean_CHW, other.mean_CHW) for one, other in zip(found.images, without.images, strict=True)]
     assert same == [True, False, False, True]  # an image depends on its prompt and place alone

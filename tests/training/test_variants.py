@@ -18,6 +18,7 @@ from training.variants import (
     can_find_faces,
     cover,
     find_face,
+    on_backgrounds,
     replace_background,
     variants,
 )
@@ -32,13 +33,12 @@ SIZES = [(64, 64), (96, 64), (50, 130), (64, 65), (300, 200), (17, 40)]
 
 
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("crop", ["center", "random"])
-@pytest.mark.parametrize("resolution", [32, (48, 32), (32, 56)])
-def test_shapes_and_repeatability(size: tuple[int, int], crop: Crop, resolution: int | tuple[int, int]) -> None:
-    width, height = (resolution, resolution) if isinstance(resolution, int) else resolution
+@pytest.mark.parametrize("crop", ["center", "random", "bucket"])
+def test_shapes_and_repeatability(size: tuple[int, int], crop: Crop) -> None:
     image = picture(*size)
-    first = variants(image, resolution, crop=crop, crops=3, flip=True, color_jitter=True, seed=5)
-    second = variants(image, resolution, crop=crop, crops=3, flip=True, color_jitter=True, seed=5)
+    width, height = assign_bucket(*size, bucket_sizes(32)) if crop == "bucket" else (32, 32)
+    first = variants(image, 32, crop=crop, crops=3, flip=True, color_jitter=True, seed=5)
+    second = variants(image, 32, crop=crop, crops=3, flip=True, color_jitter=True, seed=5)
     assert all(variant.shape == (height, width, 3) and variant.dtype == np.uint8 for variant in first)
     assert all((a == b).all() for a, b in zip(first, second, strict=True))
     assert all(variant.flags.c_contiguous for variant in first)
@@ -163,15 +163,32 @@ def test_images_go_to_the_nearest_bucket() -> None:
     assert (width, height) == (320, 768)
 
 
+@pytest.mark.parametrize(("source", "made"), [((90, 60), (40, 24)), ((60, 90), (24, 40)), ((64, 64), (32, 32))])
+def test_a_bucket_follows_the_photo(source: tuple[int, int], made: tuple[int, int]) -> None:
+    width, height = made
+    assert [variant.shape for variant in variants(picture(*source), 32, crop="bucket")] == [(height, width, 3)]
+
+
+def test_backgrounds_are_keyed_by_seed_and_photo_and_leave_the_subject() -> None:
+    mask = Image.fromarray(np.repeat(np.array([[0] * 8 + [255] * 8], np.uint8), 16, axis=0))
+    image = Image.composite(picture(16, 16), Image.new("RGB", (16, 16), "white"), mask)
+    made = [np.asarray(one) for one in on_backgrounds(image, mask, 3, seed=1)]
+    again = [np.asarray(one) for one in on_backgrounds(image, mask, 3, seed=1)]
+    other = np.asarray(on_backgrounds(image, mask, 1, seed=2)[0])
+    np.testing.assert_array_equal(made, again)
+    assert len({one[0, 0].tobytes() for one in (*made, other)}) == 4
+    for one in made:
+        np.testing.assert_array_equal(one[:, 8:], np.asarray(image)[:, 8:])
+        assert (one[:, :8] == one[0, 0]).all()
+
+
 def test_a_background_is_replaced_exactly() -> None:
     colour = np.asarray(picture(40, 30), float)
     alpha = np.linspace(0, 1, 40)[None, :, None] * np.ones((30, 1, 1))
     on_white = Image.fromarray(np.rint(colour * alpha + 255 * (1 - alpha)).astype(np.uint8))
     mask = Image.fromarray(np.rint(alpha[..., 0] * 255).astype(np.uint8))
-    behind = picture(80, 80, seed=1)
-    scene = np.asarray(variants(behind, (40, 30))[0], float)
-    replaced = replace_background(on_white, mask, behind)
-    np.testing.assert_allclose(np.asarray(replaced), colour * alpha + scene * (1 - alpha), atol=2)
+    replaced = replace_background(on_white, mask, (10, 120, 60))
+    np.testing.assert_allclose(np.asarray(replaced), colour * alpha + np.array([10, 120, 60]) * (1 - alpha), atol=2)
     green = np.asarray(replace_background(on_white, mask, (0, 200, 0)))
     assert tuple(green[0, 0]) == (0, 200, 0)
     np.testing.assert_array_equal(np.asarray(replace_background(on_white, mask, (255, 255, 255))), np.asarray(on_white))

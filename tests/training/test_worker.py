@@ -239,6 +239,8 @@ def test_a_prior_is_made_once_and_shared(folder: Path, tiny: Base, monkeypatch: 
     [
         {"resolution": 32},
         {"center_crop": False},
+        {"crop": "bucket"},
+        {"crop": "bucket", "batch_size": 2, "optimizer": "prodigy", "learning_rate": 1.0},
         {"flip": False},
         {"color_jitter": True},
         {"batch_size": 2},

@@ -52,10 +52,13 @@ def _gang(rank: int, folder: str, stage: int, offload: bool, out: str) -> None:
     pack = zero.ZeroPack(base, zero.Gang(), spec, rank=8, targets=TARGETS, words=2, **options)
     if rank > 0:
         pack.follow()
-        return
-    found = {name: _lead(base, pack, made(name), stage) for name in SETTINGS}
-    pack.close()
-    torch.save(found, out)
+    else:
+        found = {name: _lead(base, pack, made(name), stage) for name in SETTINGS}
+        pack.close()
+        torch.save(found, out)
+    # one that ends while another still talks to it takes that one along
+    distributed.barrier()
+    distributed.destroy_process_group()
 
 
 def _lead(base: Base, pack: Pack, one: Subject, stage: int) -> dict[str, Any]:

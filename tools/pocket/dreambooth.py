@@ -145,7 +145,7 @@ def learner(base: Base, subject: Subject, setting: Setting, cache: Path = CACHE)
     instance = encode_photos(base, photos_of(subject), spec.train, spec.filled_instance_prompt)
     if not setting.captions:
         plain = (spec.filled_instance_prompt,) * len(instance)
-        instance = LatentSet(instance.mean_VCHW, instance.std_VCHW, plain)
+        instance = LatentSet(instance.images, plain)
     if not spec.prior.enabled:
         return Learner(spec, instance)
     *_, (_, _, prior) = prepare_prior(base, open_storage(str(cache)), spec, captions=instance.prompts)
