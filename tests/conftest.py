@@ -1,6 +1,7 @@
 """Fixtures that every test may use: the tiny base, made once."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,9 @@ import torch
 
 from tests.tiny import tiny_base
 from training.base import Base, load_base
+
+# a shell starts background jobs with Ctrl-C ignored, and what they start inherits it
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -73,7 +73,7 @@ def test_a_pack_with_a_corrupt_subject_then_the_same_again(desk: Desk) -> None:
 
 
 def test_a_killed_driver_then_a_stopped_one_then_to_the_end(desk: Desk) -> None:
-    manifest = desk.manifest("rusty", "tabby", steps=2000, every=20)
+    manifest = desk.manifest("rusty", "tabby", steps=600, every=20)
     with desk.start("train", manifest) as driver:
         wait_for_step(desk, "tabby", 40)
         os.kill(driver.pid, signal.SIGKILL)

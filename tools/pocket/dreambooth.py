@@ -45,8 +45,8 @@ SEEN_PLACES = ("grass", "brick")
 CLASS_PLACES = ("", "snow", "water", "clouds")
 SEEDS = 2
 LOOK = Look(steps=15, guidance_scale=3.0, resolution=None)
-STEPS = 250
-CURVE = (50, 100, 150, STEPS)
+STEPS = 350
+CURVE = (50, 100, 150, 250, STEPS)
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 PROCESSES = 2
 CACHE = WORK / "dreambooth" / "cache"

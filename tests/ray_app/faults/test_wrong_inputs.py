@@ -2,10 +2,12 @@
 
 import time
 
+import psutil
 import pytest
 
-from tests.ray_app.conftest import Desk
-from tests.ray_app.faults.conftest import only_run, step_of, wait_until
+from tests.ray_app.conftest import Desk, Result
+from tests.ray_app.faults.conftest import only_run, processes, step_of, wait_until
+from tests.tiny import tiny_images
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -18,6 +20,31 @@ def test_a_subject_that_diverges_is_tried_once_more_and_fails_alone(desk: Desk) 
     wild = result.json["subjects"][1]
     assert "diverged" in wild["reason"]
     assert [attempt["kind"] for attempt in wild["attempts"]] == ["diverged", "diverged"]
+
+
+def test_a_subject_that_needs_more_memory_than_there_is_fails_alone(desk: Desk) -> None:
+    """The limit is set from outside, on the worker that is training: the kernel refuses what goes beyond."""
+    large = ", train: {resolution: 128, batch_size: 64, strategy: plain, max_steps: 5}"
+    usual = ", train: {resolution: 128}"
+    for id in ("rusty", "greedy", "tabby"):
+        tiny_images(desk.folder / "images" / id, side=128)
+    tail = "".join(
+        f"  - {{id: {id}, images: images/{id}{how}}}\n"
+        for id, how in (("rusty", usual), ("greedy", large), ("tabby", usual))
+    )
+    with desk.start("train", desk.manifest(steps=200, every=20, tail=tail), "--json") as driver:
+        wait_until(lambda: step_of(desk, "rusty") >= 40, "a checkpoint")
+        (worker,) = processes(driver, "ray::RayTrainWorker")
+        limit = worker.memory_info().vms + 400 * 2**20
+        worker.rlimit(psutil.RLIMIT_AS, (limit, limit))
+        out, err = driver.communicate(timeout=200)
+    assert driver.returncode == 1, err
+    result = Result(driver.returncode, out, err)
+    assert result.states() == {"rusty": "published", "greedy": "failed", "tabby": "published"}
+    rusty, greedy, tabby = result.json["subjects"]
+    assert "out of memory" in greedy["reason"] and "batch_size" in greedy["reason"]
+    assert [attempt["kind"] for attempt in greedy["attempts"]] == ["out of memory"]
+    assert not rusty["attempts"] and not tabby["attempts"]
 
 
 def test_retry_takes_up_only_what_failed(desk: Desk) -> None:
