@@ -166,12 +166,12 @@ def peft_mixed(base: Base, count: int) -> Callable[[Rows, list[str]], None]:
 # -- whole requests at saturation --
 
 
-def request(index: int, adapter: int | None, steps: int) -> GenerateRequest:
+def request(index: int, adapter: int | None, steps: int, side: int) -> GenerateRequest:
     return GenerateRequest(
         prompt=PROMPT,
         adapters=() if adapter is None else (AdapterUse(ref=ref(adapter)),),
-        width=64,
-        height=64,
+        width=side,
+        height=side,
         seed=index,
         steps=steps,
         guidance_scale=GUIDANCE,
@@ -180,8 +180,10 @@ def request(index: int, adapter: int | None, steps: int) -> GenerateRequest:
 
 
 @contextmanager
-def engine_over(base: Base, adapters: dict[AdapterRef, Adapter], slots: int) -> Iterator[Engine]:
-    spec = EngineSpec(device="cpu", slots=slots, max_rows=MAX_ROWS, queue=100_000)
+def engine_over(
+    base: Base, adapters: dict[AdapterRef, Adapter], slots: int, *, fixed_rows: bool = False
+) -> Iterator[Engine]:
+    spec = EngineSpec(device="cpu", slots=slots, max_rows=MAX_ROWS, queue=100_000, fixed_rows=fixed_rows)
     engine = Engine(base, spec, adapters.__getitem__)
     try:
         yield engine
@@ -219,15 +221,7 @@ def saturated(base: Base, steps: int, side: int, images: int = 32) -> tuple[Tabl
     for distinct in (None, 1, 2, 8, 32):
         name = "(d) ours without adapters" if distinct is None else f"ours, {distinct} distinct adapters"
         with engine_over(base, shelf(base, distinct or 0), slots=32) as engine:
-            wanted = [
-                (
-                    0.0,
-                    request(i, None if distinct is None else i % distinct, steps).model_copy(
-                        update={"width": side, "height": side}
-                    ),
-                )
-                for i in range(images)
-            ]
+            wanted = [(0.0, request(i, None if distinct is None else i % distinct, steps, side)) for i in range(images)]
             serve(engine, wanted[:16])
             found[name] = images / min(serve(engine, wanted)[0] for _ in range(2))
     found |= peers(base, steps, side)
@@ -303,6 +297,21 @@ def swaps(base: Base) -> Table:
     return [(name, f"{1e3 * seconds:.2f} ms", f"{seconds / ours:.0f}") for name, seconds in found.items()]
 
 
+def fixed_rows(base: Base, steps: int, side: int) -> Table:
+    """What it costs to have the same bits in any company: so many images at once, with and without empty rows."""
+    table: Table = []
+    for images in (1, 4, 16):
+        rates = []
+        for fixed in (False, True):
+            with engine_over(base, shelf(base, 8), 8, fixed_rows=fixed) as engine:
+                wanted = [(0.0, request(i, i % 8, steps, side)) for i in range(images)]
+                serve(engine, wanted)
+                rates.append(images / min(serve(engine, wanted)[0] for _ in range(3)))
+        free, padded = rates
+        table.append((str(images), f"{free:.2f} images/s", f"{padded:.2f} images/s", f"{padded / free:.2f}"))
+    return table
+
+
 # -- working sets and arrivals --
 
 
@@ -316,10 +325,7 @@ def working_sets(base: Base, steps: int, side: int, slots: int = 8, images: int 
     found = {}
     for count in (slots - 1, slots, slots + 1, 10 * slots):
         with engine_over(base, shelf(base, count), slots) as engine:
-            wanted = [
-                (0.0, request(i, i % count, steps).model_copy(update={"width": side, "height": side}))
-                for i in range(images)
-            ]
+            wanted = [(0.0, request(i, i % count, steps, side)) for i in range(images)]
             serve(engine, wanted[:slots])
             found[f"{count} adapters, {slots} slots"] = images / serve(engine, wanted)[0]
     full = found[f"{slots} adapters, {slots} slots"]
@@ -333,8 +339,7 @@ def arrivals(base: Base, steps: int, side: int, capacity: float, images: int = 6
         choose, due, wanted = random.Random(1), 0.0, []
         for index in range(images):
             due += choose.expovariate(share * capacity)
-            one = request(index, zipf(choose, 32), steps).model_copy(update={"width": side, "height": side})
-            wanted.append((due, one))
+            wanted.append((due, request(index, zipf(choose, 32), steps, side)))
         with engine_over(base, shelf(base, 32), slots=16) as engine:
             _, latencies = serve(engine, wanted)
         latencies.sort()
@@ -372,6 +377,8 @@ def main() -> None:
     table, rates = saturated(base, steps, side)
     tell(f"At saturation, {steps} steps, rank 8 attention", ["", "throughput", "8 distinct, times this"], table)
     tell("Working sets", ["", "throughput", "of set = slots"], working_sets(base, steps, side))
+    heads = ["images at once", "as many rows as there are", f"`fixed_rows`: always {MAX_ROWS}", "ratio"]
+    tell("The same bits in any company", heads, fixed_rows(base, steps, side))
     capacity = rates["ours, 32 distinct adapters"]
     heads = ["Poisson, 32 adapters by Zipf, 16 slots", "p50", "p95", "p99"]
     tell("Arrivals", heads, arrivals(base, steps, side, capacity))

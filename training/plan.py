@@ -1,7 +1,7 @@
 """Planning: which subjects fit into one pack, how large packs are, and what a run will take. Pure; knows no torch.
 
-Subjects of one profile can share a pack. Everything else (steps, learning rates, ranks, prompts, priors, batch sizes)
-may differ inside one.
+Subjects of one profile whose rows are of one order can share a pack. Everything else (steps, learning rates, ranks,
+prompts, priors, batch sizes) may differ inside one.
 """
 
 from collections.abc import Iterable, Sequence
@@ -100,11 +100,11 @@ def profile_of(subject: SubjectSpec, base: BaseFacts) -> Profile:
 
 
 def plan_run(manifest: Manifest, base: BaseFacts, *, lanes: int = 1, max_rows: int = MAX_ROWS) -> Plan:
-    """Groups the subjects by profile and splits each group over at most `lanes` packs, in manifest order."""
-    groups: dict[Profile, list[SubjectSpec]] = {}
+    """Groups the subjects by profile and rows and splits each group over at most `lanes` packs, in manifest order."""
+    groups: dict[tuple[Profile, int], list[SubjectSpec]] = {}
     for subject in manifest.subjects:
-        groups.setdefault(profile_of(subject, base), []).append(subject)
-    packs = [pack for profile, group in groups.items() for pack in _packs(profile, group, base, lanes, max_rows)]
+        groups.setdefault((profile_of(subject, base), _rows_class(subject)), []).append(subject)
+    packs = [pack for (profile, _), group in groups.items() for pack in _packs(profile, group, base, lanes, max_rows)]
     sizes = {subject.id: adapter_bytes(subject, base) / 1e6 for subject in manifest.subjects}
     checkpoints = sum(
         8 * sizes[s.id] * min(s.train.keep_checkpoints, ceil(s.train.max_steps / s.train.checkpoint_every))
@@ -160,6 +160,11 @@ def with_slots(pack: PackPlan, slots: int) -> PackPlan:
 def rows_of(subject: SubjectSpec) -> int:
     """Rows of the fused batch that a subject takes."""
     return subject.train.batch_size * (2 if subject.prior.enabled else 1)
+
+
+def _rows_class(subject: SubjectSpec) -> int:
+    """1 to 4 rows, 5 to 16, 17 to 64, ...: beside one of many rows, those of few would have fewer slots than fit."""
+    return max(0, ((rows_of(subject) - 1).bit_length() - 1) // 2)
 
 
 def adapter_parameters(subject: SubjectSpec, base: BaseFacts) -> int:

@@ -40,6 +40,13 @@ def test_what_cannot_share_a_forward_does_not(facts: BaseFacts) -> None:
     assert len(plan.packs) == 3
 
 
+def test_one_of_many_rows_takes_no_slots_from_those_of_few(facts: BaseFacts) -> None:
+    few: list[dict[str, object]] = [{}, {"prior": {"enabled": False}}, {"train": {"batch_size": 2}}] * 4
+    many: dict[str, object] = {"train": {"batch_size": 16}}
+    plan = plan_run(manifest(*few, many, many), facts)
+    assert [(len(pack.subjects), pack.slots, pack.rows) for pack in plan.packs] == [(12, 8, 4), (2, 1, 32)]
+
+
 def test_lanes_split_a_group_evenly_and_slots_are_bounded(facts: BaseFacts) -> None:
     plan = plan_run(manifest(*[{}] * 50), facts, lanes=4, max_rows=16)
     assert sorted(len(pack.subjects) for pack in plan.packs) == [12, 12, 13, 13]
@@ -81,7 +88,7 @@ def test_what_may_be_spread_has_a_gang_in_reserve(facts: BaseFacts) -> None:
         {"train": {"batch_size": 6, "zero": {"workers": 3}}},
         {"train": {"batch_size": 5}, "lora": {"rank": 16}},
     )
-    assert len(plan_run(found, facts).packs) == 1
+    assert [pack.subjects for pack in plan_run(found, facts).packs] == [("s0", "s1", "s2", "s3"), ("s4", "s5")]
     two, three = reserve(found, facts)
     assert (two.subjects, two.workers, two.slots, two.rows, two.rank) == (("s0", "s5"), 2, 1, 10, 16)
     assert (three.subjects, three.workers) == (("s4",), 3)

@@ -1,5 +1,6 @@
 """Subjects and states that go wrong by themselves: they end with their reason and cost the others nothing."""
 
+import subprocess
 import time
 
 import psutil
@@ -23,7 +24,7 @@ def test_a_subject_that_diverges_is_tried_once_more_and_fails_alone(desk: Desk) 
 
 
 def test_a_subject_that_needs_more_memory_than_there_is_fails_alone(desk: Desk) -> None:
-    """The limit is set from outside, on the worker that is training: the kernel refuses what goes beyond."""
+    """The limit is set from outside, to what the usual subjects take and some: the kernel refuses what goes beyond."""
     large = ", train: {resolution: 128, batch_size: 64, strategy: plain, max_steps: 5}"
     usual = ", train: {resolution: 128}"
     for id in ("rusty", "greedy", "tabby"):
@@ -36,7 +37,9 @@ def test_a_subject_that_needs_more_memory_than_there_is_fails_alone(desk: Desk) 
         wait_until(lambda: step_of(desk, "rusty") >= 40, "a checkpoint")
         (worker,) = processes(driver, "ray::RayTrainWorker")
         limit = worker.memory_info().vms + 400 * 2**20
-        worker.rlimit(psutil.RLIMIT_AS, (limit, limit))
+        wait_until(lambda: _others(driver, worker), "the worker of the larger subject")
+        for other in _others(driver, worker):
+            other.rlimit(psutil.RLIMIT_AS, (limit, limit))
         out, err = driver.communicate(timeout=200)
     assert driver.returncode == 1, err
     result = Result(driver.returncode, out, err)
@@ -45,6 +48,10 @@ def test_a_subject_that_needs_more_memory_than_there_is_fails_alone(desk: Desk) 
     assert "out of memory" in greedy["reason"] and "batch_size" in greedy["reason"]
     assert [attempt["kind"] for attempt in greedy["attempts"]] == ["out of memory"]
     assert not rusty["attempts"] and not tabby["attempts"]
+
+
+def _others(driver: "subprocess.Popen[str]", worker: psutil.Process) -> list[psutil.Process]:
+    return [other for other in processes(driver, "ray::RayTrainWorker") if other.pid != worker.pid]
 
 
 def test_retry_takes_up_only_what_failed(desk: Desk) -> None:
