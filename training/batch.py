@@ -39,9 +39,16 @@ class Batch:
     is_prior: list[bool] = field(default_factory=list)
     from_base: list[bool] = field(default_factory=list)  # the target is the base's own prediction
 
-    def by_size(self) -> list["Batch"]:
-        """The batch in parts whose rows go through one forward together."""
-        return [self._rows(places) for places in same_sizes(self.latents)]
+    def parts(self, most_rows: int | None = None) -> list["Batch"]:
+        """The batch cut into what goes through one forward: rows of one size, at most `most_rows`.
+
+        Their losses, summed, are the whole's.
+        """
+        return [
+            self._rows(places[start : start + (most_rows or len(places))])
+            for places in same_sizes(self.latents)
+            for start in range(0, len(places), most_rows or len(places))
+        ]
 
     def _rows(self, places: Sequence[int]) -> "Batch":
         return Batch(**{of.name: [getattr(self, of.name)[place] for place in places] for of in fields(self)})

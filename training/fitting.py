@@ -54,8 +54,11 @@ def open_pack(base: Base, plan: PackPlan) -> Opened:
         words=plan.words,
         gradient_checkpointing=fit.checkpointing,
     )
-    recomputed = fit.checkpointing and profile.gradient_checkpointing == "auto"
-    return Opened(pack, max(1, fit.rows // plan.rows), fit, (fit.why,) if recomputed else ())
+    limit = max(1, fit.rows // plan.rows)
+    if fit.rows < plan.rows:
+        pack.most_rows = max(1, fit.rows)
+    told = (fit.checkpointing and profile.gradient_checkpointing == "auto") or pack.most_rows is not None
+    return Opened(pack, limit, fit, (fit.why,) if told else ())
 
 
 def follow_pack(base: Base, plan: PackPlan) -> None:

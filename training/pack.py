@@ -86,7 +86,8 @@ class Member:
 class Pack:
     """Up to `slots` subjects over `base`. `targets` per component is what the bank covers; subjects may wear less.
 
-    `words`: textual-inversion vectors a subject may train.
+    `words`: textual-inversion vectors a subject may train. `most_rows` of a step go through one forward (None: all);
+    the others follow in further ones, whose gradients are added.
     """
 
     def __init__(
@@ -113,6 +114,7 @@ class Pack:
         self._embeddings: dict[str, Tensor] = {}
         self._alphas = base.alphas_cumprod.to(base.device, wide)
         self._part = WHOLE
+        self.most_rows: int | None = None
         self._checkpointing = gradient_checkpointing
         if gradient_checkpointing:
             _checkpoint_activations(base, True)
@@ -198,6 +200,13 @@ class Pack:
         member = self._member(id)
         return member.train.batch_size * (2 if member.spec.prior.enabled else 1)
 
+    def halve_rows(self) -> bool:
+        """From now on half as many rows go through one forward; False if it is one already."""
+        rows = sum(self.rows(id) for id in self.ids)
+        rows = min(rows, self.most_rows or rows)
+        self.most_rows = max(1, rows // 2)
+        return rows > 1
+
     def restart_step(self) -> None:
         """Forgets the micro-batches of the step under way, for everyone: it starts over, with the same draws."""
         self._gradient().zero_()
@@ -225,12 +234,12 @@ class Pack:
         """Adds every member's gradient to its slot; answers instance and prior loss of each member."""
         turns = [Turn(m.spec, m.subject.instance, m.subject.prior, m.step, m.micro) for m in members]
         batch = make_batch(turns, len(self._alphas), self._part)
-        losses = [self._learn(part, members) for part in batch.by_size()]
+        losses = [self._learn(part, members) for part in batch.parts(self.most_rows)]
         instance, prior = (torch.tensor(kind, dtype=torch.float64).sum(0) for kind in zip(*losses, strict=True))
         return instance.tolist(), prior.tolist()
 
     def _learn(self, batch: Batch, members: Sequence[Member]) -> tuple[list[float], list[float]]:
-        """`_forward_backward` of rows of one size."""
+        """`_forward_backward` of rows that share a forward."""
         wide, device, dtype = self.bank.weights_SP.dtype, self.base.device, self.base.dtype
         latents = torch.stack(batch.latents).to(device, wide)
         noise = torch.stack(batch.noise).to(device, wide)

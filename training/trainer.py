@@ -49,7 +49,8 @@ def train(pack: Pack, feed: Feed, *, limit: int | None = None) -> Iterator[Progr
     """Trains until `feed` has nothing more. `feed(n)` answers up to n subjects to join now; it may answer fewer.
 
     Subjects join and leave at step borders. One that finishes, diverges or does not fit leaves alone; the others go on.
-    `limit`: subjects at once, the pack's slots by default; out of memory halves it.
+    `limit`: subjects at once, the pack's slots by default; out of memory halves it. For one subject alone the rows of a
+    forward are halved instead.
     """
     limit = limit or pack.bank.slots
     waiting: deque[Subject] = deque()
@@ -69,8 +70,8 @@ def train(pack: Pack, feed: Feed, *, limit: int | None = None) -> Iterator[Progr
         except RuntimeError as error:
             if not _is_out_of_memory(error):
                 raise
-            limit, ended = _halve(pack, waiting)
-            note = f"out of memory with {rows} rows: the pack goes on with at most {limit} subjects at once"
+            limit, ended, how = _give_way(pack, waiting)
+            note = f"out of memory with {rows} rows: {how}"
             yield from _part(pack, Progress(joined=joined, ended=tuple(ended), notes=(note,)))
             continue
         ended = [found for report in reports if (found := _end(pack, report))]
@@ -108,18 +109,23 @@ def _end(pack: Pack, report: Report) -> Ended | None:
     return Ended(report.id) if report.step >= pack.max_steps(report.id) else None
 
 
-def _halve(pack: Pack, waiting: deque[Subject]) -> tuple[int, list[Ended]]:
-    """Takes half of the subjects out to wait; the last one alone fails if even it does not fit."""
+def _give_way(pack: Pack, waiting: deque[Subject]) -> tuple[int, list[Ended], str]:
+    """Takes half of the subjects out to wait; one alone goes through in parts, and fails if even one row does not fit.
+
+    Answers how many subjects may train at once from now on, who ended, and what was done in words.
+    """
     ids = pack.ids
     pack.restart_step()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    if len(ids) == 1:
-        reason = "out of memory with this subject alone; try a smaller batch_size, resolution or rank"
-        return 1, [Ended(ids[0], reason, "out of memory")]
-    keep = len(ids) // 2
-    waiting.extendleft(pack.leave(id) for id in reversed(ids[keep:]))
-    return keep, []
+    if len(ids) > 1:
+        keep = len(ids) // 2
+        waiting.extendleft(pack.leave(id) for id in reversed(ids[keep:]))
+        return keep, [], f"the pack goes on with at most {keep} subjects at once"
+    if pack.halve_rows():
+        return 1, [], f"{ids[0]} goes on with at most {pack.most_rows} of its rows at once"
+    reason = "out of memory with one row of this subject; try a smaller resolution or rank"
+    return 1, [Ended(ids[0], reason, "out of memory")], f"{ids[0]} does not fit"
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:

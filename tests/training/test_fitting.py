@@ -44,6 +44,12 @@ def test_without_recomputing_fewer_train_at_once_and_the_largest_is_refused(
         found.check(spec("a", **ROW, train={"batch_size": 30}))
 
 
+def test_a_subject_that_does_not_fit_goes_through_in_parts(tiny: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = opened(tiny, monkeypatch, count=1, rows=16, gradient_checkpointing=False)
+    assert (found.limit, found.pack.most_rows) == (1, 10)
+    assert "do not fit" in found.notes[0]
+
+
 def test_recomputing_is_told(tiny: Base, monkeypatch: pytest.MonkeyPatch) -> None:
     found = opened(tiny, monkeypatch, count=8, rows=2)
     assert found.fit.checkpointing and "recomputing them takes" in found.notes[0]

@@ -12,9 +12,10 @@ from peft import LoraConfig, inject_adapter_in_model
 from tests.training.subjects import subject
 from training.adapter import Adapter, LowRank
 from training.base import Base
+from training.batch import Batch
 from training.checkpoint import SubjectState, dump_state, load_state
 from training.family import canonical
-from training.pack import Pack, Report, Subject
+from training.pack import Member, Pack, Report, Subject
 from training.stream import shuffled, stream
 from training.trainer import train
 from training.words import tokenise
@@ -220,6 +221,40 @@ def plain_loop(base: Base, one: Subject) -> Adapter:
             key = canonical(component, name.split(".lora_")[0])
             modules[key] = LowRank(parameter.detach(), up.detach())
     return Adapter(modules=modules)
+
+
+def with_room_for(rows: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A device that has memory for so many rows at once; answers how many went through each forward."""
+    learn, seen = Pack._learn, list[int]()
+
+    def limited(pack: Pack, batch: Batch, members: Sequence[Member]) -> tuple[list[float], list[float]]:
+        if len(batch.member) > rows:
+            raise torch.OutOfMemoryError("out of memory")
+        seen.append(len(batch.member))
+        return learn(pack, batch, members)
+
+    monkeypatch.setattr(Pack, "_learn", limited)
+    return seen
+
+
+def test_out_of_memory_halves_the_pack_and_then_a_subjects_rows(tiny64: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Law 2 holds: rows that go through in turn have the whole's draws, and their gradients add up to the whole's."""
+    todo = [subject("a", seed=1), subject("b", seed=2, train={"batch_size": 3, "gradient_accumulation_steps": 2})]
+    alone = {one.spec.id: run(tiny64, [one]).adapters[one.spec.id] for one in todo}
+    seen = with_room_for(4, monkeypatch)
+    found = run(tiny64, todo, slots=2)
+    assert found.reasons == {"a": None, "b": None}
+    assert max(seen) == 3  # of six rows at once, after eight did not fit
+    for id, adapter in alone.items():
+        assert distance(found.adapters[id], adapter) < TIGHT
+
+
+def test_a_subject_whose_row_does_not_fit_fails_and_the_next_one_goes_on(
+    tiny64: Base, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_room_for(0, monkeypatch)
+    found = run(tiny64, [subject("a"), subject("b")], slots=2)
+    assert all(reason and "one row" in reason for reason in found.reasons.values()) and len(found.reasons) == 2
 
 
 def test_a_diverging_subject_fails_with_its_step_and_costs_the_others_nothing(tiny64: Base) -> None:

@@ -23,7 +23,7 @@ def test_a_subject_that_diverges_is_tried_once_more_and_fails_alone(desk: Desk) 
     assert [attempt["kind"] for attempt in wild["attempts"]] == ["diverged", "diverged"]
 
 
-def test_a_subject_that_needs_more_memory_than_there_is_fails_alone(desk: Desk) -> None:
+def test_a_subject_that_needs_more_memory_than_there_is_goes_on_with_fewer_rows(desk: Desk) -> None:
     """The limit is set from outside, to what the usual subjects take and some: the kernel refuses what goes beyond."""
     large = ", train: {resolution: 128, batch_size: 64, strategy: plain, max_steps: 5}"
     usual = ", train: {resolution: 128}"
@@ -41,13 +41,11 @@ def test_a_subject_that_needs_more_memory_than_there_is_fails_alone(desk: Desk) 
         for other in _others(driver, worker):
             other.rlimit(psutil.RLIMIT_AS, (limit, limit))
         out, err = driver.communicate(timeout=200)
-    assert driver.returncode == 1, err
+    assert driver.returncode == 0, err
     result = Result(driver.returncode, out, err)
-    assert result.states() == {"rusty": "published", "greedy": "failed", "tabby": "published"}
-    rusty, greedy, tabby = result.json["subjects"]
-    assert "out of memory" in greedy["reason"] and "batch_size" in greedy["reason"]
-    assert [attempt["kind"] for attempt in greedy["attempts"]] == ["out of memory"]
-    assert not rusty["attempts"] and not tabby["attempts"]
+    assert set(result.states().values()) == {"published"}
+    assert not any(subject["attempts"] for subject in result.json["subjects"])
+    assert "out of memory with 64 rows: greedy goes on with at most 32 of its rows at once" in err
 
 
 def _others(driver: "subprocess.Popen[str]", worker: psutil.Process) -> list[psutil.Process]:
