@@ -6,16 +6,20 @@ Peers, same base, same LoRA (rank 8 on attention), same batch of one image a ste
 (a) the usual script: diffusers + PEFT, one subject at a time, VAE and text encoder in every step
 (b) the same with latents and prompt embeddings cached
 (c) as (a), one process per subject, its start-up included
+
+Each line is measured in a process of its own, whose peak memory it has.
 """
 
 import argparse
 import json
+import multiprocessing
 import os
 import platform
+import resource
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,8 +29,8 @@ os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 import torch
 from diffusers import DDPMScheduler
 from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.lora import LoraLayer
 
+from training.adapter import Adapter
 from training.base import Base, load_base
 from training.latents import LatentSet, posteriors
 from training.manifest import SubjectSpec, parse_manifest
@@ -34,7 +38,11 @@ from training.pack import Pack, Subject
 from training.words import tokenise
 
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
-PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+NAMES = {
+    "usual": "(a) usual loop, one by one, nothing cached",
+    "cached": "(b) usual loop, latents and embeddings cached",
+}
 NOTES = """
 What was to be reached on two CPU cores with a base of 4 M parameters, and what this base of 10.9 M reaches: a pack of 8
 at 4 times (a) and 3 times (b): reached; with prior at 3 times: reached; a pack of 32 at 8 times (a): not reached. A
@@ -43,14 +51,29 @@ larger base is nearer to its arithmetic with one row, so a pack has less to win.
 RESULT = Path(__file__).with_suffix(".md")
 
 
-@dataclass
+@dataclass(frozen=True)
+class Case:
+    """What a row of the table measures: a peer of NAMES, or a pack of `size` subjects."""
+
+    precision: str
+    peer: str | None = None
+    size: int = 1
+    prior: bool = False
+
+    @property
+    def name(self) -> str:
+        if self.peer:
+            return NAMES[self.peer]
+        return f"ours, pack of {self.size}" + (", with prior (2 rows a subject)" if self.prior else "")
+
+
+@dataclass(frozen=True)
 class Line:
     """One row of the table. `subjects_per_hour` at 400 steps each."""
 
-    name: str
-    precision: str
+    case: Case
     images_per_second: float
-    seconds_per_step: float
+    memory_mb: float
 
     @property
     def subjects_per_hour(self) -> float:
@@ -100,15 +123,50 @@ def timed(step: Callable[[], object], steps: int) -> float:
     return sorted(seconds)[len(seconds) // 2]
 
 
-def ours(base: Base, size: int, steps: int, prior: bool = False) -> Line:
-    pack = Pack(base, slots=size, rank=8, targets={"unet": TARGETS})
-    for index in range(size):
+def filled_pack(base: Base, indices: Sequence[int], prior: bool = False) -> Pack:
+    pack = Pack(base, slots=len(indices), rank=8, targets={"unet": TARGETS})
+    for index in indices:
         pack.join(make_subject(base, index, prior))
-    seconds = timed(pack.step, steps)
-    pack.close()
-    rows = size * (2 if prior else 1)
-    name = f"ours, pack of {size}" + (", with prior (2 rows a subject)" if prior else "")
-    return Line(name, PRECISIONS[base.dtype], rows / seconds, seconds)
+    return pack
+
+
+def measure(case: Case, base_name: str, steps: int, threads: int) -> Line:
+    """One case, in this process."""
+    torch.set_num_threads(threads)
+    base = load_base(base_name, dtype=PRECISIONS[case.precision])
+    if case.peer:
+        loop = UsualLoop(base, cached=case.peer == "cached")
+        rate = 1 / timed(loop.step, steps * 3)
+    else:
+        pack = filled_pack(base, range(case.size), case.prior)
+        rate = case.size * (2 if case.prior else 1) / timed(pack.step, steps)
+    return Line(case, rate, peak_mb())
+
+
+def peak_mb() -> float:
+    """The most memory that this process had: of the GPU, or of its own with everything that it has loaded."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e6
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
+
+
+def largest_difference(base_name: str, subjects: int = 8, steps: int = 20) -> float:
+    """Of any parameter, between a pack in fp32 and the same subjects one by one, after so many steps."""
+    base = load_base(base_name, dtype=torch.float32)
+    apart: list[Adapter] = []
+    for group in (*([index] for index in range(subjects)), list(range(subjects))):
+        pack = filled_pack(base, group)
+        for _ in range(steps):
+            pack.step()
+        learned = [pack.adapter(f"s{index}") for index in group]
+        pack.close()
+        apart = apart + learned if len(group) == 1 else apart
+    return max(
+        float((half - other).abs().max())
+        for one, alone in zip(learned, apart, strict=True)
+        for key, low in one.modules.items()
+        for half, other in zip(low, alone.modules[key], strict=True)
+    )
 
 
 class UsualLoop:
@@ -129,12 +187,6 @@ class UsualLoop:
         with torch.no_grad():
             self.embedding = base.text_encoder(self.tokens)[0]
         self.turn = 0
-
-    def close(self) -> None:
-        for name, module in list(self.base.unet.named_modules()):
-            if isinstance(module, LoraLayer):
-                parent = self.base.unet.get_submodule(name.rpartition(".")[0])
-                setattr(parent, name.rpartition(".")[2], module.get_base_layer())
 
     def step(self) -> None:
         base, index = self.base, self.turn % 5
@@ -162,14 +214,6 @@ class UsualLoop:
         self.optimizer.zero_grad()
 
 
-def usual(base: Base, cached: bool, steps: int) -> Line:
-    loop = UsualLoop(base, cached)
-    seconds = timed(loop.step, steps * 3)
-    loop.close()
-    name = "(b) usual loop, latents and embeddings cached" if cached else "(a) usual loop, one by one, nothing cached"
-    return Line(name, PRECISIONS[base.dtype], 1 / seconds, seconds)
-
-
 def start_up(base: str) -> float:
     """Seconds that a process of its own needs before its first step: interpreter, imports, base."""
     code = f"from training.base import load_base; import peft; load_base({base!r})"
@@ -178,13 +222,13 @@ def start_up(base: str) -> float:
     return time.perf_counter() - started
 
 
-def table(lines: list[Line], asked: argparse.Namespace, seconds: float, device: str) -> str:
+def table(lines: Sequence[Line], asked: argparse.Namespace, seconds: float, difference: float, device: str) -> str:
     """Ratios are to the peer's faster precision, so that neither side is measured at its worse one."""
-    one_by_one = max(line.images_per_second for line in lines if line.name.startswith("(a)"))
-    cached = max(line.images_per_second for line in lines if line.name.startswith("(b)"))
+    one_by_one = max(line.images_per_second for line in lines if line.case.peer == "usual")
+    cached = max(line.images_per_second for line in lines if line.case.peer == "cached")
     rows = [
-        f"| {line.name} | {line.precision} | {line.images_per_second:.1f} | {line.subjects_per_hour:.0f} | "
-        f"{line.images_per_second / one_by_one:.2f} | {line.images_per_second / cached:.2f} |"
+        f"| {line.case.name} | {line.case.precision} | {line.images_per_second:.1f} | {line.subjects_per_hour:.0f} | "
+        f"{line.images_per_second / one_by_one:.2f} | {line.images_per_second / cached:.2f} | {line.memory_mb:,.0f} |"
         for line in lines
     ]
     per_process = 3600 / (400 / one_by_one + seconds)
@@ -195,10 +239,16 @@ def table(lines: list[Line], asked: argparse.Namespace, seconds: float, device: 
         "rank 8 on attention, one image a subject and step unless said otherwise: `python -m benchmarks.training`.",
         "Ratios are to the peer's faster precision.",
         "",
-        "| | precision | images/s | subjects/hour (400 images) | x (a) | x (b) |",
-        "|---|---|---|---|---|---|",
+        "| | precision | images/s | subjects/hour (400 images) | x (a) | x (b) | peak memory, MB |",
+        "|---|---|---|---|---|---|---|",
     ]
-    tail = [f"| (c) as (a), a process per subject ({seconds:.1f} s start-up) | | | {per_process:.0f} | | |", ""]
+    tail = [
+        f"| (c) as (a), a process per subject ({seconds:.1f} s start-up) | | | {per_process:.0f} | | | |",
+        "",
+        "Peak memory is the process's with interpreter, libraries and base. The largest difference of any parameter",
+        f"between a pack of 8 and the same subjects one by one, fp32, 20 steps: {difference:.1e}.",
+        "",
+    ]
     return "\n".join([*head, *rows, *tail]) + NOTES
 
 
@@ -210,19 +260,26 @@ def main() -> None:
     parser.add_argument("--sizes", default="1,2,4,8,16,32")
     parser.add_argument("--write", action="store_true", help=f"write {RESULT.name} beside this program")
     asked = parser.parse_args()
-    torch.set_num_threads(asked.threads)
+    sizes = [int(size) for size in asked.sizes.split(",")]
+    cases = [
+        case
+        for precision in PRECISIONS
+        for case in (
+            *(Case(precision, peer) for peer in NAMES),
+            *(Case(precision, size=size) for size in sizes),
+            Case(precision, size=8, prior=True),
+        )
+    ]
     lines: list[Line] = []
-    for dtype in PRECISIONS:
-        base = load_base(asked.base, dtype=dtype)
-        lines += [usual(base, cached=False, steps=asked.steps), usual(base, cached=True, steps=asked.steps)]
-        for size in map(int, asked.sizes.split(",")):
-            lines.append(ours(base, size, asked.steps))
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+        for case in cases:
+            lines.append(pool.apply(measure, (case, asked.base, asked.steps, asked.threads)))
             print(json.dumps(asdict(lines[-1])), file=sys.stderr, flush=True)
-        lines.append(ours(base, 8, asked.steps, prior=True))
+    torch.set_num_threads(asked.threads)
     device = (
         torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} cores {platform.machine()}"
     )
-    text = table(lines, asked, start_up(asked.base), device)
+    text = table(lines, asked, start_up(asked.base), largest_difference(asked.base), device)
     print(text)
     if asked.write:
         RESULT.write_text(text, encoding="utf-8")

@@ -1,10 +1,5 @@
 """One subject over two nodes, because it was asked for and because one node is too small: the same as on one device."""
 
-import json
-import os
-import subprocess
-import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,6 +7,7 @@ import pytest
 from safetensors.torch import load
 
 from tests.ray_app.conftest import Desk
+from tests.ray_app.nodes import run_program
 from tests.tiny import tiny_images
 from tests.training.test_pack import distance
 from training.adapter import Adapter
@@ -66,25 +62,13 @@ class OneDevice:
 def test_a_gang_learns_what_one_device_learns(desk: Desk, tiny: Base, tmp_path: Path) -> None:
     tiny_images(desk.folder / "photos")
     manifest = _manifest(desk, "large", first="zero")
-    with tempfile.TemporaryDirectory(prefix="dfg-") as folder:
-        root = str(Path(__file__).resolve().parents[2])
-        environment = {**os.environ, "PYTHONPATH": root, "RAY_TMPDIR": folder, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(
-            [sys.executable, "-m", "tests.ray_app.two_nodes", manifest, desk.storage],
-            cwd=root,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=500,
-            check=False,
-        )
-    assert done.returncode == 0, done.stderr[-3000:]
-    asked, grown = json.loads(done.stdout.splitlines()[-1])
-    assert (asked["state"], grown["state"]) == ("published", "published"), done.stderr[-3000:]
+    ran = run_program("tests.ray_app.two_nodes", manifest, desk)
+    asked, grown = ran.json
+    assert (asked["state"], grown["state"]) == ("published", "published"), ran.err[-3000:]
     assert not asked["attempts"]
     (moved,) = grown["attempts"]
     assert "it takes 3 rows" in moved["reason"] and "several devices" in moved["reason"]
-    assert moved["reason"] in done.stderr  # a person reads why
+    assert moved["reason"] in ran.err  # a person reads why
 
     apart = open_storage(str(tmp_path / "plain"))
     OneDevice(_manifest(desk, "plain", first="plain"), tiny, apart)
