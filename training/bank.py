@@ -196,13 +196,13 @@ class Bank:
         scale_GK11 = None if (weights_GK == 1).all() else weights_GK.to(self.weights_SP)[:, :, None, None]
         # the ranks that nobody uses are neither gathered nor multiplied
         rank = max((self._ranks[slot] for slot in set(slots) if slot >= 0), default=0)
-        pieces = _front(self._ranked(self.weights_SP, component), rank, dim=1).split(self._widths[component], dim=2)
+        pieces = self._ranked(self.weights_SP, component)[:, :rank].split(self._widths[component], dim=2)
         g, k = slots_GK.shape
         deltas: list[Delta | None] = [None] * len(self.sites[component])
         for index in sorted(active):
             # [G, K, rank, I] and [G, K, rank, O]
             down, up = (
-                _front(piece_SRX[first:] if first else piece_SRX, g).unsqueeze(1) if in_order else piece_SRX[index_GK]
+                piece_SRX[first : first + g].unsqueeze(1) if in_order else piece_SRX[index_GK]
                 for piece_SRX in pieces[2 * index : 2 * index + 2]
             )
             if scale_GK11 is not None:
@@ -214,9 +214,7 @@ class Bank:
 
     def _ranked(self, weights_XP: Tensor, component: str) -> Tensor:
         """A component's columns as [..., rank, W]."""
-        columns, shape = self._columns[component], (self.rank, sum(self._widths[component]))
-        own_XP = weights_XP[..., columns] if columns.start else _front(weights_XP, columns.stop, dim=-1)
-        return own_XP.unflatten(-1, shape)
+        return weights_XP[..., self._columns[component]].unflatten(-1, (self.rank, sum(self._widths[component])))
 
     @contextmanager
     def using(self, *routes: Route) -> Iterator[None]:
@@ -325,11 +323,6 @@ class Bank:
             pieces = parts[component].split(widths, dim=1)
             for index in range(len(self.sites[component])):
                 yield component, index, pieces[2 * index], pieces[2 * index + 1]
-
-
-def _front(tensor: Tensor, count: int, dim: int = 0) -> Tensor:
-    """The first `count`. Where that is everything nothing is sliced: autograd would pay with a copy of the gradient."""
-    return tensor if count == tensor.shape[dim] else tensor.narrow(dim, 0, count)
 
 
 def _common_run(rows_NX: Tensor) -> int:
