@@ -9,6 +9,7 @@ for some steps on 1, 2 and 4 logical devices of this machine.
 
 import argparse
 import os
+import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -134,9 +135,12 @@ def main() -> None:
     cores, load = os.cpu_count(), os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        costs = [overhead(folder, asked.base, count) for count in asked.subjects]
         first, rate = devices(folder, asked.base, 1, None)
         spread = [first, *(devices(folder, asked.base, lanes, rate)[0] for lanes in (2, 4))]
+        costs = []
+        for count in asked.subjects:
+            costs.append(overhead(folder, asked.base, count))
+            print(costs[-1], file=sys.stderr, flush=True)
     lines = [
         f"{time.strftime('%Y-%m-%d')}, {asked.base}, {cores} cores, load {load:.1f} before it began.",
         "",
