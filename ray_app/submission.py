@@ -119,8 +119,14 @@ def photo_report(manifest: Manifest, facts: BaseFacts) -> tuple[dict[str, str], 
     def look(subject: SubjectSpec) -> tuple[str, str | None, list[str]]:
         try:
             files = list_photo_files(Path(manifest.root, subject.images).expanduser())
-            resolution = subject.train.resolution or facts.resolution
-            found = photos(files, resolution=resolution, min_photos=subject.min_images, crop=subject.train.cropping)
+            train = subject.train
+            found = photos(
+                files,
+                resolution=train.resolution or facts.resolution,
+                min_photos=subject.min_images,
+                crop=train.cropping,
+                backgrounds=train.backgrounds,
+            )
         except UserError as error:
             return subject.id, str(error), []
         refused = [f"{file.name} is not used: {file.reason}" for file in found.rejected]

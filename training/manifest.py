@@ -154,6 +154,14 @@ class TrainSpec(Closed):
             raise ValueError(f"`center_crop: true` contradicts `crop: {self.crop}`")
         return self
 
+    @model_validator(mode="after")
+    def _buckets_have_whole_eighths(self) -> "TrainSpec":
+        if self.cropping == "bucket" and self.resolution is not None and self.resolution % 64:
+            raise ValueError(
+                f"`crop: bucket` has sides in eighths: `resolution` is a multiple of 64, not {self.resolution}"
+            )
+        return self
+
     @property
     def cropping(self) -> Literal["center", "random", "face", "bucket"]:
         """The crop meant, whichever of its two names was used."""

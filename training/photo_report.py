@@ -16,7 +16,17 @@ from numpy.typing import NDArray
 from PIL import Image
 
 Kind = Literal[
-    "few", "small", "blurry", "dark", "overexposed", "identical", "near-duplicate", "background", "caption", "face"
+    "few",
+    "small",
+    "blurry",
+    "dark",
+    "overexposed",
+    "identical",
+    "near-duplicate",
+    "background",
+    "caption",
+    "face",
+    "mask",
 ]
 Floats = NDArray[np.float32]
 

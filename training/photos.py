@@ -92,6 +92,7 @@ def photos(
     min_photos: int = 5,
     min_side_px: int | None = None,
     crop: Crop = "center",
+    backgrounds: int = 0,
     max_photos: int = MAX_PHOTOS,
     with_report: bool = True,
 ) -> Photos:
@@ -119,7 +120,7 @@ def photos(
             rejected.append(Rejected(file.name, error.reason))
     if len(good) < min_photos:
         raise TooFewPhotos(len(good), min_photos, tuple(rejected))
-    found = (*_report(good, resolution, crop), *caption_warnings) if with_report else ()
+    found = (*_report(good, resolution, crop), *_masks(good, backgrounds), *caption_warnings) if with_report else ()
     return Photos(tuple(good), tuple(rejected), found)
 
 
@@ -200,6 +201,15 @@ def _faces(good: Sequence[Photo], crop: Crop) -> list[PhotoWarning]:
         return []
     message = f"No face found, the centre is cropped instead: {listed(without)}."
     return [PhotoWarning("face", without, message, "Check that the face is large, upright and not covered.")]
+
+
+def _masks(good: Sequence[Photo], backgrounds: int) -> list[PhotoWarning]:
+    """Where `backgrounds` can change nothing."""
+    without = tuple(photo.name for photo in good if photo.mask is None)
+    if not backgrounds or not without:
+        return []
+    message = f"`backgrounds` changes only photos with transparency, not {listed(without)}."
+    return [PhotoWarning("mask", without, message, "Cut the subject out (PNG or WebP), or leave `backgrounds` away.")]
 
 
 def _hidden(name: str) -> bool:

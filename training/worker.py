@@ -127,6 +127,7 @@ class Worker:
             resolution=resolution,
             min_photos=spec.min_images,
             crop=spec.train.cropping,
+            backgrounds=spec.train.backgrounds,
         )
         found, held_out = hold_out(spec, found)
         self._held[spec.id].found, self._held[spec.id].held_out = found, held_out

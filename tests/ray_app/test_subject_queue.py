@@ -4,7 +4,7 @@ import pytest
 
 from ray_app.subject_queue import CALMER, LEASE_SECONDS, Entry, SubjectQueue
 from training.run import SubjectRecord
-from training.source import Beat, Outcome
+from training.source import Beat, Kind, Outcome
 
 
 class Clock:
@@ -119,20 +119,20 @@ def test_publication_counts_whoever_did_it() -> None:
 
 
 @pytest.mark.parametrize("kind", ["bad subject", "out of memory"])
-def test_what_trying_again_does_not_mend_fails_with_its_reason(kind: str) -> None:
+def test_what_trying_again_does_not_mend_fails_with_its_reason(kind: Kind) -> None:
     made = queue(entry("a"), entry("b"))
     ids(made)
-    made.ended(0, Outcome("a", kind, reason="why"))  # type: ignore[arg-type]
+    made.ended(0, Outcome("a", kind, reason="why"))
     assert (record(made, "a").state, record(made, "a").reason) == ("failed", "why")
     assert record(made, "a").attempts[0].kind == kind
     assert record(made, "b").state == "preparing"
 
 
 @pytest.mark.parametrize("kind", ["too large", "out of memory"])
-def test_what_one_device_cannot_hold_goes_to_a_gang_once(kind: str) -> None:
+def test_what_one_device_cannot_hold_goes_to_a_gang_once(kind: Kind) -> None:
     made = queue(entry("a").model_copy(update={"reserve": 1}), entry("b"))
     assert [lease.may_spread for lease in made.lease(0, 2)] == [True, False]
-    made.ended(0, Outcome("a", kind, reason="it takes 8 rows"))  # type: ignore[arg-type]
+    made.ended(0, Outcome("a", kind, reason="it takes 8 rows"))
     assert made.view().waiting == {1: 1}
     assert record(made, "a").attempts[0].reason == "it takes 8 rows; it goes on over several devices"
     made.enter(1, 1)

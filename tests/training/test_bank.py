@@ -1,7 +1,7 @@
 """The bank: law 1, and that a row wears exactly what its route says."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -174,9 +174,9 @@ def test_a_cleared_slot_is_the_base(tiny64: Base, bank: Bank) -> None:
         (lambda a: a.modules.update({k: LowRank(v.down[:, :3], v.up) for k, v in a.modules.items()}), "has shapes"),
     ],
 )
-def test_what_does_not_fit_is_named(bank: Bank, change: object, message: str) -> None:
+def test_what_does_not_fit_is_named(bank: Bank, change: Callable[[Adapter], None], message: str) -> None:
     adapter = random_adapter(bank, 2, seed=0, only="to_q")
-    change(adapter)  # type: ignore[operator]
+    change(adapter)
     with pytest.raises(UserError, match=message):
         bank.pack(adapter)
 

@@ -111,3 +111,14 @@ def test_whether_it_can_be_spread_depends_on_defaults_and_overrides_together() -
     text += "subjects: [{id: a, images: x, train: %s}]}"
     assert parse_manifest(text % "{batch_size: 2}").subjects[0].train.zero.workers == 2
     assert parse_manifest(text % "{strategy: auto}").subjects[0].train.against_zero is not None
+
+
+@pytest.mark.parametrize(("resolution", "good"), [(64, True), (512, True), (100, False), (520, False)])
+def test_aspect_buckets_need_a_resolution_of_whole_eighths(resolution: int, good: bool) -> None:
+    train = f"{{resolution: {resolution}, crop: bucket}}"
+    text = f"{{version: 1, name: t, subjects: [{{id: a, images: x, class: dog, train: {train}}}]}}"
+    if good:
+        assert parse_manifest(text).subjects[0].train.cropping == "bucket"
+    else:
+        with pytest.raises(ManifestError, match=f"multiple of 64, not {resolution}"):
+            parse_manifest(text)

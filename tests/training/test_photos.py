@@ -121,6 +121,15 @@ def test_class_images_are_read_without_a_report() -> None:
     assert found.warnings == ()
 
 
+def test_backgrounds_that_cannot_be_replaced_are_a_warning() -> None:
+    clear = picture(9).convert("RGBA")
+    clear.putalpha(Image.new("L", clear.size, 100))
+    mixed = [*files(), PhotoFile("9.png", encoded(clear))]
+    (warning,) = (one for one in photos(mixed, resolution=64, backgrounds=2).warnings if one.kind == "mask")
+    assert warning.names == tuple(f"{index}.png" for index in range(6)) and "transparency" in warning.message
+    assert not any(one.kind == "mask" for one in photos(mixed, resolution=64).warnings)
+
+
 def test_face_crop_without_its_detector_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(photos_module, "can_find_faces", lambda: False)
     (warning,) = photos(files(), resolution=64, crop="face").warnings
