@@ -8,9 +8,9 @@ import click
 import uvicorn
 
 from serving.config import EngineSpec, ServeSpec
+from serving.engine.loop import EngineLoop
+from serving.http.tenants import Keys
 from serving.local import make_app, make_engine
-from serving.loop import EngineLoop
-from serving.tenants import Keys
 from training.errors import UserError
 
 KEYS = click.option(

@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from serving.request import Closed, SamplerName
+from serving.engine.request import Closed, SamplerName
 
 UNET_TARGETS = (
     "to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out",

@@ -1,0 +1,218 @@
+"""A lane: one long-lived Ray Train run. Its base is loaded once; the subject queue keeps its pack filled.
+
+`run_lane` is the Ray task that holds the run; `lane_worker` is what each of the run's workers does: one on its one
+device, or a gang, of which the first alone talks to the queue. Both get an `Order` as the plain dict that crosses Ray's
+border.
+"""
+
+import logging
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from pydantic import TypeAdapter
+
+from ray_app.silence import silence
+from training.errors import UserError
+from training.manifest.manifest import Closed, SubjectSpec
+from training.manifest.plan import PackPlan
+from training.run.run import RunRecord, RunStore
+from training.run.source import Beat, Orders, Outcome, Task
+from training.run.subject_queue import Lease, Release
+from training.storage.storage import StorageUnavailable, open_storage
+
+if TYPE_CHECKING:
+    from training.base.base import Base
+
+IDLE_SECONDS = 1.0  # how long an empty answer of the queue holds while the pack is busy
+QUEUE_TIMEOUT_S = 60.0
+STORAGE_REST_S = 10.0  # before a lane tries a storage again that did not answer
+LEARNING_RATES = ("learning_rate", "text_encoder_learning_rate")
+_ORDERS = TypeAdapter(Orders)
+
+log = logging.getLogger(__name__)
+
+
+class Order(Closed):
+    """What a lane is told. `storage` is a whole URI; `threads`: compute threads, 0 for torch's own choice."""
+
+    run: str
+    storage: str
+    lane: int
+    profile: int
+    plan: PackPlan
+    queue: str
+    threads: int = 0
+    resources: dict[str, float]
+
+
+class QueueSource:
+    """The subject queue as the subject loop sees it: every call goes to the queue's actor."""
+
+    def __init__(self, queue: Any, lane: int, specs: Mapping[str, SubjectSpec]) -> None:
+        self._queue = queue
+        self._lane = lane
+        self._specs = specs
+        self._held: set[str] = set()
+        self._empty_until = 0.0
+
+    def lease(self, count: int) -> Sequence[Task]:
+        if self._held and time.monotonic() < self._empty_until:
+            return []
+        leases = self._ask("lease", count)
+        self._held |= {lease["id"] for lease in leases}
+        if not leases:
+            self._empty_until = time.monotonic() + IDLE_SECONDS
+        return [self._task(Lease.model_validate(lease)) for lease in leases]
+
+    def _task(self, lease: Lease) -> Task:
+        spec = self._specs[lease.id]
+        if lease.rate_factor != 1.0:
+            train = spec.train
+            rates = {name: getattr(train, name) * lease.rate_factor for name in LEARNING_RATES}
+            spec = spec.model_copy(update={"train": train.model_copy(update=rates)})
+        return Task(spec, lease.fingerprint, lease.may_spread)
+
+    def beat(self, beat: Beat) -> Orders:
+        return _ORDERS.validate_python(self._ask("beat", asdict(beat)))
+
+    def ended(self, outcome: Outcome) -> None:
+        self._held.discard(outcome.id)
+        self._ask("ended", asdict(outcome))
+
+    def enter(self, profile: int, node: str) -> bool:
+        return bool(self._ask("enter", profile, node))
+
+    def leave(self, reason: str, kind: Release) -> None:
+        """Gives back what is still held."""
+        self._ask("leave", reason, kind)
+
+    def trouble(self) -> str | None:
+        """Why this lane cannot work, if it cannot."""
+        trouble: str | None = self._ask("trouble")
+        return trouble
+
+    def _ask(self, method: str, *values: object) -> Any:
+        import ray
+
+        return ray.get(getattr(self._queue, method).remote(self._lane, *values), timeout=QUEUE_TIMEOUT_S)
+
+
+def lane_worker(payload: dict[str, Any]) -> None:
+    """Loads the base and works until the queue has nothing more for this lane. Runs in Ray Train's workers."""
+    silence()
+    order = Order.model_validate(payload)
+    import ray
+    from ray.train import get_context
+
+    run = RunStore(open_storage(order.storage), order.run)
+    record = run.record()
+    if get_context().get_world_rank() > 0:
+        return _follow(order, record)
+    specs = {subject.id: subject for subject in record.manifest.subjects}
+    source = QueueSource(ray.get_actor(order.queue), order.lane, specs)
+    if not _all_begin(order, source.enter(order.profile, ray.get_runtime_context().get_node_id())):
+        return  # one more try would end like those before; `run_lane` asks why
+    try:
+        _work(order, record, run, source)
+    except StorageUnavailable as error:
+        # nobody's fault but the store's; what is on it is whole
+        source.leave(str(error), "preempted")
+        time.sleep(STORAGE_REST_S)
+        raise
+    except Exception as error:
+        source.leave(f"{type(error).__name__}: {error}", "lost")
+        raise
+    source.leave("the run was stopped", "stopped")
+
+
+def _work(order: Order, record: RunRecord, run: RunStore, source: QueueSource) -> None:
+    from training.trainer.worker.worker import work
+
+    work(_base(order, record), order.plan, source, run, tenant=record.tenant, root=record.manifest.root)
+
+
+def _follow(order: Order, record: RunRecord) -> None:
+    """What the workers of a gang do but for its first."""
+    from training.trainer.fitting import follow_pack
+
+    if _all_begin(order, False):
+        follow_pack(_base(order, record), order.plan)
+
+
+def _all_begin(order: Order, first_begins: bool) -> bool:
+    """Whether to begin. What the first worker of a gang knows holds for all of them."""
+    if order.plan.workers == 1:
+        return first_begins
+    from training.trainer.zero import Gang
+
+    return Gang().any(first_begins)
+
+
+def _base(order: Order, record: RunRecord) -> "Base":
+    """The run's base on this worker's device."""
+    import torch
+
+    from training.base.base import best_device, load_base
+    from training.trainer.worker.worker import precision
+
+    if order.threads:
+        torch.set_num_threads(order.threads)
+    device = best_device()
+    dtype = precision(order.plan.profile.mixed_precision, device)
+    base = load_base(record.base, device=device, dtype=dtype, root=record.manifest.root)
+    if base.hash != record.base_hash:
+        raise UserError(
+            f"Base '{record.base}' on node {os.uname().nodename} is not the one the run was submitted with "
+            f"({base.hash[:12]} instead of {record.base_hash[:12]}). Put the same files on every node."
+        )
+    return base
+
+
+def run_lane(payload: dict[str, Any]) -> None:
+    """One Ray Train run from start to end. A Ray task of its own, so that it can live on any node."""
+    silence()
+    order = Order.model_validate(payload)
+    import ray
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    on_gpus = order.resources.get("GPU", 0) > 0
+    # Train's own notes of the run; checkpoints go to the storage, subject by subject
+    notes = tempfile.mkdtemp(prefix="dreamfleet-lane-", dir=os.environ.get("RAY_TMPDIR"))
+    trainer = TorchTrainer(
+        lane_worker,
+        train_loop_config=payload,
+        # said outright: with logical GPUs on a CPU machine Ray would choose nccl
+        torch_config=TorchConfig(backend="nccl" if _has_cuda() else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=order.plan.workers,
+            use_gpu=on_gpus,
+            resources_per_worker=order.resources,
+            # GPUs of a gang talk least far within a node; on CPUs every node has a memory of its own
+            placement_strategy="PACK" if on_gpus else "SPREAD",
+        ),
+        run_config=RunConfig(
+            name=f"lane-{order.lane}-{time.time_ns():x}",
+            storage_path=notes,
+            # the queue counts what a subject costs; a lane itself is never given up for its workers' deaths
+            failure_config=FailureConfig(max_failures=-1),
+        ),
+    )
+    try:
+        trainer.fit()
+        trouble = QueueSource(ray.get_actor(order.queue), order.lane, {}).trouble()
+        if trouble is not None:
+            raise RuntimeError(trouble)
+    finally:
+        shutil.rmtree(notes, ignore_errors=True)
+
+
+def _has_cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()

@@ -1,0 +1,106 @@
+"""Errors as a client sees them: OpenAI's envelope, and which status each of our errors is."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from math import ceil
+from typing import Any
+
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+
+from serving.errors import AdapterUnavailable, DeadlineExceeded, GenerationFailed, NotReady, QueueFull
+from serving.http.replies import KeyReused
+from training.errors import UserError
+from training.storage.registry import UnknownAdapter
+from training.storage.storage import StorageError
+
+logger = logging.getLogger(__name__)
+_TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+
+
+class ApiError(Exception):
+    """An error that already knows how it is told."""
+
+    def __init__(self, status: int, message: str, *, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.problem = Problem(status, message, param, code)
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """A status and what goes into the envelope."""
+
+    status: int
+    message: str
+    param: str | None = None
+    code: str | None = None
+    headers: dict[str, str] = field(default_factory=dict)
+
+    def body(self) -> dict[str, Any]:
+        kind = "server_error" if self.status >= 500 else _TYPES.get(self.status, "invalid_request_error")
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+
+def describe(error: BaseException) -> Problem:
+    """How any exception is told. What we did not expect is logged, and its text stays here."""
+    match error:
+        case ApiError():
+            return error.problem
+        case QueueFull():
+            wait = {"Retry-After": str(max(1, ceil(error.retry_after_s)))}
+            return Problem(429, str(error), code="rate_limit_exceeded", headers=wait)
+        case NotReady():
+            return Problem(503, str(error), code="not_ready", headers={"Retry-After": "2"})
+        case DeadlineExceeded():
+            return Problem(504, str(error), code="deadline_exceeded")
+        case AdapterUnavailable():
+            return Problem(422, str(error), param="adapters", code="adapter_unavailable")
+        case UnknownAdapter():
+            return Problem(404, str(error), code="adapter_not_found")
+        case KeyReused():
+            message = "This Idempotency-Key was used for another request."
+            return Problem(422, message, param="Idempotency-Key", code="idempotency_error")
+        case StorageError():
+            logger.error("storage: %s", error)
+            return Problem(503, "The storage does not answer; try again.", code="storage", headers={"Retry-After": "5"})
+        case GenerationFailed():
+            return Problem(500, str(error), code="generation_failed")
+        case UserError():
+            return Problem(400, str(error))
+        case RequestValidationError():
+            return _invalid(error.errors())
+        case HTTPException():
+            return Problem(error.status_code, str(error.detail), headers=dict(error.headers or {}))
+        case _:
+            logger.error("unexpected error", exc_info=error)
+            return Problem(
+                500, "Something went wrong on the server. The request id finds it in the log.", code="internal"
+            )
+
+
+def _invalid(errors: Sequence[Mapping[str, Any]]) -> Problem:
+    """A body that does not fit: the first error names the field, the message tells all."""
+    told = []
+    for error in errors[:8]:
+        where = _field(error)
+        if error["type"] == "extra_forbidden":
+            told.append(f"Unknown field '{where}'.")
+        elif error["type"] == "json_invalid":
+            told.append(f"The body is not JSON: {error.get('ctx', {}).get('error', error['msg'])}.")
+        elif error["type"] == "missing":
+            told.append(f"'{where}' is missing.")
+        else:
+            told.append(f"'{where}': {error['msg']}, got {_short(error.get('input'))}.")
+    return Problem(400, " ".join(told), param=_field(errors[0]) if errors else None)
+
+
+def _field(error: Mapping[str, Any]) -> str:
+    """`adapters.0.weight` for a location within the body."""
+    where, *parts = (str(part) for part in error["loc"])  # body, query, path or header, and the way into it
+    return ".".join(parts) or where
+
+
+def _short(value: object) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= 80 else f"{shown[:77]}..."

@@ -1,0 +1,128 @@
+"""What the routes of the HTTP app share: the engines behind it, and who asks.
+
+`Generate` is the seam: a local engine loop, a Ray handle or a test's stand-in is behind it.
+"""
+
+import asyncio
+import base64
+import binascii
+import re
+import secrets
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol, TypeVar
+
+from fastapi import Request
+
+from serving.engine.job import EngineStats
+from serving.engine.request import AdapterRef, Event, GenerateRequest
+from serving.http.intake import Intake
+from serving.http.metrics import Metrics
+from serving.http.problems import ApiError
+from serving.http.tenants import Keys, Quota
+from training.storage.registry import DEFAULT_TENANT
+
+Generate = Callable[[GenerateRequest], AsyncIterator[Event]]
+T = TypeVar("T")
+_LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1", "testserver"})
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+
+
+class Engines(Protocol):
+    """What the app needs of all engines at once."""
+
+    async def forget(self, ref: AdapterRef) -> None:
+        """A version is deleted or replaced, on every engine."""
+
+    async def preload(self, ref: AdapterRef) -> None:
+        """A version will be wanted soon."""
+
+    async def stats(self) -> Mapping[str, EngineStats]:
+        """The counters of each engine, by replica."""
+
+    async def ready(self) -> bool:
+        """Whether a request sent now would be served."""
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """Everything a route works with."""
+
+    generate: Generate
+    engines: Engines
+    intake: Intake
+    keys: Keys | None
+    quota: Quota
+    metrics: Metrics = field(default_factory=Metrics)
+
+    def tenant(self, request: Request) -> str:
+        """Whose request this is. Raises ApiError 401."""
+        if self.keys is None:
+            return self._local(request)
+        token = _token(request.headers.get("authorization", ""))
+        tenant = self.keys.tenant_of(token) if token else None
+        if tenant is None:
+            missing = "No API key was sent" if not token else "The API key is not valid"
+            error = ApiError(401, f"{missing}. Send 'Authorization: Bearer <key>'.", code="invalid_api_key")
+            error.problem.headers["WWW-Authenticate"] = "Bearer"
+            raise error
+        return tenant
+
+    @staticmethod
+    def _local(request: Request) -> str:
+        """Without keys only this machine may ask, and no web page that has renamed itself to it."""
+        if request.url.hostname not in _LOOPBACK:
+            raise ApiError(
+                401,
+                f"This server has no keys, so it answers to localhost only, not to '{request.url.hostname}'. Make keys "
+                "with `python -m serving keys make`.",
+                code="invalid_api_key",
+            )
+        return DEFAULT_TENANT
+
+
+def service_of(request: Request) -> Service:
+    """The service of the app that answers `request`."""
+    service: Service = request.app.state.service
+    return service
+
+
+def request_id(request: Request) -> str:
+    """The client's own id of the request if it is a plain one, else a new one; the same all through the request."""
+    if not hasattr(request.state, "request_id"):
+        given = request.headers.get("x-request-id", "")
+        request.state.request_id = given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(12)
+    found: str = request.state.request_id
+    return found
+
+
+async def unless_gone(request: Request, work: Awaitable[T]) -> T:
+    """The result of `work`, which is cancelled when the client disconnects (then raises ApiError 499)."""
+    task = asyncio.ensure_future(work)
+    watch = asyncio.ensure_future(_gone(request))
+    try:
+        await asyncio.wait({task, watch}, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        raise ApiError(499, "The client has gone.")
+    finally:
+        watch.cancel()
+        task.cancel()
+
+
+async def _gone(request: Request) -> None:
+    while not await request.is_disconnected():
+        await asyncio.sleep(0.2)
+
+
+def _token(header: str) -> str:
+    """The key in an Authorization header: a bearer token, or the password of Basic (AUTOMATIC1111's clients)."""
+    scheme, _, value = header.partition(" ")
+    if scheme.lower() == "bearer":
+        return value.strip()
+    if scheme.lower() == "basic":
+        try:
+            return base64.b64decode(value, validate=True).decode().partition(":")[2]
+        except (binascii.Error, ValueError):
+            return ""
+    return ""

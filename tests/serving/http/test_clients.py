@@ -1,0 +1,183 @@
+"""The server as its clients meet it: a real socket, the official OpenAI client, `python -m serving`."""
+
+import base64
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+import uvicorn
+from click.testing import CliRunner
+
+from serving.__main__ import is_loopback, main
+from serving.http.tenants import Keys
+from tests.serving.test_api import World
+from training.base.base import Base
+from training.errors import UserError
+
+
+class Site:
+    """A world behind uvicorn on a loopback port."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self._socket = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}"
+        self._server = uvicorn.Server(uvicorn.Config(world.app, log_level="error", lifespan="off"))
+        self._thread = threading.Thread(target=self._server.run, args=([self._socket],), daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        self._server.should_exit = True
+        self._thread.join(10)
+        self._socket.close()
+        self.world.loop.close()
+
+    def client(self, tenant: str = "ann", key: str | None = None) -> openai.OpenAI:
+        token = key or self.world.tokens[tenant]
+        http = openai.DefaultHttpxClient(trust_env=False)
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=token, max_retries=0, timeout=60, http_client=http)
+
+
+@pytest.fixture(scope="module")
+def site(tiny: Base, tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    site = Site(World(tiny, tiny_folder, tmp_path_factory.mktemp("storage"), keys=True))
+    site.world.upload("ann", "rusty", 1)
+    yield site
+    site.close()
+
+
+def test_openai_generates(site: Site) -> None:
+    with site.client() as client:
+        answer = client.images.generate(model="tiny-epsilon-0:ann/rusty", prompt="a dog", n=2, size="32x32")
+        images = [image.b64_json or "" for image in answer.data or []]
+        assert len(images) == 2 and base64.b64decode(images[0]).startswith(b"\x89PNG")
+        mixed = client.images.generate(
+            prompt="a dog", extra_body={"adapters": [{"id": "rusty", "weight": 0.5}], "seed": 3, "steps": 2}
+        )
+        assert mixed.data and mixed.data[0].model_extra and mixed.data[0].model_extra["seed"] == 3
+
+
+def test_openai_streams(site: Site) -> None:
+    with site.client() as client:
+        stream = client.images.generate(model="rusty", prompt="a dog", stream=True, partial_images=2)
+        kinds = [event.type for event in stream]
+    assert kinds == ["image_generation.partial_image"] * 2 + ["image_generation.completed"]
+
+
+def test_openai_lists_models(site: Site) -> None:
+    with site.client() as client:
+        assert [model.id for model in client.models.list()] == ["tiny-epsilon-0", "tiny-epsilon-0:ann/rusty"]
+        assert client.models.retrieve("tiny-epsilon-0").owned_by == "dreamfleet"
+
+
+def test_openais_own_exceptions(site: Site) -> None:
+    with site.client() as client, site.client(key="wrong") as stranger, site.client("bob") as bob:
+        with pytest.raises(openai.NotFoundError) as missing:
+            bob.images.generate(model="ann/rusty", prompt="a dog")
+        assert (missing.value.code, missing.value.param) == ("adapter_not_found", "model")
+        with pytest.raises(openai.BadRequestError) as bad:
+            client.images.generate(prompt="a dog", n=99)
+        assert bad.value.param == "n"
+        with pytest.raises(openai.AuthenticationError):
+            stranger.models.list()
+        with ExitStack() as busy:
+            for _ in range(4):
+                busy.enter_context(site.world.app.state.service.quota.request("ann"))
+            with pytest.raises(openai.RateLimitError) as full:
+                client.images.generate(prompt="a dog")
+        assert full.value.response.headers["retry-after"] == "1"
+
+
+def test_an_error_within_a_stream_raises(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = site.world.loop.engine
+    monkeypatch.setattr(engine, "_decode_batch", lambda samples: 1 / 0)
+    with site.client() as client, pytest.raises(openai.APIError, match="Generating failed"):
+        for _ in client.images.generate(prompt="a dog", stream=True, partial_images=3):
+            pass
+
+
+def test_a_dropped_connection_cancels(site: Site) -> None:
+    engine = site.world.loop.engine
+    before = engine.stats.cancelled
+    for stream in (False, True):
+        body = {
+            "prompt": "a dog",
+            "steps": 50,
+            "n": 4,
+            "size": "64x64",
+            "stream": stream,
+            "partial_images": 1 if stream else None,
+        }
+        key = {"Authorization": f"Bearer {site.world.tokens['ann']}"}
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(f"{site.url}/v1/images/generations", json=body, headers=key, timeout=0.3, trust_env=False)
+    end = time.monotonic() + 20
+    while engine.stats.cancelled < before + 2 or engine.jobs:
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def _run(*arguments: str, **environment: str) -> "subprocess.Popen[str]":
+    command = [sys.executable, "-m", "serving", *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+@pytest.mark.slow
+def test_the_module_serves_until_it_is_stopped(tiny_folder: Path, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    with _run("--storage", str(tmp_path), "--base", str(tiny_folder), "--port", str(port), "--threads", "1") as server:
+        try:
+            end = time.monotonic() + 90
+            while True:
+                try:
+                    answer = httpx.post(
+                        f"http://127.0.0.1:{port}/v1/images/generations",
+                        json={"prompt": "a dog"},
+                        trust_env=False,
+                        timeout=30,
+                    )
+                    break
+                except httpx.ConnectError:
+                    assert server.poll() is None and time.monotonic() < end
+                    time.sleep(0.2)
+            assert answer.status_code == 200
+        finally:
+            server.send_signal(signal.SIGINT)
+            _, err = server.communicate(timeout=30)
+    assert server.returncode == 0 and "Traceback" not in err, err
+
+
+def test_keys_by_command(tmp_path: Path) -> None:
+    keys = ["--keys", str(tmp_path / "keys.json")]
+    made = CliRunner().invoke(main, ["keys", "make", "ann", *keys])
+    assert made.exit_code == 0 and made.stdout.startswith("dfk_") and "shown only now" in made.stderr
+    assert Keys(tmp_path / "keys.json").tenant_of(made.stdout.strip()) == "ann"
+    name = CliRunner().invoke(main, ["keys", "list", *keys]).stdout.split()[0]
+    assert CliRunner().invoke(main, ["keys", "revoke", name, *keys]).exit_code == 0
+    assert Keys(tmp_path / "keys.json").tenant_of(made.stdout.strip()) is None
+    unknown = CliRunner().invoke(main, ["keys", "revoke", "nobody", *keys])
+    assert isinstance(unknown.exception, UserError) and name in str(unknown.exception)
+
+
+def test_no_open_server_without_keys() -> None:
+    refused = CliRunner().invoke(main, ["--host", "0.0.0.0"])
+    assert isinstance(refused.exception, UserError) and "loopback only" in str(refused.exception)
+
+
+@pytest.mark.parametrize(
+    ("host", "expected"), [("127.0.0.1", True), ("localhost", True), ("::1", True), ("0.0.0.0", False), ("box", False)]
+)
+def test_loopback(host: str, expected: bool) -> None:
+    assert is_loopback(host) is expected

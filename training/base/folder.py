@@ -1,0 +1,100 @@
+"""Where a base lies on disk: the embedded `pocket`, a diffusers folder, or a hub id. Knows no torch.
+
+`layer_shapes` reads the shapes of its layers from the headers of the weight files, so that planning needs no torch.
+"""
+
+import hashlib
+import json
+import os
+import struct
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from training.errors import UserError
+
+EMBEDDED = Path(__file__).parents[1] / "bases"
+
+
+def find_base(name: str, root: str | Path = ".") -> Path:
+    """The diffusers folder of a base. Raises UserError saying where it was looked for."""
+    embedded = EMBEDDED / name
+    if "/" not in name and (embedded / "model_index.json").is_file():
+        return embedded
+    folder = Path(root, name).expanduser()
+    if (folder / "model_index.json").is_file():
+        return folder
+    if folder.is_file() and folder.suffix == ".safetensors":
+        return _converted(folder)
+    if folder.exists():
+        raise UserError(f"Base '{name}': '{folder}' is no diffusers folder (it has no model_index.json).")
+    if name.count("/") == 1 and not name.startswith((".", "/", "~")):
+        return _download(name)
+    known = ", ".join(sorted(path.parent.name for path in EMBEDDED.glob("*/model_index.json")))
+    raise UserError(
+        f"Base '{name}' is not known. Embedded: {known}; else give a diffusers folder or a hub id like owner/model."
+    )
+
+
+def _converted(file: Path) -> Path:
+    """The diffusers folder of a checkpoint in one file, made once a content and kept in the user's cache."""
+    with file.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    folder = cache / "dreamfleet" / "bases" / f"{file.stem}-{digest[:16]}"
+    if not (folder / "model_index.json").is_file():
+        # a process of its own, so that planning needs no torch
+        command = [sys.executable, "-m", "training.base.single_file", str(file), str(folder)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            said = done.stderr.strip().splitlines()
+            raise UserError(f"Base '{file}' cannot be converted: {said[-1] if said else 'no reason given'}")
+    return folder
+
+
+def _download(name: str) -> Path:
+    """A hub id's files, from the local hub cache where they are there already."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    patterns = ["*.json", "*.txt", "*/*.json", "*/*.txt", "*/*.safetensors"]
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError, ValueError) as error:
+        raise UserError(
+            f"Base '{name}' is no folder here, and the hub does not give it: {error}. Check the name, the network, "
+            "and HF_TOKEN where the model asks for one."
+        ) from None
+
+
+def layer_shapes(folder: Path, component: str) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Name and weight shape of every layer of a component, from the safetensors headers alone."""
+    for file in sorted((folder / component).glob("*.safetensors")):
+        with file.open("rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            header = json.loads(stream.read(length))
+        for name, tensor in header.items():
+            if name.endswith(".weight"):
+                yield name.removesuffix(".weight"), tuple(tensor["shape"])
+
+
+def read_config(folder: Path, component: str) -> dict[str, Any]:
+    """A component's config. Raises UserError if it is missing."""
+    file = folder / component / "config.json"
+    if not file.is_file():
+        raise UserError(f"Base folder '{folder}' has no {component}/config.json.")
+    config: dict[str, Any] = json.loads(file.read_text())
+    return config
+
+
+def hash_base(folder: Path) -> str:
+    """Content id of a base: sha256 over the names and contents of its configs and weights (hex)."""
+    digest = hashlib.sha256()
+    for file in sorted(folder.rglob("*")):
+        if file.suffix in (".json", ".safetensors", ".txt") and file.is_file():
+            digest.update(f"{file.relative_to(folder).as_posix()}\0".encode())
+            with file.open("rb") as stream:
+                digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()

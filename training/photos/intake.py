@@ -1,0 +1,54 @@
+"""A subject's files, from wherever the manifest says they are, and what identifies the subject's result.
+
+`images` is a folder relative to the manifest, a URI that `open_storage` knows, or `storage:<key>` for files that were
+uploaded to the run's own storage.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from training.errors import UserError
+from training.manifest.manifest import SubjectSpec
+from training.photos.photos import PhotoFile, list_photo_files
+from training.storage.interface import Storage
+from training.storage.storage import open_storage
+
+UPLOADED = "storage:"
+# these decide what is kept or shown, not what is learned
+_NO_EFFECT: dict[str, Any] = {
+    "id": True,
+    "images": True,
+    "sample_prompts": True,
+    "min_images": True,
+    "public": True,
+    "train": {"keep_checkpoints", "sample_every", "gradient_checkpointing", "strategy", "zero"},
+}
+
+
+def read_files(subject: SubjectSpec, storage: Storage, root: str = ".") -> tuple[PhotoFile, ...]:
+    """The files of `subject.images`. Raises UserError saying what is missing where."""
+    if subject.images.startswith(UPLOADED):
+        return _read_keys(storage, subject.images.removeprefix(UPLOADED), subject.images)
+    if "://" in subject.images:
+        return _read_keys(open_storage(subject.images), "", subject.images)
+    return list_photo_files(Path(root, subject.images).expanduser())
+
+
+def _read_keys(storage: Storage, prefix: str, shown: str) -> tuple[PhotoFile, ...]:
+    keys = storage.list(prefix)
+    if not keys:
+        raise UserError(f"images '{shown}' holds no files. Put the subject's photos there.")
+    start = len(prefix) + 1 if prefix else 0
+    return tuple(PhotoFile(key[start:], storage.get(key)) for key in keys if "/" not in key[start:])
+
+
+def fingerprint(subject: SubjectSpec, base_hash: str, files: Sequence[PhotoFile]) -> str:
+    """What the adapter depends on, as sha256 hex: base, settings and every file. Two equal ones are one training."""
+    digest = hashlib.sha256()
+    digest.update(f"dreamfleet-subject-1\n{base_hash}\n".encode())
+    digest.update(subject.model_dump_json(by_alias=True, exclude=_NO_EFFECT).encode())
+    for file in sorted(files, key=lambda file: file.name):
+        digest.update(f"\n{file.name} {hashlib.sha256(file.data).hexdigest()}".encode())
+    return digest.hexdigest()
