@@ -85,7 +85,7 @@ def main() -> None:
     base, palette = load_base("pocket"), Palette()
     if base.hash != run.record().base_hash:
         raise SystemExit("the pocket base here is not the one that this run was trained on")
-    found = exams(run, base.resolution)
+    found = exams(run, base.facts.resolution)
     judge = PocketJudge(load_judge())
     by_colour = Judges(palette, palette, judge)
     evaluations = evaluate_subjects(base, [exam for exam, _ in found], lambda _: by_colour)

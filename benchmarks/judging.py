@@ -18,7 +18,8 @@ from training.evaluation.judges.box import JudgeBox
 from training.manifest.manifest import SubjectSpec, load_manifest
 from training.photos.photos import Photo, list_photo_files, photos
 from training.trainer.latents import LatentSet, encode_photos
-from training.trainer.pack import Pack, Subject
+from training.trainer.member import Subject
+from training.trainer.pack import Pack, training_bank
 
 DEMO = Path(__file__).parents[1] / "manifests" / "demo" / "manifest.yaml"
 MEASURED_STEPS = 12
@@ -35,12 +36,15 @@ def main() -> None:
     torch.set_num_threads(1)
     base, manifest = load_base("pocket", device="cpu"), load_manifest(DEMO)
     specs = [_with_prompts(spec, asked.prompts) for spec in manifest.subjects[: asked.subjects]]
-    images = {spec.id: _images(spec, Path(manifest.root), base.resolution) for spec in specs}
+    images = {spec.id: _images(spec, Path(manifest.root), base.facts.resolution) for spec in specs}
     pack = Pack(
         base,
-        slots=len(specs),
-        rank=max(spec.lora.rank for spec in specs),
-        targets={"unet": specs[0].lora.targets, "text_encoder": specs[0].lora.text_encoder_targets},
+        training_bank(
+            base,
+            slots=len(specs),
+            rank=max(spec.lora.rank for spec in specs),
+            targets={"unet": specs[0].lora.targets, "text_encoder": specs[0].lora.text_encoder_targets},
+        ),
     )
     for spec in specs:
         instance = encode_photos(base, images[spec.id], spec.train, spec.filled_instance_prompt)

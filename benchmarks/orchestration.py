@@ -24,7 +24,8 @@ from rich.console import Console
 from ray_app.train.cluster import LOCAL, Limits, connect
 from ray_app.train.drive import drive_run
 from training.base.base import best_device, load_base
-from training.manifest.plan import base_facts, plan_run
+from training.base.outline import outline
+from training.manifest.plan import plan_run
 from training.run.run import RunStore
 from training.run.source import Beat, Orders, Outcome, Task
 from training.run.submission import submit
@@ -82,7 +83,7 @@ def plain(manifest: Path, storage: Path) -> float:
     submission = submit(manifest, open_storage(str(storage)))
     specs = submission.manifest.subjects
     source = ListSource([Task(spec, f"{index:064x}") for index, spec in enumerate(specs)])
-    (pack,) = plan_run(submission.manifest, base_facts(submission.record.base)).packs
+    (pack,) = plan_run(submission.manifest, outline(submission.record.base)).packs
     dtype = precision(pack.profile.mixed_precision, best_device())
     base = load_base(submission.record.base, dtype=dtype)
     store = RunStore(submission.store.storage, submission.record.run)

@@ -39,6 +39,7 @@ from serving.engine.engine import Engine
 from serving.engine.job import Done, Failed, Job
 from serving.engine.prompts import make_routes
 from serving.engine.request import AdapterRef, AdapterUse, GenerateRequest
+from tests.tiny import clip, clip_tokenizer
 from training.adapters.adapter import Adapter, LowRank, save_adapter
 from training.adapters.bank import find_sites
 from training.base.base import Base, load_base
@@ -54,7 +55,7 @@ Table = list[tuple[str, ...]]
 def random_adapter(base: Base, seed: int, targets: Sequence[str] = ATTENTION) -> Adapter:
     generator = torch.Generator().manual_seed(seed)
     modules = {}
-    sites = find_sites("unet", base.unet, targets) + find_sites("text_encoder", base.text_encoder, TEXT)
+    sites = find_sites("unet", base.denoiser, targets) + find_sites("text_encoder", clip(base), TEXT)
     for site in sites:
         tail = (1,) * (len(site.down) - 1)
         down = torch.randn(RANK, *site.down, generator=generator) * 0.02
@@ -90,11 +91,11 @@ class Rows:
 
     def __init__(self, base: Base, images: int) -> None:
         generator = torch.Generator().manual_seed(0)
-        side, width = base.unet.config.sample_size, base.unet.config.cross_attention_dim
+        side, width = base.denoiser.config.sample_size, base.denoiser.config.cross_attention_dim
         self.images = images
-        self.latents = torch.randn(2 * images, base.latent_channels, side, side, generator=generator)
+        self.latents = torch.randn(2 * images, base.facts.channels, side, side, generator=generator)
         self.timesteps = torch.full((2 * images,), 500.0)
-        self.states = torch.randn(2 * images, base.tokenizer.model_max_length, width, generator=generator)
+        self.states = torch.randn(2 * images, clip_tokenizer(base).model_max_length, width, generator=generator)
 
     @torch.inference_mode()
     def forward(self, unet: Any) -> None:
@@ -104,7 +105,7 @@ class Rows:
 def forwards(base: Base) -> Table:
     """A forward of 8 images (16 rows), each with its own adapter, against the base alone and PEFT's mixed batch."""
     rows, works = Rows(base, 8), dict[str, Callable[[], object]]()
-    works["(d) base only"] = lambda: rows.forward(base.unet)
+    works["(d) base only"] = lambda: rows.forward(base.denoiser)
     made = [base_bank(base, targets) for targets in (ATTENTION, WIDE)]
     for name, adapters in zip(("attention", "attention, ff, proj, conv"), made, strict=True):
         for distinct in (8, 1):
@@ -115,7 +116,7 @@ def forwards(base: Base) -> Table:
             def work(adapters: Adapters = adapters, routes: list[Any] = routes) -> None:
                 adapters.bank.inject()
                 with adapters.bank.using(*routes):
-                    rows.forward(base.unet)
+                    rows.forward(base.denoiser)
                 adapters.bank.eject()
 
             works[f"ours, {distinct} distinct, {name}"] = work
@@ -143,7 +144,7 @@ def base_bank(base: Base, targets: Sequence[str], slots: int = 8) -> Adapters:
 
 def peft_mixed(base: Base, count: int) -> Callable[[Rows, list[str]], None]:
     """A copy of the UNet with PEFT's layers, called with an adapter name for every row."""
-    unet = type(base.unet).from_pretrained(base.folder / "unet").requires_grad_(False).eval()
+    unet = type(base.denoiser).from_pretrained(base.folder / "unet").requires_grad_(False).eval()
     for index in range(count):
         config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=list(ATTENTION), init_lora_weights=False)
         inject_adapter_in_model(config, unet, adapter_name=f"a{index}")
@@ -284,7 +285,7 @@ def swaps(base: Base) -> Table:
         "ours: a row of host memory into a slot": lambda: adapters.bank.put(3, row)
     }
     for count in (8, 32):
-        unet = type(base.unet).from_pretrained(base.folder / "unet")
+        unet = type(base.denoiser).from_pretrained(base.folder / "unet")
         for index in range(count):
             unet.add_adapter(LoraConfig(r=RANK, target_modules=list(ATTENTION)), adapter_name=f"a{index}")
 
@@ -365,7 +366,7 @@ def main() -> None:
     diffusers_logging.set_verbosity_error()
     torch.set_num_threads(1)
     base = load_base(options.base, device="cpu")
-    steps, side = options.steps, base.resolution
+    steps, side = options.steps, base.facts.resolution
     parts = []
 
     def tell(title: str, heads: Sequence[str], table: Table) -> None:

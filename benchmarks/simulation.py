@@ -2,8 +2,8 @@
 
     python -m benchmarks.simulation [--subjects 10000] [--gpus 64] [--write]
 
-What is real: `training.run.subject_queue.SubjectQueue` decides everything, on the simulation's clock. What is measured: the
-seconds of a fused step by how many subjects share it (`benchmarks/training.md`), 15 s from a device to its first
+What is real: `training.run.subject_queue.SubjectQueue` decides everything, on the simulation's clock. What is measured:
+the seconds of a fused step by how many subjects share it (`benchmarks/training.md`), 15 s from a device to its first
 lease (`benchmarks/orchestration.md`), 0.8 s to prepare and publish a subject (most of it draws its samples). What is
 assumed: a node lives for an exponential time with a mean of 30 minutes and its successor comes after two minutes;
 subjects take 200 to 800 steps. A second column has steps of 30 times the seconds, as a base takes whose runs last

@@ -30,12 +30,14 @@ import torch
 from diffusers import DDPMScheduler
 from peft import LoraConfig, inject_adapter_in_model
 
+from tests.tiny import clip, clip_tokenizer, ddpm
 from training.adapters.adapter import Adapter
 from training.base.base import Base, load_base
 from training.base.words import tokenise
 from training.manifest.manifest import SubjectSpec, parse_manifest
 from training.trainer.latents import LatentSet, posteriors
-from training.trainer.pack import Pack, Subject
+from training.trainer.member import Subject
+from training.trainer.pack import Pack, training_bank
 
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -101,9 +103,9 @@ def spec(index: int, prior: bool) -> SubjectSpec:
 
 
 def make_subject(base: Base, index: int, prior: bool) -> Subject:
-    side = base.resolution // base.vae_scale
+    side = base.facts.resolution // base.facts.cell_px
     generator = torch.Generator().manual_seed(index)
-    mean = torch.randn(5, base.latent_channels, side, side, generator=generator)
+    mean = torch.randn(5, base.facts.channels, side, side, generator=generator)
     made = spec(index, prior)
     latents = LatentSet(posteriors(mean, 0.1 * torch.ones_like(mean)), (made.filled_instance_prompt,) * 5)
     return Subject(made, latents, LatentSet(posteriors(mean, 0 * mean), (made.filled_class_prompt,) * 5))
@@ -124,7 +126,7 @@ def timed(step: Callable[[], object], steps: int) -> float:
 
 
 def filled_pack(base: Base, indices: Sequence[int], prior: bool = False) -> Pack:
-    pack = Pack(base, slots=len(indices), rank=8, targets={"unet": TARGETS})
+    pack = Pack(base, training_bank(base, slots=len(indices), rank=8, targets={"unet": TARGETS}))
     for index in indices:
         pack.join(make_subject(base, index, prior))
     return pack
@@ -175,17 +177,19 @@ class UsualLoop:
     def __init__(self, base: Base, cached: bool) -> None:
         self.base = base
         self.cached = cached
-        inject_adapter_in_model(LoraConfig(r=8, lora_alpha=8, target_modules=list(TARGETS)), base.unet)
-        self.parameters = [p for name, p in base.unet.named_parameters() if "lora_" in name]
+        inject_adapter_in_model(LoraConfig(r=8, lora_alpha=8, target_modules=list(TARGETS)), base.denoiser)
+        self.parameters = [p for name, p in base.denoiser.named_parameters() if "lora_" in name]
         for parameter in self.parameters:
             parameter.requires_grad_(True)
         self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-4)
-        self.scheduler = DDPMScheduler.from_config(base.scheduler_config)
-        self.pixels = torch.rand(5, 3, base.resolution, base.resolution, device=base.device) * 2 - 1
+        self.scheduler = DDPMScheduler.from_config(ddpm(base).config)
+        self.pixels = torch.rand(5, 3, base.facts.resolution, base.facts.resolution, device=base.device) * 2 - 1
         self.subject = make_subject(base, 0, prior=False)
-        self.tokens = tokenise(base.tokenizer, [self.subject.spec.filled_instance_prompt], [{}]).ids.to(base.device)
+        self.tokens = tokenise(clip_tokenizer(base), [self.subject.spec.filled_instance_prompt], [{}]).ids.to(
+            base.device
+        )
         with torch.no_grad():
-            self.embedding = base.text_encoder(self.tokens)[0]
+            self.embedding = clip(base)(self.tokens)[0]
         self.turn = 0
 
     def step(self) -> None:
@@ -197,16 +201,18 @@ class UsualLoop:
             embedding = self.embedding
         else:
             with torch.no_grad():
-                latents = base.vae.encode(self.pixels[index : index + 1].to(base.dtype)).latent_dist.sample()
-                latents = latents * base.vae.config.scaling_factor
-                embedding = base.text_encoder(self.tokens)[0]
+                latents = (
+                    base.parts.models["vae"].encode(self.pixels[index : index + 1].to(base.dtype)).latent_dist.sample()
+                )
+                latents = latents * base.parts.models["vae"].config.scaling_factor
+                embedding = clip(base)(self.tokens)[0]
         latents = latents.to(base.dtype)
         noise = torch.randn_like(latents)
         timesteps = torch.randint(0, 1000, (1,), device=base.device)
         noisy = self.scheduler.add_noise(latents, noise, timesteps)
-        prediction = base.unet(noisy, timesteps, encoder_hidden_states=embedding).sample
+        prediction = base.denoiser(noisy, timesteps, encoder_hidden_states=embedding).sample
         goal = noise
-        if base.prediction_type == "v_prediction":
+        if ddpm(base).prediction_type == "v_prediction":
             goal = self.scheduler.get_velocity(latents, noise, timesteps)
         torch.nn.functional.mse_loss(prediction.float(), goal.float()).backward()
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)

@@ -7,14 +7,8 @@ from typing import Literal
 
 from pydantic import Field
 
-from serving.engine.request import Closed, SamplerName
-
-UNET_TARGETS = (
-    "to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out",
-    "conv1", "conv2", "conv_shortcut", "time_emb_proj", "downsamplers.0.conv", "upsamplers.0.conv",
-    "conv_in", "conv_out", "time_embedding.linear_1", "time_embedding.linear_2",
-)  # fmt: skip
-TEXT_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
+from serving.engine.request import Closed
+from training.base.facts import SamplerName
 
 
 class Limits(Closed):
@@ -45,8 +39,10 @@ class EngineSpec(Closed):
     slots: int = Field(default=16, ge=1, le=65536, description="adapters on the device at once")
     rank: int = Field(default=32, ge=1, le=1024, description="the largest adapter rank served")
     words: int = Field(default=8, ge=0, le=256, description="textual-inversion vectors that an adapter may bring")
-    targets: tuple[str, ...] = UNET_TARGETS
-    text_encoder_targets: tuple[str, ...] = TEXT_TARGETS
+    targets: tuple[str, ...] | None = Field(
+        default=None, description="ends of the denoiser's layers that are served; all that adapters change by default"
+    )
+    text_encoder_targets: tuple[str, ...] | None = Field(default=None, description="the same of text encoders")
     max_rows: int = Field(default=32, ge=1, description="rows of one forward; an image with guidance takes two")
     queue: int = Field(default=256, ge=1, description="images that may wait; beyond it requests get 429")
     decode_rows: int = Field(default=4, ge=1, description="images decoded between two denoising steps")

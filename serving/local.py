@@ -12,12 +12,12 @@ from serving.config import EngineSpec, ServeSpec
 from serving.engine.engine import Engine
 from serving.engine.job import EngineStats
 from serving.engine.loop import EngineLoop
-from serving.engine.request import AdapterRef, read_facts
+from serving.engine.request import AdapterRef
 from serving.http.app import create_app, open_keys
 from serving.http.disk import DiskCache
 from serving.http.library import Fetcher, Library
 from training.base.base import best_device, load_base
-from training.base.folder import find_base
+from training.base.outline import outline
 from training.storage.registry import Registry
 from training.storage.storage import LocalStorage, open_storage
 
@@ -61,9 +61,7 @@ def make_app(spec: ServeSpec, loop: EngineLoop) -> FastAPI:
 
 def open_library(spec: ServeSpec) -> Library:
     """The adapters on the server's storage, for its base."""
-    folder = find_base(spec.base)
-    registry = Registry(open_storage(spec.storage))
-    return Library(registry, folder, read_facts(spec.base, folder), refresh_s=spec.refresh_s)
+    return Library(Registry(open_storage(spec.storage)), outline(spec.base), refresh_s=spec.refresh_s)
 
 
 def _dtype(spec: EngineSpec, device: torch.device) -> torch.dtype:

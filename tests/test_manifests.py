@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from training.base.outline import outline
 from training.manifest.gate import EvaluateSpec
 from training.manifest.manifest import (
     LoraSpec,
@@ -16,7 +17,7 @@ from training.manifest.manifest import (
     load_manifest,
     parse_manifest,
 )
-from training.manifest.plan import base_facts, plan_run, unmatched_targets
+from training.manifest.plan import plan_run, unmatched_targets
 from training.photos.photos import list_photo_files, photos
 
 MANIFESTS = Path(__file__).parents[1] / "manifests"
@@ -26,18 +27,18 @@ RUNS = [path for path in MANIFESTS.rglob("manifest*.yaml") if "images" not in pa
 @pytest.mark.parametrize("path", RUNS, ids=lambda path: path.parent.name)
 def test_it_can_be_planned_and_its_photos_are_good(path: Path) -> None:
     manifest = load_manifest(path)
-    facts = base_facts(manifest.base, manifest.root)
-    assert plan_run(manifest, facts).packs
+    base = outline(manifest.base, manifest.root)
+    assert plan_run(manifest, base).packs
     for subject in manifest.subjects:
-        assert not unmatched_targets(subject, facts)
-        found = photos(list_photo_files(Path(manifest.root, subject.images)), resolution=facts.resolution)
+        assert not unmatched_targets(subject, base)
+        found = photos(list_photo_files(Path(manifest.root, subject.images)), resolution=base.facts.resolution)
         assert len(found.good) >= 5
         assert not found.rejected
 
 
 def test_the_demo_trains_at_least_six_subjects_in_one_pack_and_names_licences() -> None:
     manifest = load_manifest(MANIFESTS / "demo" / "manifest.yaml")
-    plan = plan_run(manifest, base_facts(manifest.base))
+    plan = plan_run(manifest, outline(manifest.base))
     assert len(manifest.subjects) >= 6
     assert len(plan.packs) == 1
     assert plan.packs[0].slots >= 6

@@ -4,12 +4,19 @@ It draws nothing worth looking at; laws about batches, slots, formats and resume
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
+from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from training.base.base import Base
+from training.base.ddpm import Ddpm
+from training.base.family import Words
 
 WORDS = (
     *("a", "an", "photo", "of", "the", "sks", "ohwx", "dog", "cat", "toy", "on", "in", "grass", "snow", "beach"),
@@ -117,3 +124,23 @@ def tiny_images(folder: Path, count: int = 5, side: int = 24, seed: int = 0) -> 
         pixels = torch.randint(0, 256, (side, side, 3), generator=generator, dtype=torch.uint8)
         Image.fromarray(pixels.numpy()).save(folder / f"{index}.png")
     return folder
+
+
+def clip(base: Base) -> CLIPTextModel:
+    """The text encoder of a Stable Diffusion base."""
+    return cast(CLIPTextModel, base.parts.models["text_encoder"])
+
+
+def clip_tokenizer(base: Base) -> CLIPTokenizer:
+    """Its tokenizer."""
+    return cast(CLIPTokenizer, base.parts.tokenizers["text_encoder"])
+
+
+def states(base: Base, prompts: Sequence[str], words: Sequence[Words] | None = None) -> Tensor:
+    """The hidden states [N, L, C] of prompts."""
+    return torch.stack([cond["states"] for cond in base.encode(prompts, words)])
+
+
+def ddpm(base: Base) -> Ddpm:
+    """The noise process of a Stable Diffusion base."""
+    return cast(Ddpm, base.process)

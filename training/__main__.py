@@ -13,10 +13,11 @@ from collections.abc import Sequence
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 from training.base.base import best_device, load_base
+from training.base.outline import outline
 from training.errors import UserError
 from training.evaluation.report import write_report
 from training.manifest.manifest import Manifest, load_manifest
-from training.manifest.plan import PackPlan, base_facts, plan_run
+from training.manifest.plan import PackPlan, plan_run
 from training.photos.intake import fingerprint, read_files
 from training.run.run import RunRecord, RunStore, State, SubjectRecord, digest_of, find_unfinished, new_run_id
 from training.run.source import Beat, Orders, Outcome, Task
@@ -93,7 +94,7 @@ def main() -> int:
 
 
 def _run(manifest: Manifest, storage: Storage, path: str) -> int:
-    plan = plan_run(manifest, base_facts(manifest.base, manifest.root))
+    plan = plan_run(manifest, outline(manifest.base, manifest.root))
     failed, started = 0, time.time()
     for pack in plan.packs:
         dtype = precision(pack.profile.mixed_precision, best_device())

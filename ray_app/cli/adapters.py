@@ -102,7 +102,7 @@ def export(
     resolved = resolve(registry, adapter, tenant)
     weights = load_adapter(registry.weights(resolved))
     library = open_library(registry, base or resolved.card.base)
-    label = Label(name=resolved.id, resolution_px=library.facts.resolution)
+    label = Label(name=resolved.id, resolution_px=library.outline.facts.resolution)
     files = export_adapter(weights, format_, library.shapes().keys(), label)
     out.mkdir(parents=True, exist_ok=True)
     for name, data in files.items():
@@ -159,13 +159,11 @@ def _read(paths: tuple[Path, ...]) -> dict[str, bytes]:
 
 
 def open_library(registry: "Registry", base: str) -> "Library":
-    from serving.engine.request import read_facts
+    """The adapters of a registry for a base."""
     from serving.http.library import Library
-    from training.base.folder import find_base
+    from training.base.outline import outline
 
-    folder = find_base(base)
-    # a card names no place on this machine
-    return Library(registry, folder, read_facts(folder.name if Path(base).is_dir() else base, folder))
+    return Library(registry, outline(base))
 
 
 def open_registry(storage: str) -> "Registry":

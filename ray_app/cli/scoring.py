@@ -154,7 +154,7 @@ def _published(registry: Registry, ids: Sequence[str], tenant: str) -> Iterator[
 def _sitting(registry: Registry, resolved: Resolved, folder: Path, base: Base) -> Sitting:
     adapter = load_adapter(registry.weights(resolved))
     token = Entry(resolved.name, adapter, resolved.card).rare
-    return Sitting(resolved.id, adapter, token, _photos(folder, resolved.id, base.resolution))
+    return Sitting(resolved.id, adapter, token, _photos(folder, resolved.id, base.facts.resolution))
 
 
 def _photos(folder: Path | None, id: str, side: int) -> list[Image.Image]:

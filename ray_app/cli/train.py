@@ -38,9 +38,9 @@ def validate(manifest: Path, as_json: bool) -> None:
     from training.manifest.plan import plan_run
     from training.run.submission import photo_report, read_manifest
 
-    checked, facts = read_manifest(manifest)
-    plan = plan_run(checked, facts)
-    problems, warnings = photo_report(checked, facts)
+    checked, base = read_manifest(manifest)
+    plan = plan_run(checked, base)
+    problems, warnings = photo_report(checked, base)
     if as_json:
         options.print_json(_plan_json(checked, plan, problems, warnings))
     else:

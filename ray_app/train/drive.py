@@ -99,7 +99,7 @@ def _lead_run(submission: Submission, lead: Lead, address: str, limits: Limits, 
     if retry and record.state != "running":
         record = record.model_copy(update={"state": "running", "finished": None})
         store.save(record)
-    submission = Submission(store, record, submission.manifest, submission.facts, submission.taken_up)
+    submission = Submission(store, record, submission.manifest, submission.base, submission.taken_up)
     subjects = settle(submission, retry)
     lead.renew()
     if all(subject.state in ENDED for subject in subjects):

@@ -98,12 +98,12 @@ class Driver:
     limits: Limits = field(default_factory=Limits)
 
     def __post_init__(self) -> None:
-        record, facts = self.submission.record, self.submission.facts
+        record, base = self.submission.record, self.submission.base
         self.store = self.submission.store
         self.records: dict[str, SubjectRecord] = {subject.id: subject for subject in self.subjects}
-        self.plan = plan_run(record.manifest, facts)
+        self.plan = plan_run(record.manifest, base)
         room = max(self.cluster.seats, self.limits.gpus or 0)
-        self._reserve = [pack for pack in reserve(record.manifest, facts) if pack.workers <= room]
+        self._reserve = [pack for pack in reserve(record.manifest, base) if pack.workers <= room]
         self._queue: Any = None
         self._saved = dict(self.records)
         self._saved_at = dict.fromkeys(self.records, 0.0)

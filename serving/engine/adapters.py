@@ -45,18 +45,19 @@ class Adapters:
     """The bank over `base`, and what is in it. `fetch` is called on loader threads; `woken` is set when a load ends."""
 
     def __init__(self, base: Base, spec: EngineSpec, fetch: Fetch, woken: Event) -> None:
-        targets = dict.fromkeys(base.family.components, spec.text_encoder_targets)
-        targets[base.family.denoiser] = spec.targets
+        facts = base.facts
+        targets = dict.fromkeys(facts.text_encoders, spec.text_encoder_targets or facts.text_layers)
+        targets[facts.denoiser] = spec.targets or facts.layers
         sites = {name: find_sites(name, model, targets[name]) for name, model in base.models.items()}
         self.empty = spec.slots  # the bank's last slot is never handed out: it stays zero
-        vectors = (spec.words, base.token_embedding.embedding_dim)
+        vectors = (spec.words, facts.word_width)
         self.bank = Bank(
             sites, slots=spec.slots + 1, rank=spec.rank, vectors=vectors, device=base.device, dtype=base.dtype
         )
         self.bank.inject()
         self.slots = Slots[AdapterRef](spec.slots)
         self.swap_seconds = 0.0
-        self._text_encoders = base.family.text_encoders
+        self._text_encoders = facts.text_encoders
         self._fetch = fetch
         self._pin = base.device.type == "cuda"
         self._changes_text: dict[AdapterRef, bool] = {}

@@ -21,7 +21,7 @@ from serving.engine.job import Done, EngineStats, Failed, Guess, Job, Outcome, S
 from serving.engine.preview import PreviewMap, fit_preview
 from serving.engine.prompts import Prompts, Text
 from serving.engine.request import AdapterRef, GenerateRequest
-from serving.engine.samplers import Lines, Samplers
+from serving.engine.samplers import Lines
 from serving.engine.scheduler import Scheduler
 from serving.errors import DeadlineExceeded, GenerationFailed, QueueFull, Refused
 from training.base.base import Base
@@ -39,7 +39,6 @@ class Engine:
         self.adapters = Adapters(base, spec, fetch, self.woken)
         self.scheduler = Scheduler[Sample](spec.max_rows, spec.queue)
         self.jobs: dict[Job, None] = {}
-        self._samplers = Samplers(base.scheduler_config)
         self._prompts = Prompts(base, self.adapters.bank, empty=self.adapters.empty, capacity=spec.prompt_cache)
         self._forwards: dict[tuple[int, int], Forward] = {}
         self._finished: deque[Sample] = deque()
@@ -62,9 +61,9 @@ class Engine:
         if len({use.ref for use in request.adapters}) > self.spec.slots:
             raise Refused(f"A request may mix up to {self.spec.slots} adapters here, not {len(request.adapters)}.")
         strength = None if pixels_CHW is None else request.strength
-        schedule = self._samplers.schedule(request.scheduler, request.steps, strength)
+        size = self.base.latent_size(request.height, request.width)
+        schedule = self.base.process.schedule(request.scheduler, request.steps, strength, size)
         job = Job(request, schedule, pixels_CHW, arrived_s=time.monotonic())
-        size = (request.height // self.base.vae_scale, request.width // self.base.vae_scale)
         job.samples = [Sample(job, index, size) for index in range(request.count)]
         try:
             self.scheduler.submit(job.samples, self._retry_after_s())
@@ -177,7 +176,7 @@ class Engine:
     def _begin(self) -> None:
         """Prompts, pictures and first latents of the samples that have just started."""
         fresh = [sample for sample in self.scheduler.running if sample.generator is None]
-        self._guarded([sample for sample in fresh if sample.job.states is None], self._encode_prompts)
+        self._guarded([sample for sample in fresh if sample.job.conds is None], self._encode_prompts)
         for sample in fresh:
             self._guarded([sample], self._first_latents)
 
@@ -196,19 +195,19 @@ class Engine:
             if job.guided:
                 texts.append(Text(job.request.negative_prompt, mix, slots))
         with self._timed("text"):
-            states = iter(self._prompts.encode(texts))
+            conds = iter(self._prompts.encode(texts))
         for job in wearing:
-            job.states = next(states), next(states) if job.guided else None
+            job.conds = next(conds), next(conds) if job.guided else None
 
     def _first_latents(self, samples: Sequence[Sample]) -> None:
-        channels = self.base.latent_channels
+        channels = self.base.facts.channels
         for sample in samples:
             job = sample.job
             sample.generator = torch.Generator().manual_seed(sample.seed)
             latents = torch.zeros(channels, *sample.size)
             if job.pixels_CHW is not None:
                 if job.image is None:
-                    mean_NCHW, std_NCHW = self.base.encode_images(job.pixels_CHW[None])
+                    mean_NCHW, std_NCHW = self.base.to_latents(job.pixels_CHW[None])
                     job.image = mean_NCHW[0].float(), std_NCHW[0].float()
                 latents = (job.image[0] + job.image[1] * sample.draw(channels)) * job.schedule.signal
             latents = latents + sample.draw(channels) * job.schedule.noise
@@ -247,7 +246,7 @@ class Engine:
         """What ancestral samplers add, [N, C, h, w]; zero for rows of the others, None if nobody draws."""
         if not any(sample.job.schedule.draws for sample in samples):
             return None
-        channels = self.base.latent_channels
+        channels = self.base.facts.channels
         blank = torch.zeros(channels, *samples[0].size)
         noise = [sample.draw(channels) if sample.job.schedule.draws else blank for sample in samples]
         return torch.stack(noise).to(self.base.device)
@@ -277,7 +276,7 @@ class Engine:
     def _decode_batch(self, samples: Sequence[Sample]) -> None:
         with self._timed("decode"):
             latents_NCHW = torch.stack([_tensor(sample.latents) for sample in samples])
-            images_NCHW = self.base.decode(latents_NCHW).float()
+            images_NCHW = self.base.to_pixels(latents_NCHW).float()
             finite = torch.isfinite(images_NCHW).flatten(1).all(dim=1).tolist()
             pixels_NCHW = ((images_NCHW / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).cpu()
         for sample, pixels_CHW, good in zip(samples, pixels_NCHW, finite, strict=True):

@@ -18,6 +18,7 @@ from serving.engine.prompts import make_routes
 from serving.engine.samplers import Lines
 from training.adapters.bank import Bank, Route
 from training.base.base import Base
+from training.base.family import Cond
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +27,7 @@ class Forward:
 
     order: tuple[Sample, ...]
     rows: int
-    states_MLC: Tensor
+    conds: tuple[Cond, ...]
     guidance_G: Tensor
     routes: tuple[Route, ...]
 
@@ -38,17 +39,17 @@ class Forward:
         order = sorted(samples, key=lambda sample: (not sample.job.guided, sample.slots or ()))
         guided = sum(sample.job.guided for sample in order)
         rows = [sample for sample in order[:guided] for _ in range(2)] + order[guided:]
-        states = [state for sample in order for state in _states(sample)]
+        conds = [cond for sample in order for cond in _conds(sample)]
         fill = max(0, (fixed_rows or 0) - len(rows))
-        states += [torch.zeros_like(states[0])] * fill
+        conds += conds[:1] * fill
         slots: list[tuple[int, ...]] = [sample.slots or () for sample in rows]
         weights: list[tuple[float, ...]] = [sample.job.weights for sample in rows]
-        routes = make_routes(bank, [base.family.denoiser], slots + [()] * fill, weights + [()] * fill, empty)
+        routes = make_routes(bank, [base.facts.denoiser], slots + [()] * fill, weights + [()] * fill, empty)
         guidance = torch.tensor([sample.job.request.guidance_scale for sample in order[:guided]])
         return cls(
             order=tuple(order),
             rows=len(rows) + fill,
-            states_MLC=torch.stack(states),
+            conds=tuple(conds),
             guidance_G=guidance.to(base.device).view(-1, 1, 1, 1),
             routes=tuple(routes),
         )
@@ -58,9 +59,7 @@ class Forward:
         guided = len(self.guidance_G)
         x_MCHW = self._rows(lines.model_input(latents_NCHW))
         with bank.using(*self.routes):
-            output = base.unet(
-                x_MCHW.to(base.dtype), self._rows(lines.timesteps_N), encoder_hidden_states=self.states_MLC
-            ).sample.float()
+            output = base.predict(x_MCHW.to(base.dtype), self._rows(lines.timesteps_N), self.conds).float()
         plain, prompted = output[: 2 * guided].unflatten(0, (guided, 2)).unbind(1)
         pushed = plain + self.guidance_G * (prompted - plain)
         return torch.cat([pushed, output[2 * guided : guided + len(self.order)]])
@@ -73,8 +72,8 @@ class Forward:
         return torch.cat([rows, rows.new_zeros((fill, *rows.shape[1:]))]) if fill else rows
 
 
-def _states(sample: Sample) -> list[Tensor]:
-    """The embeddings of a sample's rows."""
-    assert sample.job.states is not None
-    prompt, negative = sample.job.states
+def _conds(sample: Sample) -> list[Cond]:
+    """The prompts of a sample's rows."""
+    assert sample.job.conds is not None
+    prompt, negative = sample.job.conds
     return [prompt] if negative is None else [negative, prompt]

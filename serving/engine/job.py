@@ -11,7 +11,8 @@ from torch import Tensor
 
 from serving.engine.adapters import Loads
 from serving.engine.request import MAX_SEED, AdapterRef, GenerateRequest
-from serving.engine.samplers import Schedule
+from training.base.family import Cond
+from training.base.process import Schedule
 
 
 @dataclass(eq=False, slots=True)
@@ -24,9 +25,7 @@ class Job:
     arrived_s: float  # time.monotonic
     loads: Loads = field(default_factory=dict)
     samples: list["Sample"] = field(default_factory=list)
-    states: tuple[Tensor, Tensor | None] | None = (
-        None  # embeddings [L, C] of prompt and, with guidance, negative prompt
-    )
+    conds: tuple[Cond, Cond | None] | None = None  # of the prompt and, with guidance, of the negative prompt
     image: tuple[Tensor, Tensor] | None = None  # mean and std [C, h, w] of the picture's latents
     started_s: float | None = None
     over: bool = False

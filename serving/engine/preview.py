@@ -27,11 +27,11 @@ class PreviewMap:
 
 def fit_preview(base: Base) -> PreviewMap:
     """Least squares over smooth random pictures, encoded by the base's VAE; the same base gives the same map."""
-    side = min(base.resolution, 128)
+    side = min(base.facts.resolution, 128)
     generator = torch.Generator().manual_seed(0)
     coarse = torch.rand(PICTURES, 3, 4, 4, generator=generator) * 2 - 1
     pictures = functional.interpolate(coarse, side, mode="bilinear", align_corners=False)
-    latents_NCHW = torch.cat([base.encode_images(part)[0] for part in pictures.split(4)]).float()
+    latents_NCHW = torch.cat([base.to_latents(part)[0] for part in pictures.split(4)]).float()
     colours_NCHW = functional.interpolate(pictures, latents_NCHW.shape[-2:], mode="area")
     x_MC = latents_NCHW.permute(0, 2, 3, 1).flatten(0, 2)
     y_MC = colours_NCHW.permute(0, 2, 3, 1).flatten(0, 2)

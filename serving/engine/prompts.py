@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from serving.engine.request import AdapterRef
 from training.adapters.bank import Bank, Route
 from training.base.base import Base
+from training.base.family import Cond
 
 Mix = tuple[tuple[AdapterRef, float], ...]
 
@@ -54,39 +54,41 @@ def make_routes(
 
 
 class Prompts:
-    """At most `capacity` embeddings [L, C] are kept, least recently used out first."""
+    """At most `capacity` prompts are kept, least recently used out first."""
 
     def __init__(self, base: Base, bank: Bank, *, empty: int, capacity: int) -> None:
         self._base = base
         self._bank = bank
         self._empty = empty
         self._capacity = capacity
-        self._known: OrderedDict[tuple[str, Mix], Tensor] = OrderedDict()
+        self._known: OrderedDict[tuple[str, Mix], Cond] = OrderedDict()
         self.hits = 0
         self.misses = 0
 
-    def encode(self, texts: Sequence[Text]) -> list[Tensor]:
+    def encode(self, texts: Sequence[Text]) -> list[Cond]:
         """The embedding of each text; those not known are encoded in one forward."""
         missing = {text.key: text for text in texts if text.key not in self._known}
         self.hits += len(texts) - len(missing)
         self.misses += len(missing)
-        fresh: dict[tuple[str, Mix], Tensor] = {}
+        fresh: dict[tuple[str, Mix], Cond] = {}
         if missing:
             rows = list(missing.values())
             routes = make_routes(
                 self._bank,
-                self._base.family.text_encoders,
+                self._base.facts.text_encoders,
                 [row.slots for row in rows],
                 [tuple(weight for _, weight in row.mix) for row in rows],
                 self._empty,
             )
             with self._bank.using(*routes):
                 words = [{w: v for slot in row.slots for w, v in self._bank.words(slot).items()} for row in rows]
-                states_NLC = self._base.encode_prompts([row.text for row in rows], words)
-            fresh = dict(zip(missing, states_NLC, strict=True))
+                conds = self._base.encode([row.text for row in rows], words)
+            fresh = dict(zip(missing, conds, strict=True))
         found = [fresh[text.key] if text.key in fresh else self._known[text.key] for text in texts]
-        for text, state in zip(texts, found, strict=True):
-            self._known[text.key] = state.clone() if text.key in fresh else state
+        for text, cond in zip(texts, found, strict=True):
+            # a copy: a row of the batch would keep the whole batch
+            kept = {name: part.clone() for name, part in cond.items()} if text.key in fresh else cond
+            self._known[text.key] = kept
             self._known.move_to_end(text.key)
         while len(self._known) > self._capacity:
             self._known.popitem(last=False)

@@ -4,13 +4,12 @@ The HTTP app resolves ids, defaults and limits, so an engine sees a `GenerateReq
 types also cross the border of a Ray deployment, as pydantic dumps.
 """
 
-import json
-from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-SamplerName = Literal["ddim", "euler", "euler_a", "dpm++_2m"]
+from training.base.facts import SamplerName
+
 ImageFormat = Literal["png", "jpeg", "webp"]
 MAX_SEED = 2**63 - 1
 
@@ -86,24 +85,3 @@ class Picture(Closed):
 
 
 Event = Annotated[Preview | Picture, Field(discriminator="kind")]
-
-
-class BaseFacts(Closed):
-    """What a client may know about a base, and what its sizes must obey."""
-
-    name: str
-    resolution: int
-    multiple: int = Field(description="width and height are multiples of it, pixels")
-
-
-def read_facts(base: str, folder: Path) -> BaseFacts:
-    """The facts of the base that the server calls `base`, from the configs in its folder.
-
-    Clients see its name without the path that it may have on this machine.
-    """
-    name = Path(base).name if Path(base).is_absolute() or base.startswith((".", "~")) else base
-    unet = json.loads((folder / "unet" / "config.json").read_text())
-    vae = json.loads((folder / "vae" / "config.json").read_text())
-    scale = 2 ** (len(vae["block_out_channels"]) - 1)
-    levels = 2 ** (len(unet["block_out_channels"]) - 1)
-    return BaseFacts(name=name, resolution=unet["sample_size"] * scale, multiple=scale * levels)

@@ -87,7 +87,7 @@ def _answer(pictures: list[Picture], wanted: GenerateRequest, body: ImagesBody, 
     answer = ImagesAnswer(
         created=int(time.time()),
         data=data,
-        model=body.model or service.intake.facts.name,
+        model=body.model or service.intake.library.base,
         size=f"{wanted.width}x{wanted.height}",
         output_format=wanted.output_format,
     )

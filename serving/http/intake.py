@@ -10,11 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from serving.config import ServeSpec
-from serving.engine.request import AdapterRef, AdapterUse, BaseFacts, GenerateRequest
+from serving.engine.request import AdapterRef, AdapterUse, GenerateRequest
 from serving.errors import Refused
 from serving.http.library import Library
 from serving.http.problems import ApiError
 from serving.http.wire import ImagesBody, UsedAdapter, WornAdapter
+from training.base.facts import Facts
 from training.storage.registry import Resolved, UnknownAdapter
 
 
@@ -26,8 +27,8 @@ class Intake:
     library: Library
 
     @property
-    def facts(self) -> BaseFacts:
-        return self.library.facts
+    def facts(self) -> Facts:
+        return self.library.outline.facts
 
     def images(self, tenant: str, body: ImagesBody, request_id: str) -> GenerateRequest:
         """The request of an OpenAI images body."""
@@ -63,11 +64,11 @@ class Intake:
         _at_most(request.steps, limits.steps, "steps")
         _at_most(len(request.adapters), limits.adapters, "adapters", "adapters in a request")
         for side, name in ((request.width, "width"), (request.height, "height")):
-            if side % self.facts.multiple or side > limits.side_px:
+            if side % self.facts.multiple_px or side > limits.side_px:
                 raise ApiError(
                     400,
-                    f"The {name} is {side}; on base '{self.facts.name}' it must be a multiple of {self.facts.multiple} "
-                    f"up to {limits.side_px}.",
+                    f"The {name} is {side}; on base '{self.library.base}' it must be a multiple of "
+                    f"{self.facts.multiple_px} up to {limits.side_px}.",
                     param="size",
                 )
         _at_most(request.width * request.height * request.count, limits.pixels, "size", "pixels in a request")
@@ -94,15 +95,15 @@ class Intake:
 
     def _named_by(self, model: str | None) -> str | None:
         """The adapter that a model name holds; None if it is the base."""
-        if model in (None, "", self.facts.name):
+        if model in (None, "", self.library.base):
             return None
         base, colon, adapter = str(model).partition(":")
         if not colon:
             return base
-        if base != self.facts.name:
+        if base != self.library.base:
             raise ApiError(
                 404,
-                f"The base '{base}' is not served here; this server has '{self.facts.name}'.",
+                f"The base '{base}' is not served here; this server has '{self.library.base}'.",
                 param="model",
                 code="model_not_found",
             )

@@ -8,16 +8,16 @@ import threading
 import time
 from collections import OrderedDict
 from datetime import UTC, datetime
-from pathlib import Path
 
 from serving.config import EngineSpec
-from serving.engine.request import AdapterRef, BaseFacts
+from serving.engine.request import AdapterRef
 from serving.errors import Refused
 from serving.http.disk import DiskCache
 from training.adapters.adapter import Adapter, AdapterError, check_adapter, load_adapter, save_adapter
 from training.adapters.formats.formats import import_adapter
-from training.base.family import STABLE_DIFFUSION, canonical
-from training.base.folder import hash_base, layer_shapes, read_config
+from training.base.facts import Facts
+from training.base.folder import hash_base, public_name
+from training.base.outline import Outline
 from training.storage.card import Card
 from training.storage.registry import Registry, Resolved, UnknownAdapter, check_id
 from training.storage.storage import content_id
@@ -26,18 +26,19 @@ REMEMBERED = 4096
 
 
 class Library:
-    """The registry's adapters for the base in `folder`. What `current` says may be `refresh_s` old."""
+    """The registry's adapters for one base. What `current` says may be `refresh_s` old.
 
-    def __init__(self, registry: Registry, folder: Path, facts: BaseFacts, *, refresh_s: float = 1.0) -> None:
+    Clients see the base's name without the path that it may have on this machine.
+    """
+
+    def __init__(self, registry: Registry, outline: Outline, *, refresh_s: float = 1.0) -> None:
         self.registry = registry
-        self.facts = facts
-        self.base = facts.name
-        self.base_hash = hash_base(folder)
-        self._folder = folder
+        self.outline = outline
+        self.base = public_name(outline.name)
+        self.base_hash = hash_base(outline.folder)
         self._refresh_s = refresh_s
         self._resolved: OrderedDict[tuple[str, str | None], tuple[float, Resolved]] = OrderedDict()
         self._lock = threading.Lock()
-        self._shapes: dict[str, tuple[int, ...]] | None = None
 
     def resolve(self, tenant: str, name: str) -> Resolved:
         """What `id`, `tenant/id` or either with `@version` means to `tenant` now. Raises UnknownAdapter."""
@@ -71,7 +72,7 @@ class Library:
         adapter = import_adapter({"adapter.safetensors": data}, shapes.keys())
         check_adapter(adapter, shapes, spec.rank)
         self._check_words(adapter, spec)
-        _check_targets(adapter, spec)
+        _check_targets(adapter, spec, self.outline.facts)
         weights = save_adapter(adapter)
         card = Card.model_validate(
             {
@@ -83,8 +84,8 @@ class Library:
                 "base_hash": self.base_hash,
                 "rank": adapter.rank,
                 "alpha": adapter.rank,  # any scale of the file is folded in
-                "targets": _ends(adapter, STABLE_DIFFUSION.denoiser),
-                "text_encoder_targets": _ends(adapter, *STABLE_DIFFUSION.text_encoders),
+                "targets": _ends(adapter, self.outline.facts.denoiser),
+                "text_encoder_targets": _ends(adapter, *self.outline.facts.text_encoders),
                 "instance_prompt": trigger,
                 "class": "",
                 "trigger": trigger,
@@ -109,17 +110,10 @@ class Library:
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Canonical name and weight shape of every layer of the base that an adapter may change."""
-        if self._shapes is None:
-            self._shapes = {
-                canonical(component, name): shape
-                for component in STABLE_DIFFUSION.components
-                for name, shape in layer_shapes(self._folder, component)
-                if len(shape) in (2, 4)
-            }
-        return self._shapes
+        return self.outline.shapes
 
     def _check_words(self, adapter: Adapter, spec: EngineSpec) -> None:
-        width = read_config(self._folder, "text_encoder")["hidden_size"]
+        width = self.outline.facts.word_width
         vectors = [vectors.reshape(-1, vectors.shape[-1]) for vectors in adapter.embeddings.values()]
         if any(one.shape[1] != width for one in vectors):
             raise AdapterError(f"The words {', '.join(adapter.embeddings)} need vectors of width {width} on this base.")
@@ -180,9 +174,10 @@ def _ends(adapter: Adapter, *components: str) -> tuple[str, ...]:
     return tuple(sorted({".".join(parts[-2:]) if parts[-1].isdigit() else parts[-1] for parts in names}))
 
 
-def _check_targets(adapter: Adapter, spec: EngineSpec) -> None:
+def _check_targets(adapter: Adapter, spec: EngineSpec, facts: Facts) -> None:
     """The server's bank lies over some layers only; an adapter must not be served in part."""
-    served = tuple(f".{target}" for target in (*spec.targets, *spec.text_encoder_targets))
+    ends = (*(spec.targets or facts.layers), *(spec.text_encoder_targets or facts.text_layers))
+    served = tuple(f".{end}" for end in ends)
     left = [name for name in adapter.modules if not name.endswith(served)]
     if left:
         raise AdapterError(

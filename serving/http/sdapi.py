@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from fastapi import APIRouter, Request
 
-from serving.engine.request import GenerateRequest, Picture, SamplerName
+from serving.engine.request import GenerateRequest, Picture
 from serving.http.images import ERRORS, as_generator
 from serving.http.intake import any_seed, read_base64
 from serving.http.problems import ApiError
@@ -28,6 +28,7 @@ from serving.http.wire import (
     Txt2ImgBody,
     WornAdapter,
 )
+from training.base.facts import SamplerName
 
 router = APIRouter(prefix="/sdapi/v1", tags=["AUTOMATIC1111"])
 SAMPLERS: dict[str, SamplerName] = {"DDIM": "ddim", "Euler": "euler", "Euler a": "euler_a", "DPM++ 2M": "dpm++_2m"}

@@ -8,7 +8,7 @@ import yaml
 
 from training.manifest.manifest import SubjectSpec, parse_manifest
 from training.trainer.latents import LatentSet, Posterior, posteriors
-from training.trainer.pack import Subject
+from training.trainer.member import Subject
 
 
 def spec(id: str, **settings: Any) -> SubjectSpec:

@@ -31,7 +31,8 @@ from training.photos.photos import Photo
 from training.sampling.render import BARE, Look, Shot, adapter_bank, render
 from training.storage.storage import open_storage
 from training.trainer.latents import LatentSet, encode_photos
-from training.trainer.pack import Pack, Subject as Learner
+from training.trainer.member import Subject as Learner
+from training.trainer.pack import Pack, training_bank
 from training.trainer.prior import prepare_prior
 from training.trainer.worker.worker import precision
 
@@ -156,7 +157,7 @@ def learn(base: Base, found: Sequence[Learner], steps: Sequence[int]) -> dict[in
     """Trains all in one pack; their adapters after each of `steps`."""
     lora = found[0].spec.lora
     targets: dict[str, Sequence[str]] = {"unet": lora.targets, "text_encoder": lora.text_encoder_targets}
-    pack = Pack(base, slots=len(found), rank=lora.rank, targets=targets)
+    pack = Pack(base, training_bank(base, slots=len(found), rank=lora.rank, targets=targets))
     kept = {}
     try:
         for one in found:

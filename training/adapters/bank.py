@@ -21,7 +21,7 @@ from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
 
 from training.adapters.adapter import Adapter, LowRank
-from training.base.family import canonical
+from training.base.names import canonical
 from training.errors import UserError
 
 Layer = nn.Linear | nn.Conv2d
@@ -129,6 +129,7 @@ class Bank:
         self._worn: list[Mapping[str, frozenset[int]]] = [{} for _ in range(slots)]
         self._words: list[Mapping[str, int]] = [{} for _ in range(slots)]
         self._ranks = [0] * slots
+        self._weights_read = self.weights_SP
         self._using: dict[str, Route] = {}
         self._hooks: list[RemovableHandle] = []
 
@@ -171,7 +172,7 @@ class Bank:
         words = self._words[slot]
         if not words:
             return {}
-        vectors_VD = self.weights_SP[slot, self._columns[self.WORDS]].view(self._vectors, self._width)
+        vectors_VD = self._weights_read[slot, self._columns[self.WORDS]].view(self._vectors, self._width)
         return dict(zip(words, vectors_VD[: sum(words.values())].split(list(words.values())), strict=True))
 
     def route(
@@ -192,11 +193,11 @@ class Bank:
         active = frozenset[int]().union(*(self._worn[slot].get(component, ()) for slot in set(slots) if slot >= 0))
         first = slots[0]
         in_order = first >= 0 and slots_GK.shape[1] == 1 and slots == list(range(first, first + len(slots)))
-        index_GK = slots_GK.clamp(min=0).to(self.weights_SP.device)
-        scale_GK11 = None if (weights_GK == 1).all() else weights_GK.to(self.weights_SP)[:, :, None, None]
+        index_GK = slots_GK.clamp(min=0).to(self._weights_read.device)
+        scale_GK11 = None if (weights_GK == 1).all() else weights_GK.to(self._weights_read)[:, :, None, None]
         # the ranks that nobody uses are neither gathered nor multiplied
         rank = max((self._ranks[slot] for slot in set(slots) if slot >= 0), default=0)
-        pieces = self._ranked(self.weights_SP, component)[:, :rank].split(self._widths[component], dim=2)
+        pieces = self._ranked(self._weights_read, component)[:, :rank].split(self._widths[component], dim=2)
         g, k = slots_GK.shape
         deltas: list[Delta | None] = [None] * len(self.sites[component])
         for index in sorted(active):
@@ -225,6 +226,15 @@ class Bank:
             yield
         finally:
             self._using = before
+
+    @contextmanager
+    def reading(self, weights_SP: Tensor) -> Iterator[None]:
+        """Routes and words that are made inside are gathered from `weights_SP`, laid out as the bank's own."""
+        before, self._weights_read = self._weights_read, weights_SP
+        try:
+            yield
+        finally:
+            self._weights_read = before
 
     # -- slots --
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline
 
 from training.adapters.adapter import Adapter
 from training.adapters.bank import find_sites
@@ -33,8 +33,6 @@ def fuse_base(base_name: str, parts: Sequence[tuple[Adapter, float]], out: Path,
             with torch.no_grad():
                 layers[key].weight += weight * low.delta().to(layers[key].weight)
             changed.add(key)
-    pipeline = StableDiffusionPipeline.from_pretrained(
-        base.folder, unet=base.unet, text_encoder=base.text_encoder, vae=base.vae
-    )
+    pipeline = DiffusionPipeline.from_pretrained(base.folder, **base.parts.models)
     pipeline.to(torch.float16).save_pretrained(out)
     return len(changed)

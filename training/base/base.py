@@ -1,27 +1,25 @@
 """The base: the frozen model that everything shares, loaded from a diffusers folder.
 
-A `Base` is the pieces (denoiser, VAE, text encoder, tokenizer, noise schedule) and the few facts about them that the
-rest needs. Nothing in it is ever changed; adapters lie over it in a bank.
+A `Base` is a family's loaded parts under a name and a hash. Nothing in it is ever changed; adapters lie over it in a
+bank. Shape suffixes: N rows, C, H, W of a latent or picture.
 """
 
-import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
-from diffusers.models.attention_processor import AttnProcessor
-from torch import Tensor
-from transformers import CLIPTextModel, CLIPTokenizer
+from torch import Tensor, nn
 
-from training.base.family import FAMILIES, Family
+from training.base.facts import Facts
+from training.base.families import open_family
+from training.base.family import Cond, Family, Parts, RowFacts, Words
 from training.base.folder import find_base, hash_base
-from training.base.words import Words, replacing, tokenise
-from training.errors import UserError
+from training.base.process import Process
+from training.base.words import first_vector
+
+DRAWN = RowFacts()
 
 
 @dataclass(frozen=True)
@@ -32,91 +30,97 @@ class Base:
     hash: str
     folder: Path
     family: Family
-    unet: UNet2DConditionModel
-    vae: AutoencoderKL
-    text_encoder: CLIPTextModel
-    tokenizer: CLIPTokenizer
-    scheduler_config: dict[str, Any]
-    device: torch.device
-    dtype: torch.dtype
-    # where VAE and text encoder wait while nobody needs them; None: they stay on the device
-    rest: torch.device | None = None
-
-    @contextmanager
-    def at_work(self, component: str) -> Iterator[None]:
-        """The component is on the device inside, and back at rest afterwards."""
-        model: torch.nn.Module = getattr(self, component)
-        if self.rest is None:
-            yield
-            return
-        before = next(model.parameters()).device
-        model.to(self.device)
-        try:
-            yield
-        finally:
-            model.to(before)
-
-    def send(self, component: str, *, to_work: bool) -> None:
-        """Brings a component to the device, or to rest, until the next call."""
-        if self.rest is not None:
-            getattr(self, component).to(self.device if to_work else self.rest)
+    parts: Parts
 
     @property
-    def models(self) -> dict[str, torch.nn.Module]:
+    def facts(self) -> Facts:
+        """Sizes, components and defaults."""
+        return self.family.facts
+
+    @property
+    def process(self) -> Process:
+        """The noise process."""
+        return self.family.process
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return self.parts.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What it computes in."""
+        return self.parts.dtype
+
+    @property
+    def denoiser(self) -> nn.Module:
+        """The model that takes the steps."""
+        return self.parts.models[self.facts.denoiser]
+
+    @property
+    def models(self) -> dict[str, nn.Module]:
         """The components an adapter may change, by name."""
-        return {component: getattr(self, component) for component in self.family.components}
+        return {component: self.parts.models[component] for component in self.facts.components}
 
-    @property
-    def vae_scale(self) -> int:
-        """Pixels a latent cell, per side."""
-        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+    def recompute(self, on: bool) -> None:
+        """Has the components that adapters change recompute their activations in backward, or keep them."""
+        denoiser: Any = self.denoiser
+        if on:
+            denoiser.enable_gradient_checkpointing()
+        else:
+            denoiser.disable_gradient_checkpointing()
+        for name in self.facts.text_encoders:
+            encoder: Any = self.parts.models[name]
+            if on:
+                encoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            else:
+                encoder.gradient_checkpointing_disable()
+            encoder.train(on)  # transformers' models recompute in training mode only
 
-    @property
-    def resolution(self) -> int:
-        """The side in pixels the base was made for."""
-        return int(self.unet.config.sample_size) * self.vae_scale
+    def latent_size(self, height_px: int, width_px: int) -> tuple[int, int]:
+        """Cells down and across of a picture's latents."""
+        return height_px // self.facts.cell_px, width_px // self.facts.cell_px
 
-    @property
-    def latent_channels(self) -> int:
-        return int(self.unet.config.in_channels)
+    # -- what the family does --
 
-    @property
-    def prediction_type(self) -> str:
-        return str(self.scheduler_config.get("prediction_type", "epsilon"))
-
-    @cached_property
-    def alphas_cumprod(self) -> Tensor:
-        """The noise schedule of training: [T] in float64 on the CPU, zero-terminal-SNR applied where configured."""
-        scheduler = DDPMScheduler.from_config(self.scheduler_config)
-        return scheduler.alphas_cumprod.double()
-
-    @property
-    def token_embedding(self) -> torch.nn.Embedding:
-        return self.text_encoder.get_input_embeddings()
-
-    def encode_prompts(self, prompts: Sequence[str], words: Sequence[Words] | None = None) -> Tensor:
-        """Prompt embeddings [N, L, C]; differentiable where a bank's route is in use.
-
-        `words[n]`: trained vectors of textual-inversion words in prompt n; differentiable towards them.
-        """
-        made = tokenise(self.tokenizer, prompts, words or [{}] * len(prompts))
-        with self.at_work("text_encoder"), replacing(self.token_embedding, made.places):
-            return self.text_encoder(made.ids.to(self.device))[0]
+    def encode(self, prompts: Sequence[str], words: Sequence[Words] | None = None) -> list[Cond]:
+        """The record of each prompt; differentiable where a bank's route is in use, and towards `words[n]`, the trained
+        vectors of textual-inversion words in prompt n."""
+        return self.family.encode(self.parts, prompts, words)
 
     @torch.no_grad()
-    def encode_images(self, pixels_NCHW: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and std of the posterior of images in [-1, 1], scaled: two tensors [N, C, h, w] on the CPU."""
-        with self.at_work("vae"):
-            posterior = self.vae.encode(pixels_NCHW.to(self.device, self.vae.dtype)).latent_dist
-        scale = self.vae.config.scaling_factor
-        return (posterior.mean * scale).cpu(), (posterior.std * scale).cpu()
+    def to_latents(self, pixels_N3HW: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and std of the latents of pictures in [-1, 1]: two tensors [N, C, h, w] on the CPU."""
+        mean, std = self.family.to_latents(self.parts, pixels_N3HW.to(self.device, self._vae_dtype))
+        return mean.cpu(), std.cpu()
 
     @torch.no_grad()
-    def decode(self, latents_NCHW: Tensor) -> Tensor:
-        """Images in [-1, 1], [N, 3, H, W], from scaled latents."""
-        latents = latents_NCHW.to(self.device, self.vae.dtype) / self.vae.config.scaling_factor
-        with self.at_work("vae"):
-            return self.vae.decode(latents).sample.clamp(-1, 1)
+    def to_pixels(self, latents_NCHW: Tensor) -> Tensor:
+        """Pictures in [-1, 1], [N, 3, H, W]."""
+        return self.family.to_pixels(self.parts, latents_NCHW.to(self.device, self._vae_dtype)).clamp(-1, 1)
+
+    def predict(
+        self, x_NCHW: Tensor, times_N: Tensor, conds: Sequence[Cond], rows: Sequence[RowFacts] | None = None
+    ) -> Tensor:
+        """What the denoiser says of N rows, [N, C, h, w]. `rows`: of drawn pictures by default."""
+        return self.family.predict(self.parts, x_NCHW, times_N, conds, rows or [DRAWN] * len(conds))
+
+    def features(self, x_NCHW: Tensor, times_N: Tensor, conds: Sequence[Cond]) -> Tensor:
+        """Activations [N, E, h, w] inside the denoiser that tell what a picture shows."""
+        return self.family.features(self.parts, x_NCHW, times_N, conds, [DRAWN] * len(conds))
+
+    def word_start(self, text: str) -> Tensor:
+        """Where a textual-inversion word starts: the embedding [D] of the first token of `text`, of each encoder."""
+        return torch.cat(
+            [
+                first_vector(self.parts.tokenizers[name], _embedding(self.parts.models, name), text)
+                for name in self.facts.text_encoders
+            ]
+        )
+
+    @property
+    def _vae_dtype(self) -> torch.dtype:
+        return next(self.parts.models["vae"].parameters()).dtype
 
 
 def load_base(
@@ -125,46 +129,27 @@ def load_base(
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.float32,
     root: str = ".",
-    rest: torch.device | str | None = None,
 ) -> Base:
     """Loads a base, frozen and in eval mode.
 
-    `name`: `pocket`, a diffusers folder or a hub id; `root`: where relative folders start; `rest`: where VAE and text
-    encoder wait while nobody needs them (default: they stay on the device). Raises UserError if it cannot be found or
-    is of a family that is not supported.
+    `name`: `pocket`, a diffusers folder or a hub id; `root`: where relative folders start. Raises UserError if it is
+    not found, or of a family that is not supported.
     """
     folder = find_base(name, root)
-    index = json.loads((folder / "model_index.json").read_text())
-    family = FAMILIES.get(index["_class_name"])
-    if family is None:
-        raise UserError(f"Base '{name}' is a {index['_class_name']}; supported are {', '.join(FAMILIES)}.")
+    family = open_family(folder, name)
     target = torch.device(device) if device is not None else best_device()
-    text_encoder = CLIPTextModel.from_pretrained(folder / "text_encoder", torch_dtype=dtype)
-    models = {
-        "unet": UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=dtype),
-        "vae": AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=dtype),
-        "text_encoder": text_encoder,
-    }
-    for component, model in models.items():
-        away = rest is not None and component != family.denoiser
-        model.requires_grad_(False).eval().to(rest if away else target)
-    if target.type == "cpu" and dtype == torch.bfloat16:
-        # fused attention's backward is slow on a CPU in bf16: plain attention makes a pack 1.6 times as fast
-        models["unet"].set_attn_processor(AttnProcessor())
-    return Base(
-        name=name,
-        hash=hash_base(folder),
-        folder=folder,
-        family=family,
-        tokenizer=CLIPTokenizer.from_pretrained(folder / "tokenizer"),
-        scheduler_config=json.loads((folder / "scheduler" / "scheduler_config.json").read_text()),
-        device=target,
-        dtype=dtype,
-        rest=torch.device(rest) if rest is not None else None,
-        **models,
-    )
+    parts = family.load(target, dtype)
+    for model in parts.models.values():
+        model.requires_grad_(False).eval().to(target)
+    return Base(name, hash_base(folder), folder, family, parts)
 
 
 def best_device() -> torch.device:
     """The device this process should compute on: CUDA where it really works, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _embedding(models: Mapping[str, nn.Module], name: str) -> nn.Embedding:
+    encoder: Any = models[name]
+    embedding: nn.Embedding = encoder.get_input_embeddings()
+    return embedding

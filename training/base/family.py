@@ -1,35 +1,89 @@
-"""What differs between families of text-to-image models, in one place.
+"""What differs between families of text-to-image models: how a base encodes, normalises and calls its denoiser.
 
-A family names the components that may wear low-rank deltas and how a module of such a component is called in an
-adapter. Bank, pack, trainer and engine do not know which family they serve.
+Everything else (noise, samplers, guidance, bank, optimizer, scheduler) is the same arithmetic for all of them.
+A family is made for one folder, from its configs alone; `load` reads the weights. One file a family in `families/`.
+Shape suffixes: N rows, C, H, W of a latent or picture; L tokens.
 """
 
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+from training.base.facts import Facts
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from training.base.process import Process, Size
+
+Cond = Mapping[str, "Tensor"]  # one prompt as the denoiser takes it, without a batch axis; opaque outside the family
+Words = Mapping[str, "Tensor"]  # textual-inversion word -> [V, D]: V token places, D the encoders' widths together
 
 
-@dataclass(frozen=True, slots=True)
-class Family:
-    """One family. `denoiser` and `text_encoders` are component folders of its diffusers layout."""
+class RowFacts(NamedTuple):
+    """What a denoiser may want to know of a row beside latents, time and prompt. Pixels are (down, across).
 
-    name: str
-    denoiser: str
-    text_encoders: tuple[str, ...]
+    `original_px` is the size of the photo and `crop_px` where its crop began: None for a picture that is drawn.
+    `guidance` is for bases that take it as an input.
+    """
+
+    original_px: tuple[int, int] | None = None
+    crop_px: tuple[int, int] | None = None
+    guidance: float = 1.0
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The loaded pieces of a base: models by component, and tokenizers by the text encoder they belong to.
+
+    All compute on `device`; weights are in `dtype` but where the family needs another.
+    """
+
+    models: Mapping[str, "nn.Module"]
+    tokenizers: Mapping[str, Any]
+    device: "torch.device"
+    dtype: "torch.dtype"
+
+
+class Family(Protocol):
+    """One family, for one base. `pipelines` are the diffusers pipelines that are of it."""
+
+    pipelines: tuple[str, ...]
+
+    def __init__(self, folder: Path) -> None:
+        """Reads the configs. Raises UserError if the folder lacks one, or is of a kind that is not supported."""
 
     @property
-    def components(self) -> tuple[str, ...]:
-        """Components that an adapter may change."""
-        return (self.denoiser, *self.text_encoders)
+    def facts(self) -> Facts:
+        """Sizes, components and defaults."""
 
+    @property
+    def process(self) -> "Process":
+        """The noise process of training and sampling."""
 
-STABLE_DIFFUSION = Family(name="stable-diffusion", denoiser="unet", text_encoders=("text_encoder",))
-FAMILIES: dict[str, Family] = {"StableDiffusionPipeline": STABLE_DIFFUSION}
+    def load(self, device: "torch.device", dtype: "torch.dtype") -> Parts:
+        """All models, frozen and in eval mode, on `device`."""
 
+    def encode(self, parts: Parts, prompts: Sequence[str], words: Sequence[Words] | None = None) -> list[Cond]:
+        """The record of each prompt. `words[n]`: what prompt n may use; differentiable towards them and routes."""
 
-def canonical(component: str, module: str) -> str:
-    """The adapter key of a module: `unet.down_blocks…to_q`, `text_encoder.text_model.encoder.layers.0…q_proj`.
+    def to_latents(self, parts: Parts, pixels_N3HW: "Tensor") -> tuple["Tensor", "Tensor"]:
+        """Mean and std [N, C, h, w] of the latents of pictures in [-1, 1], in the space that noise is added in."""
 
-    transformers >= 5.6 has lost the `text_model.` level of CLIP; every adapter file in the world has it.
-    """
-    if component.startswith("text_encoder") and not module.startswith("text_model."):
-        module = f"text_model.{module}"
-    return f"{component}.{module}"
+    def to_pixels(self, parts: Parts, latents_NCHW: "Tensor") -> "Tensor":
+        """Pictures [N, 3, H, W], nominally in [-1, 1]: the inverse."""
+
+    def predict(
+        self, parts: Parts, x_NCHW: "Tensor", times_N: "Tensor", conds: Sequence[Cond], rows: Sequence[RowFacts]
+    ) -> "Tensor":
+        """What the denoiser says of N rows at their times, [N, C, h, w], with the sign that the process takes."""
+
+    def together(self, size: "Size", cond: Cond) -> Hashable:
+        """Rows with equal keys may share a forward."""
+
+    def features(
+        self, parts: Parts, x_NCHW: "Tensor", times_N: "Tensor", conds: Sequence[Cond], rows: Sequence[RowFacts]
+    ) -> "Tensor":
+        """Activations [N, E, h, w] inside the denoiser that tell what a picture shows."""

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from training.base.facts import DEFAULTS_FILE
 from training.errors import UserError
 
 EMBEDDED = Path(__file__).parents[1] / "bases"
@@ -69,6 +70,12 @@ def _download(name: str) -> Path:
         ) from None
 
 
+def public_name(name: str) -> str:
+    """A base's name without the path that it may have on this machine."""
+    path = Path(name)
+    return path.name if path.is_absolute() or name.startswith((".", "~")) or path.is_dir() else name
+
+
 def layer_shapes(folder: Path, component: str) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Name and weight shape of every layer of a component, from the safetensors headers alone."""
     for file in sorted((folder / component).glob("*.safetensors")):
@@ -90,10 +97,13 @@ def read_config(folder: Path, component: str) -> dict[str, Any]:
 
 
 def hash_base(folder: Path) -> str:
-    """Content id of a base: sha256 over the names and contents of its configs and weights (hex)."""
+    """Content id of a base: sha256 over the names and contents of its configs and weights (hex).
+
+    What its makers recommend (`dreamfleet.json`) is not part of it: that changes nothing it computes.
+    """
     digest = hashlib.sha256()
     for file in sorted(folder.rglob("*")):
-        if file.suffix in (".json", ".safetensors", ".txt") and file.is_file():
+        if file.suffix in (".json", ".safetensors", ".txt") and file.is_file() and file.name != DEFAULTS_FILE:
             digest.update(f"{file.relative_to(folder).as_posix()}\0".encode())
             with file.open("rb") as stream:
                 digest.update(hashlib.file_digest(stream, "sha256").digest())

@@ -1,7 +1,7 @@
 """A base in one `.safetensors` checkpoint, as the original programs write it, turned into a diffusers folder once.
 
-`python -m training.base.single_file FILE FOLDER` is how it is called, so that who only plans needs no torch. The shapes of
-Stable Diffusion 1.x and 2.x are known here; CLIP's tokenizer ships with the package. No network.
+`python -m training.base.single_file FILE FOLDER` is how it is called, so that who only plans needs no torch. The
+shapes of Stable Diffusion 1.x and 2.x are known here; CLIP's tokenizer ships with the package. No network.
 """
 
 import gzip

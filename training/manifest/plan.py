@@ -8,15 +8,13 @@ from collections.abc import Iterable, Sequence
 from math import ceil, prod
 from typing import Literal
 
-from training.base.folder import find_base, layer_shapes, read_config
+from training.base.outline import Outline
 from training.manifest.manifest import Closed, Manifest, SubjectSpec, ZeroSpec
 
 MAX_ROWS = 32  # rows of one fused batch: throughput has flattened by there
 ADAPTER_LIMIT_MB = 6.0
 # fp32 weight, gradient and Adam's two moments
 STATE_BYTES = 16
-# measured on SD 1.x at 512 px in 16 bit without checkpointing: 0.97 GiB of saved activations a row
-ACTIVATION_BYTES = 0.97 * 2**30 / (320 * 64 * 64)
 
 
 class Profile(Closed):
@@ -62,35 +60,9 @@ class Plan(Closed):
     disk_mb: float
 
 
-class BaseFacts(Closed):
-    """What planning needs to know of a base: its name, native resolution, width, and its layers' shapes."""
-
-    name: str
-    resolution: int
-    latent_side: int
-    width: int
-    parameters: int
-    layers: dict[str, dict[str, tuple[int, ...]]]
-
-
-def base_facts(name: str, root: str = ".") -> BaseFacts:
-    """Reads the facts from configs and file headers; no weights are loaded. Raises UserError for an unknown base."""
-    folder = find_base(name, root)
-    unet, vae = read_config(folder, "unet"), read_config(folder, "vae")
-    layers = {component: dict(layer_shapes(folder, component)) for component in ("unet", "text_encoder")}
-    return BaseFacts(
-        name=name,
-        resolution=unet["sample_size"] * 2 ** (len(vae["block_out_channels"]) - 1),
-        latent_side=unet["sample_size"],
-        width=unet["block_out_channels"][0],
-        parameters=sum(prod(shape) for found in layers.values() for shape in found.values()),
-        layers=layers,
-    )
-
-
-def profile_of(subject: SubjectSpec, base: BaseFacts) -> Profile:
+def profile_of(subject: SubjectSpec, base: Outline) -> Profile:
     return Profile(
-        resolution=subject.train.resolution or base.resolution,
+        resolution=subject.train.resolution or base.facts.resolution,
         targets=tuple(sorted(subject.lora.targets)),
         text_encoder_targets=tuple(sorted(subject.lora.text_encoder_targets)) if subject.lora.text_encoder else (),
         mixed_precision=subject.train.mixed_precision,
@@ -99,7 +71,7 @@ def profile_of(subject: SubjectSpec, base: BaseFacts) -> Profile:
     )
 
 
-def plan_run(manifest: Manifest, base: BaseFacts, *, lanes: int = 1, max_rows: int = MAX_ROWS) -> Plan:
+def plan_run(manifest: Manifest, base: Outline, *, lanes: int = 1, max_rows: int = MAX_ROWS) -> Plan:
     """Groups the subjects by profile and rows and splits each group over at most `lanes` packs, in manifest order."""
     groups: dict[tuple[Profile, int], list[SubjectSpec]] = {}
     for subject in manifest.subjects:
@@ -120,7 +92,7 @@ def plan_run(manifest: Manifest, base: BaseFacts, *, lanes: int = 1, max_rows: i
 
 
 def _packs(
-    profile: Profile, group: Sequence[SubjectSpec], base: BaseFacts, lanes: int, max_rows: int
+    profile: Profile, group: Sequence[SubjectSpec], base: Outline, lanes: int, max_rows: int
 ) -> Iterable[PackPlan]:
     rows = max(rows_of(subject) for subject in group)
     count = min(lanes, len(group))
@@ -140,7 +112,7 @@ def _packs(
         )
 
 
-def reserve(manifest: Manifest, base: BaseFacts) -> tuple[PackPlan, ...]:
+def reserve(manifest: Manifest, base: Outline) -> tuple[PackPlan, ...]:
     """Gangs for subjects that leave the choice to us: opened for those that turn out too large for one device."""
     groups: dict[Profile, list[SubjectSpec]] = {}
     for subject in manifest.subjects:
@@ -167,11 +139,11 @@ def _rows_class(subject: SubjectSpec) -> int:
     return max(0, ((rows_of(subject) - 1).bit_length() - 1) // 2)
 
 
-def adapter_parameters(subject: SubjectSpec, base: BaseFacts) -> int:
+def adapter_parameters(subject: SubjectSpec, base: Outline) -> int:
     """Parameters of a subject's adapter, exactly."""
-    wanted = {"unet": subject.lora.targets}
+    wanted = {base.facts.denoiser: subject.lora.targets}
     if subject.lora.text_encoder:
-        wanted["text_encoder"] = subject.lora.text_encoder_targets
+        wanted |= dict.fromkeys(base.facts.text_encoders, subject.lora.text_encoder_targets)
     total = 0
     for component, ends in wanted.items():
         for name, shape in base.layers[component].items():
@@ -180,30 +152,30 @@ def adapter_parameters(subject: SubjectSpec, base: BaseFacts) -> int:
     return total
 
 
-def adapter_bytes(subject: SubjectSpec, base: BaseFacts) -> int:
+def adapter_bytes(subject: SubjectSpec, base: Outline) -> int:
     """Size of the published file: fp16 weights; the header is some ten kB more."""
     return 2 * adapter_parameters(subject, base)
 
 
-def _memory_mb(profile: Profile, state_bytes: int, rows: int, base: BaseFacts) -> float:
+def _memory_mb(profile: Profile, state_bytes: int, rows: int, base: Outline) -> float:
     """Of one device: its share of the state and of the rows."""
     workers = profile.zero.workers if profile.zero else 1
     return (state_bytes / workers + _activation_bytes(profile, ceil(rows / workers), base)) / 1e6
 
 
-def _activation_bytes(profile: Profile, rows: int, base: BaseFacts) -> float:
+def _activation_bytes(profile: Profile, rows: int, base: Outline) -> float:
     """An estimate of the frozen base and what the forward of all rows saves; a lane measures before it starts."""
     wide = 4 if profile.mixed_precision == "no" else 2
-    side = base.latent_side * profile.resolution / base.resolution
+    cells = (profile.resolution / base.facts.resolution) ** 2
     saved = 0.15 if profile.gradient_checkpointing is True else 1.0
-    return wide * base.parameters + rows * saved * ACTIVATION_BYTES * base.width * side**2 * wide / 2
+    return wide * base.parameters + rows * saved * base.facts.activation_bytes * cells * wide / 2
 
 
-def unmatched_targets(subject: SubjectSpec, base: BaseFacts) -> list[str]:
+def unmatched_targets(subject: SubjectSpec, base: Outline) -> list[str]:
     """Targets of a subject that no layer of the base has: misspelled, or of another family."""
-    wanted = [("unet", end) for end in subject.lora.targets]
+    wanted = [(base.facts.denoiser, end) for end in subject.lora.targets]
     if subject.lora.text_encoder:
-        wanted += [("text_encoder", end) for end in subject.lora.text_encoder_targets]
+        wanted += [(name, end) for name in base.facts.text_encoders for end in subject.lora.text_encoder_targets]
     return [
         end
         for component, end in wanted

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from training.base.folder import find_base, hash_base
+from training.base.outline import Outline, outline
 from training.errors import UserError
 from training.manifest.manifest import Manifest, SubjectSpec, load_manifest
-from training.manifest.plan import BaseFacts, base_facts, unmatched_targets
+from training.manifest.plan import unmatched_targets
 from training.photos.intake import UPLOADED, fingerprint, read_files
 from training.photos.photos import PhotoFile, list_photo_files, photos
 from training.run.run import RunRecord, RunStore, SubjectRecord, digest_of, find_unfinished, new_run_id
@@ -30,7 +31,7 @@ class Submission:
     store: RunStore
     record: RunRecord
     manifest: Manifest
-    facts: BaseFacts
+    base: Outline
     taken_up: bool
 
 
@@ -41,18 +42,18 @@ class Found(NamedTuple):
     problem: str | None
 
 
-def read_manifest(path: str | Path) -> tuple[Manifest, BaseFacts]:
+def read_manifest(path: str | Path) -> tuple[Manifest, Outline]:
     """Reads and checks a manifest as far as that goes without reading photos.
 
     Raises UserError naming every problem: unknown keys, bases, targets that no layer has, folders that are not there.
     """
     manifest = load_manifest(path)
     manifest = manifest.model_copy(update={"root": str(Path(manifest.root).resolve())})
-    facts = base_facts(manifest.base, manifest.root)
-    problems = list(_problems(manifest, facts))
+    base = outline(manifest.base, manifest.root)
+    problems = list(_problems(manifest, base))
     if problems:
         raise UserError("\n".join(f"{path}: {problem}" for problem in problems))
-    return manifest, facts
+    return manifest, base
 
 
 def submit(path: str | Path, storage: Storage, *, upload: bool = False, keep_last: bool = False) -> Submission:
@@ -60,7 +61,7 @@ def submit(path: str | Path, storage: Storage, *, upload: bool = False, keep_las
 
     `upload` copies local photos to the storage, for workers on other machines. `keep_last` is said of every subject.
     """
-    manifest, facts = read_manifest(path)
+    manifest, base = read_manifest(path)
     if keep_last:
         manifest = manifest.model_copy(update={"subjects": tuple(map(_keeping_last, manifest.subjects))})
     base_hash = hash_base(find_base(manifest.base, manifest.root))
@@ -83,13 +84,13 @@ def submit(path: str | Path, storage: Storage, *, upload: bool = False, keep_las
     if upload:
         record = record.model_copy(update={"manifest": _uploaded(manifest, store)})
         store.save(record)
-    return Submission(store, record, manifest, facts, taken_up)
+    return Submission(store, record, manifest, base, taken_up)
 
 
 def reopen(store: RunStore) -> Submission:
     """A run that is on the storage already, to go on with."""
     record = store.record()
-    return Submission(store, record, record.manifest, base_facts(record.base, record.manifest.root), True)
+    return Submission(store, record, record.manifest, outline(record.base, record.manifest.root), True)
 
 
 def settle(submission: Submission, retry: bool = False) -> tuple[SubjectRecord, ...]:
@@ -113,7 +114,7 @@ def settle(submission: Submission, retry: bool = False) -> tuple[SubjectRecord, 
         return tuple(pool.map(stand, manifest.subjects))
 
 
-def photo_report(manifest: Manifest, facts: BaseFacts) -> tuple[dict[str, str], dict[str, list[str]]]:
+def photo_report(manifest: Manifest, base: Outline) -> tuple[dict[str, str], dict[str, list[str]]]:
     """What is wrong with subjects' photos, and what could be better, by subject. Local folders only: no downloads."""
 
     def look(subject: SubjectSpec) -> tuple[str, str | None, list[str]]:
@@ -122,7 +123,7 @@ def photo_report(manifest: Manifest, facts: BaseFacts) -> tuple[dict[str, str], 
             train = subject.train
             found = photos(
                 files,
-                resolution=train.resolution or facts.resolution,
+                resolution=train.resolution or base.facts.resolution,
                 min_photos=subject.min_images,
                 crop=train.cropping,
                 backgrounds=train.backgrounds,
@@ -144,11 +145,11 @@ def _keeping_last(subject: SubjectSpec) -> SubjectSpec:
     return subject.model_copy(update={"evaluate": evaluate})
 
 
-def _problems(manifest: Manifest, facts: BaseFacts) -> Iterator[str]:
+def _problems(manifest: Manifest, base: Outline) -> Iterator[str]:
     for subject in manifest.subjects:
-        for target in unmatched_targets(subject, facts):
+        for target in unmatched_targets(subject, base):
             yield (
-                f"subject '{subject.id}': no layer of base '{facts.name}' ends with target {target!r}. "
+                f"subject '{subject.id}': no layer of base '{base.name}' ends with target {target!r}. "
                 "Use names such as to_q, to_k, to_v, to_out.0."
             )
         for name, what in (("images", subject.images), ("prior.folder", subject.prior.folder)):

@@ -12,7 +12,7 @@ from PIL import Image
 from training.adapters.adapter import Adapter
 from training.adapters.bank import Bank, find_sites
 from training.base.base import Base
-from training.sampling.sampler import sample, to_pixels
+from training.sampling.sampler import sample, to_uint8
 
 ROWS = 32
 BARE = -1
@@ -50,7 +50,7 @@ def adapter_bank(base: Base, adapters: Sequence[Adapter]) -> Bank:
         sites,
         slots=max(1, len(adapters)),
         rank=max((adapter.rank for adapter in adapters), default=1),
-        vectors=(max(map(_vectors, adapters), default=0), base.token_embedding.embedding_dim),
+        vectors=(max(map(_vectors, adapters), default=0), base.facts.word_width),
         device=base.device,
         dtype=torch.promote_types(base.dtype, torch.float32),
     )
@@ -101,7 +101,7 @@ def _draw(base: Base, bank: Bank, batch: Sequence[Shot], look: Look) -> list[Ima
         slots=[shot.slot for shot in batch],
         scales=[shot.scale for shot in batch],
     )
-    return [Image.fromarray(pixels.numpy()) for pixels in to_pixels(base.decode(latents))]
+    return [Image.fromarray(pixels.numpy()) for pixels in to_uint8(base.to_pixels(latents))]
 
 
 def _names(model: torch.nn.Module) -> list[str]:

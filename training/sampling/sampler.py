@@ -1,13 +1,12 @@
 """Images from the base alone or from a bank's slots, many rows at once: class images, samples while training.
 
-It is diffusers' DDIM on a batch. Serving has an engine of its own, in which rows join and leave at every step.
+It is the base's own diffusers scheduler on a batch. Serving has an engine, in which rows join and leave at every step.
 """
 
 from collections.abc import Sequence
 from contextlib import nullcontext
 
 import torch
-from diffusers import DDIMScheduler
 from torch import Tensor
 
 from training.adapters.bank import Bank
@@ -43,23 +42,23 @@ def sample(
         weights_NK = torch.tensor(list(scales) * times)[:, None]
         routes = [bank.route(component, slots_NK, weights_NK, base.dtype) for component in bank.sites]
     with bank.using(*routes) if bank is not None else nullcontext():
-        embeddings = base.encode_prompts(texts, words)
-        scheduler = DDIMScheduler.from_config(base.scheduler_config)
-        scheduler.set_timesteps(steps)
-        side = (resolution or base.resolution) // base.vae_scale
-        shape = (base.latent_channels, side, side)
+        conds = base.encode(texts, words)
+        side = resolution or base.facts.resolution
+        size = base.latent_size(side, side)
+        stepper = base.process.stepper(steps, size)
+        shape = (base.facts.channels, *size)
         noise = torch.stack([torch.randn(shape, generator=stream(seed, "sample")) for seed in seeds])
-        latents = noise.to(base.device, base.dtype) * scheduler.init_noise_sigma
-        for timestep in scheduler.timesteps:
+        latents = noise.to(base.device, base.dtype) * stepper.first
+        for time in stepper.times:
             rows = torch.cat([latents, latents]) if guided else latents
-            prediction = base.unet(rows, timestep, encoder_hidden_states=embeddings).sample
+            prediction = base.predict(rows, time.to(base.device).expand(len(rows)), conds)
             if guided:
                 with_prompt, without = prediction.chunk(2)
                 prediction = without + guidance_scale * (with_prompt - without)
-            latents = scheduler.step(prediction, timestep, latents).prev_sample
+            latents = stepper.step(prediction, time, latents)
     return latents
 
 
-def to_pixels(images_N3HW: Tensor) -> Tensor:
+def to_uint8(images_N3HW: Tensor) -> Tensor:
     """uint8 [N, H, W, 3] on the CPU from images in [-1, 1]."""
     return ((images_N3HW.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu()

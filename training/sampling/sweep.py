@@ -7,7 +7,7 @@ from PIL import Image, ImageDraw, ImageFont
 from training.adapters.adapter import Adapter
 from training.base.base import Base
 from training.sampling.render import adapter_bank
-from training.sampling.sampler import sample, to_pixels
+from training.sampling.sampler import sample, to_uint8
 
 LABEL = 18
 LEAST_TILE = 128  # a small base's images are shown larger
@@ -42,7 +42,7 @@ def draw_sweep(
         )
     finally:
         bank.eject()
-    images = [Image.fromarray(pixels.numpy()) for pixels in to_pixels(base.decode(latents))]
+    images = [Image.fromarray(pixels.numpy()) for pixels in to_uint8(base.to_pixels(latents))]
     return _grid(images, prompts, [f"{weight:g}" for weight in weights])
 
 

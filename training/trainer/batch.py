@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, fields
 import torch
 from torch import Tensor
 
+from training.base.process import UNIFORM, Process
 from training.base.stream import shuffled, stream
 from training.manifest.manifest import SubjectSpec
 from training.trainer.latents import LatentSet, same_sizes
@@ -32,7 +33,7 @@ class Batch:
 
     latents: list[Tensor] = field(default_factory=list)  # [C, h, w] each
     noise: list[Tensor] = field(default_factory=list)
-    timesteps: list[int] = field(default_factory=list)
+    places: list[float] = field(default_factory=list)  # between clean and noise, as the base's process counts
     prompts: list[str] = field(default_factory=list)
     member: list[int] = field(default_factory=list)
     share: list[float] = field(default_factory=list)  # of the row in its mean
@@ -57,24 +58,26 @@ class Batch:
 WHOLE = slice(None)
 
 
-def make_batch(turns: Iterable[Turn], timesteps: int, part: slice = WHOLE) -> Batch:
-    """The rows of every subject. `timesteps` is the length of the noise schedule.
+def make_batch(turns: Iterable[Turn], process: Process, part: slice = WHOLE) -> Batch:
+    """The rows of every subject, with noise levels of `process`.
 
     `part`: of each kind of rows only these. Parts that make up the whole have the whole's draws and, summed, its loss.
     """
     batch = Batch()
     for place, turn in enumerate(turns):
-        _add_rows(batch, place, turn, "instance", turn.instance, timesteps, part)
+        _add_rows(batch, place, turn, "instance", turn.instance, process, part)
         if not turn.spec.prior.enabled:
             continue
         if turn.spec.prior.source == "prediction":
-            _add_rows(batch, place, turn, "prediction", turn.instance, timesteps, part)
+            _add_rows(batch, place, turn, "prediction", turn.instance, process, part)
         elif turn.prior is not None:
-            _add_rows(batch, place, turn, "prior", turn.prior, timesteps, part)
+            _add_rows(batch, place, turn, "prior", turn.prior, process, part)
     return batch
 
 
-def _add_rows(batch: Batch, place: int, turn: Turn, kind: str, images: LatentSet, timesteps: int, part: slice) -> None:
+def _add_rows(
+    batch: Batch, place: int, turn: Turn, kind: str, images: LatentSet, process: Process, part: slice
+) -> None:
     """One kind of rows of one subject; each kind has a stream of its own, so that a prior changes no instance row."""
     train = turn.spec.train
     count = train.batch_size
@@ -87,7 +90,8 @@ def _add_rows(batch: Batch, place: int, turn: Turn, kind: str, images: LatentSet
         noise = [one + train.noise_offset * torch.randn(one.shape[0], 1, 1, generator=generator) for one in noise]
     batch.latents += latents[part]
     batch.noise += noise[part]
-    batch.timesteps += torch.randint(0, timesteps, (count,), generator=generator)[part].tolist()
+    sizes = [(latent.shape[1], latent.shape[2]) for latent in latents]
+    batch.places += process.draw(generator, sizes, UNIFORM)[part]
     class_prompt = turn.spec.filled_class_prompt
     mine = picked[part]
     batch.prompts += [class_prompt if kind == "prediction" else images.prompts[index] for index in mine]

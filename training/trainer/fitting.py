@@ -3,7 +3,6 @@
 Knows no queue and no storage. Every process of a gang opens its own part of the pack with the same call.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil
 
@@ -12,8 +11,8 @@ from training.errors import TooLarge
 from training.manifest.manifest import SubjectSpec
 from training.manifest.plan import PackPlan, rows_of
 from training.trainer.memory import Fit, fit_rows
-from training.trainer.pack import Pack
-from training.trainer.zero import Gang, ZeroPack
+from training.trainer.pack import Pack, training_bank
+from training.trainer.zero import Gang, GangPack
 
 
 @dataclass(frozen=True)
@@ -35,25 +34,19 @@ class Opened:
 def open_pack(base: Base, plan: PackPlan) -> Opened:
     """The pack of a plan, as large as is measured to fit."""
     profile = plan.profile
-    targets = {"unet": profile.targets, "text_encoder": profile.text_encoder_targets}
-    found: dict[str, Sequence[str]] = {component: ends for component, ends in targets.items() if ends}
     fit = _measure(base, plan)
+    targets = {base.facts.denoiser: profile.targets}
+    if profile.text_encoder_targets:
+        targets |= dict.fromkeys(base.facts.text_encoders, profile.text_encoder_targets)
+    slots = plan.slots if profile.zero is None else 1
+    bank = training_bank(base, slots=slots, rank=plan.rank, targets=targets, words=plan.words)
     if profile.zero is not None:
         gang = Gang()
         recompute = gang.any(fit.checkpointing)
-        pack: Pack = ZeroPack(
-            base, gang, profile.zero, rank=plan.rank, targets=found, words=plan.words, gradient_checkpointing=recompute
-        )
+        gang_pack = GangPack(base, bank, gang, profile.zero, gradient_checkpointing=recompute)
         note = f"each subject is spread over {plan.workers} devices, ZeRO stage {profile.zero.stage}"
-        return Opened(pack, 1, fit, (note,))
-    pack = Pack(
-        base,
-        slots=plan.slots,
-        rank=plan.rank,
-        targets=found,
-        words=plan.words,
-        gradient_checkpointing=fit.checkpointing,
-    )
+        return Opened(gang_pack, 1, fit, (note,))
+    pack = Pack(base, bank, gradient_checkpointing=fit.checkpointing)
     limit = max(1, fit.rows // plan.rows)
     if fit.rows < plan.rows:
         pack.most_rows = max(1, fit.rows)
@@ -64,7 +57,7 @@ def open_pack(base: Base, plan: PackPlan) -> Opened:
 def follow_pack(base: Base, plan: PackPlan) -> None:
     """What every process of a gang but the first does with its part, until the first one closes the pack."""
     pack = open_pack(base, plan).pack
-    assert isinstance(pack, ZeroPack)
+    assert isinstance(pack, GangPack)
     pack.follow()
 
 

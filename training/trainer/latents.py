@@ -64,7 +64,7 @@ def same_sizes(latents: Sequence[Tensor]) -> list[list[int]]:
 
 def encode_photos(base: Base, photos: Sequence[Photo], spec: TrainSpec, prompt: str) -> LatentSet:
     """Encodes every variant of every photo."""
-    resolution = spec.resolution or base.resolution
+    resolution = spec.resolution or base.facts.resolution
     pixels: list[Pixels] = []
     for photo in photos:
         pixels += _photo_variants(photo, spec, resolution)
@@ -112,7 +112,7 @@ def encode_pixels(base: Base, pixels: Sequence[Pixels]) -> tuple[Posterior, ...]
         images = list(alike)
         for start in range(0, len(images), BATCH):
             batch = torch.from_numpy(np.stack(images[start : start + BATCH])).permute(0, 3, 1, 2)
-            mean, std = base.encode_images(batch.float() / 127.5 - 1)
+            mean, std = base.to_latents(batch.float() / 127.5 - 1)
             # as they come back from a file: another memory format would be another rounding in every step
             made += posteriors(mean.float().contiguous(), std.float().contiguous())
     return tuple(made)
@@ -120,7 +120,7 @@ def encode_pixels(base: Base, pixels: Sequence[Pixels]) -> tuple[Posterior, ...]
 
 def photos_key(base: Base, photos: Sequence[Photo], spec: TrainSpec) -> str:
     """The cache key of `encode_photos`' tensors: everything they depend on."""
-    resolution = spec.resolution or base.resolution
+    resolution = spec.resolution or base.facts.resolution
     settings = (resolution, spec.cropping, spec.crops, spec.flip, spec.color_jitter, spec.backgrounds, spec.seed)
     return content_key("latents", base.hash, str(base.dtype), *settings, *(photo.sha256 for photo in photos))
 

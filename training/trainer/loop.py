@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 import torch
 
 from training.errors import SubjectFailed, UserError
-from training.trainer.pack import Pack, Report, Subject
+from training.trainer.member import Report, Subject
+from training.trainer.pack import Pack
 
 
 @dataclass(frozen=True)

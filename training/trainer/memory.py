@@ -28,11 +28,13 @@ class Fit:
 
 def saved_bytes(base: Base, resolution: int | None = None) -> int:
     """Bytes that the denoiser's forward of one training row keeps for backward, as the base is set up now."""
-    side = (resolution or base.resolution) // base.vae_scale
-    latents = torch.zeros(1, base.latent_channels, side, side, device=base.device, dtype=base.dtype)
-    embeddings = base.encode_prompts([""]).detach().requires_grad_(True)
+    side = resolution or base.facts.resolution
+    shape = (1, base.facts.channels, *base.latent_size(side, side))
+    latents = torch.zeros(shape, device=base.device, dtype=base.dtype, requires_grad=True)
+    cond = {name: part.detach().requires_grad_(part.is_floating_point()) for name, part in base.encode([""])[0].items()}
+    times = torch.zeros(1, device=base.device)
     seen: dict[int, int] = {}
-    frozen = {parameter.untyped_storage().data_ptr() for parameter in base.unet.parameters()}
+    frozen = {parameter.untyped_storage().data_ptr() for parameter in base.denoiser.parameters()}
 
     def count(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
@@ -41,7 +43,7 @@ def saved_bytes(base: Base, resolution: int | None = None) -> int:
         return tensor
 
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-        kept = base.unet(latents.requires_grad_(True), 0, encoder_hidden_states=embeddings).sample
+        kept = base.predict(latents, times, [cond])
     del kept
     return sum(seen.values())
 
@@ -67,9 +69,9 @@ def fit_rows(
     plain = saved_bytes(base, resolution) if checkpointing is not True else 0
     if checkpointing is False or (plain and plain * wanted_rows <= budget):
         return Fit(_room(budget, plain, wanted_rows), False, _why(wanted_rows, plain, budget))
-    base.unet.enable_gradient_checkpointing()
+    base.recompute(True)
     lean = saved_bytes(base, resolution)
-    base.unet.disable_gradient_checkpointing()
+    base.recompute(False)
     rows = _room(budget, lean, wanted_rows)
     why = f"recomputing them takes {lean / 1e6:.0f} MB a row: {rows} rows"
     return Fit(rows, True, f"{_why(wanted_rows, plain, budget)}; {why}" if plain else _why(wanted_rows, lean, budget))

@@ -46,7 +46,7 @@ def prior_key(base: Base, subject: SubjectSpec, prompts: Sequence[str]) -> str:
     """The cache key of a generated prior: everything its images depend on."""
     prior = subject.prior
     settings = (prior.images, prior.steps, prior.guidance_scale, prior.seed, subject.negative_prompt)
-    resolution = subject.train.resolution or base.resolution
+    resolution = subject.train.resolution or base.facts.resolution
     return content_key("priors", base.hash, str(base.dtype), "\n".join(prompts), resolution, *settings)
 
 
@@ -115,7 +115,7 @@ def _from_folder(base: Base, storage: Storage, subject: SubjectSpec, root: Path)
     folder = root / (subject.prior.folder or "")
     if not folder.is_dir():
         raise UserError(f"prior.folder '{subject.prior.folder}' of subject '{subject.id}' is no folder.")
-    resolution = subject.train.resolution or base.resolution
+    resolution = subject.train.resolution or base.facts.resolution
     files = list_photo_files(folder)[: subject.prior.images]
     found = photos(files, resolution=resolution, min_photos=1, max_photos=len(files), with_report=False).good
     key = photos_key(base, found, subject.train)

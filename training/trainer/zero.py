@@ -1,6 +1,6 @@
 """One subject over several devices, by DeepSpeed ZeRO. The only file that imports deepspeed.
 
-Every process of a gang has a `ZeroPack`. The first one leads: it is called as any pack is, and what it does is repeated
+Every process of a gang has a `GangPack`. The first one leads: it is called as any pack is, and what it does is repeated
 by the others, which `follow`. Each takes its share of the batch's rows; DeepSpeed sums the gradients and shards what
 the optimizer needs. Stage 3 shards the adapter's weights and the frozen denoiser too, gathered layer by layer; then
 every forward of the denoiser is one of all processes, also where the leader samples. Knows no Ray: whoever starts the
@@ -12,20 +12,22 @@ Shape suffixes as in `training.trainer.pack`.
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.utils._pytree import tree_map_only
 
-from training.adapters.adapter import Adapter
 from training.adapters.bank import Bank
 from training.base.base import Base
-from training.errors import SubjectFailed, UserError
+from training.errors import GangBroken, SubjectFailed, UserError
 from training.manifest.manifest import TrainSpec, ZeroSpec
-from training.trainer.checkpoint import SubjectState
+from training.trainer.learner import Rates
+from training.trainer.member import Member, Report, Subject
 from training.trainer.optimizer import OptimizerState
-from training.trainer.pack import Member, Pack, Report, Subject
+from training.trainer.pack import Pack
 
 # followers wait this long for the leader, which prepares, judges and publishes alone; a dead one is noticed by who
 # started the gang
@@ -35,12 +37,8 @@ SMALL = 100_000
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-class GangBroken(Exception):
-    """A process of the gang failed in the middle of what all do together: the gang has to be started again."""
-
-
 class _Order(NamedTuple):
-    """What every process shall do next: one of `ZeroPack`'s deeds, or nothing more."""
+    """What every process is to do next: one of `GangPack`'s deeds, or nothing more."""
 
     deed: str
     values: tuple[Any, ...] = ()
@@ -56,9 +54,11 @@ class Gang:
         self._group = distributed.new_group(backend="gloo", timeout=PATIENCE)
 
     def tell(self, order: _Order) -> None:
+        """Sends an order from the leader to all."""
         distributed.broadcast_object_list([order], src=0, group=self._group)
 
     def hear(self) -> _Order:
+        """Waits for the leader's next order and returns it."""
         heard: list[Any] = [None]
         distributed.broadcast_object_list(heard, src=0, group=self._group)
         order: _Order = heard[0]
@@ -75,35 +75,27 @@ class Gang:
         return self.total([float(flag)])[0] > 0
 
 
-class ZeroPack(Pack):
-    """A pack of one slot, spread over a gang. Its batch has a row of each kind for every process.
+class GangPack(Pack):
+    """A pack of one slot, spread over a gang: what the leader is asked to do is done by every process.
 
-    The base stays hooked by DeepSpeed after `close` in stage 3: a process of a gang ends with its pack.
+    Each process takes its share of the batch's rows. The base stays hooked by DeepSpeed after `close` in stage 3: a
+    process of a gang ends with its pack.
     """
 
     def __init__(
-        self,
-        base: Base,
-        gang: Gang,
-        zero: ZeroSpec,
-        *,
-        rank: int,
-        targets: dict[str, Sequence[str]],
-        words: int = 0,
-        gradient_checkpointing: bool = False,
+        self, base: Base, bank: Bank, gang: Gang, zero: ZeroSpec, *, gradient_checkpointing: bool = False
     ) -> None:
+        denoiser = _shard_frozen(base.denoiser, zero, base.dtype) if zero.stage == 3 else None
         super().__init__(
-            base, slots=1, rank=rank, targets=targets, words=words, gradient_checkpointing=gradient_checkpointing
+            base,
+            bank,
+            ShardedLearner(bank, zero, gang, denoiser, self._settle_all),
+            part=slice(gang.rank, None, gang.size),
+            gradient_checkpointing=gradient_checkpointing,
         )
-        # the bank only shows what has been learned; DeepSpeed holds what is trained
-        self.bank.weights_SP = self.bank.weights_SP.detach()
+        if denoiser is not None:
+            base.denoiser.register_forward_pre_hook(self._share_forward, with_kwargs=True, prepend=True)
         self._gang = gang
-        self._part = slice(gang.rank, None, gang.size)
-        self._shards = _ShardedAdamW(self.bank, zero, gang.size)
-        self._makers = {"adamw": lambda: self._shards}
-        self._denoiser = _shard_frozen(base.unet, zero, base.dtype) if zero.stage == 3 else None
-        if self._denoiser is not None:
-            base.unet.register_forward_pre_hook(self._share_forward, with_kwargs=True, prepend=True)
         self._deeds: dict[str, Callable[..., Any]] = {
             "join": super().join,
             "leave": super().leave,
@@ -113,34 +105,25 @@ class ZeroPack(Pack):
         }
         self._at_it = gang.rank > 0  # in the middle of what all do
         self._broken = False
-        self._settled = True
 
     # -- the leader's calls --
 
     def join(self, subject: Subject) -> None:
+        """See `Pack`."""
         self._all(_Order("join", (subject,)))
 
     def leave(self, id: str) -> Subject:
+        """See `Pack`."""
         left: Subject = self._all(_Order("leave", (id,)))
         return left
 
     def step(self) -> list[Report]:
+        """See `Pack`."""
         reports: list[Report] = self._all(_Order("step"))
         return reports
 
-    def state(self, id: str) -> SubjectState:
-        self._show()
-        return super().state(id)
-
-    def adapter(self, id: str) -> Adapter:
-        self._show()
-        return super().adapter(id)
-
-    def slot(self, id: str) -> tuple[int, float]:
-        self._show()
-        return super().slot(id)
-
     def close(self) -> None:
+        """See `Pack`; the other processes end, too."""
         if not self._broken and self._gang.rank == 0:
             self._gang.tell(_Order("close"))
         super().close()
@@ -155,7 +138,7 @@ class ZeroPack(Pack):
         super().close()
 
     def _all(self, order: _Order) -> Any:
-        """Has every process do it. Inside of what all do already, all come by here anyway."""
+        """Has every process carry out an order. While one is being carried out, what it calls is done at once."""
         if self._at_it:
             return self._deeds[order.deed](*order.values)
         if self._broken:
@@ -174,62 +157,39 @@ class ZeroPack(Pack):
 
     # -- what all do --
 
-    def _show(self) -> None:
-        """The bank shows what has been learned so far."""
-        if not self._settled:
-            self._all(_Order("settle"))
+    def _settle_all(self) -> None:
+        self._all(_Order("settle"))
 
     def _settle(self) -> None:
-        self.bank.weights_SP[0].copy_(self._shards.gather())
-        self._settled = True
+        learner = self._learner
+        assert isinstance(learner, ShardedLearner)
+        learner.settle()
 
-    def _share_forward(self, unet: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+    def _share_forward(self, denoiser: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
         """A forward of the leader alone (a sample, a score) needs the layers' shards of all."""
         if not self._at_it:
-            tensors = [value for value in (*inputs, *named.values()) if isinstance(value, Tensor)]
-            latents, embeddings = tensors[0], named["encoder_hidden_states"]
-            self._gang.tell(_Order("denoise", (tuple(latents.shape), tuple(embeddings.shape))))
+            shapes = tree_map_only(Tensor, lambda tensor: _Shape(tuple(tensor.shape), tensor.dtype), (inputs, named))
+            self._gang.tell(_Order("denoise", shapes))
 
-    def _denoise(self, latents: tuple[int, ...], embeddings: tuple[int, ...]) -> None:
+    def _denoise(self, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
         """Followers' part of a forward of the leader alone: the layers are gathered, what comes out is of no use."""
-        device, dtype = self.base.device, self.base.dtype
+        inputs, named = tree_map_only(
+            _Shape, lambda of: torch.zeros(of.shape, dtype=of.dtype, device=self.base.device), (inputs, named)
+        )
         with torch.no_grad(), self.bank.using():
-            self.base.unet(
-                torch.zeros(latents, device=device, dtype=dtype),
-                torch.zeros(latents[0], device=device, dtype=torch.long),
-                encoder_hidden_states=torch.zeros(embeddings, device=device, dtype=dtype),
-            )
+            self.base.denoiser(*inputs, **named)
 
-    def _forward_backward(self, members: Sequence[Member]) -> tuple[list[float], list[float]]:
-        shown = self.bank.weights_SP
-        self.bank.weights_SP = self._shards.weights()
-        try:
-            instance_M, prior_M = super()._forward_backward(members)
-        finally:
-            self.bank.weights_SP = shown
-        instance, prior = self._gang.total([*instance_M, *prior_M])
-        return [instance], [prior]
 
-    def _backward(self, loss: Tensor) -> None:
-        (member,) = self._members.values()
-        last = member.micro + 1 == member.train.gradient_accumulation_steps
-        # DeepSpeed averages over processes; the loss is a sum
-        self._shards.backward(loss * self._gang.size, last)
-        if self._denoiser is not None:
-            self._denoiser.empty_partition_cache()
+@dataclass(frozen=True)
+class _Shape:
+    """What a follower has to know of a tensor."""
 
-    def _optimize(self, due: Sequence[Member]) -> list[Report]:
-        (member,) = due
-        self._shards.step([member.slot], {member.slot: self._rates(member)})
-        self._settled = False
-        return [self._finish_step(member, self._shards.norm)]
-
-    def _clear_gradient(self, slot: int) -> None:
-        """Its gradients end with its engine."""
+    shape: tuple[int, ...]
+    dtype: torch.dtype
 
 
 class _Parts(nn.Module):
-    """A subject's parameters by learning rate, each padded so that it splits evenly. Called, it answers [1, P]."""
+    """A subject's parameters by learning rate, each padded so that it splits evenly. Called, it returns [1, P]."""
 
     def __init__(self, parts: Sequence[Tensor], processes: int) -> None:
         super().__init__()
@@ -244,25 +204,33 @@ class _Parts(nn.Module):
         return torch.cat([tensor.flatten()[:width] for tensor, width in zip(tensors, self._widths, strict=True)])
 
 
-class _ShardedAdamW:
-    """torch's AdamW under DeepSpeed, as the optimizer of a bank of one slot. Every subject has an engine of its own, so
-    that nothing of its predecessor is left."""
+class ShardedLearner:
+    """torch's AdamW under DeepSpeed, over a bank of one slot. Every subject has an engine of its own, so that nothing
+    of its predecessor is left. `denoiser`: DeepSpeed's engine of the frozen model, in stage 3.
 
-    def __init__(self, bank: Bank, zero: ZeroSpec, processes: int) -> None:
+    The bank only shows what has been learned; DeepSpeed holds what is trained. `settle_all` has every process `settle`.
+    """
+
+    def __init__(self, bank: Bank, zero: ZeroSpec, gang: Gang, denoiser: Any, settle_all: Callable[[], None]) -> None:
         self._bank = bank
         self._zero = zero
-        self._processes = processes
+        self._gang = gang
+        self._denoiser = denoiser
+        self._settle_all = settle_all
         columns = [bank.columns(component) for component in (*bank.sites, Bank.WORDS)]
         self._columns = [(place, part) for place, part in enumerate(columns) if part.stop > part.start]
-        self._parts = _Parts((), processes)
+        self._parts = _Parts((), gang.size)
         self._engine: Any = None
         self._shown = OptimizerState()
-        self.norm = 0.0
+        self._settled = True
 
     def join(self, slot: int, spec: TrainSpec, state: OptimizerState | None) -> None:
-        self.leave(slot)
+        """See `Learner`."""
+        if spec.optimizer != "adamw":
+            raise SubjectFailed(f"optimizer '{spec.optimizer}' cannot be sharded; with `strategy: zero` take 'adamw'")
+        self.leave(slot, spec)
         values_P = self._bank.weights_SP[slot]
-        self._parts = _Parts([values_P[part] for _, part in self._columns], self._processes)
+        self._parts = _Parts([values_P[part] for _, part in self._columns], self._gang.size)
         optimizer = torch.optim.AdamW(
             [{"params": [part]} for part in self._parts.parts],
             lr=0.0,
@@ -275,7 +243,8 @@ class _ShardedAdamW:
         self._remember(state or OptimizerState())
         self.gather()
 
-    def leave(self, slot: int) -> None:
+    def leave(self, slot: int, spec: TrainSpec) -> None:
+        """See `Learner`; its gradients end with its engine."""
         if self._engine is not None:
             self._engine.destroy()
             del self._parts.parts  # DeepSpeed keeps its modules for good; this one shall hold nothing
@@ -286,21 +255,44 @@ class _ShardedAdamW:
         weights_SP: Tensor = self._engine()
         return weights_SP
 
-    def backward(self, loss: Tensor, last: bool) -> None:
-        """`last` micro-batch of a step."""
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """See `Learner`. DeepSpeed averages over processes; the loss is a sum."""
         self._engine.set_gradient_accumulation_boundary(last)
-        self._engine.backward(loss, scale_wrt_gas=False)
+        self._engine.backward(loss * self._gang.size, scale_wrt_gas=False)
+        if self._denoiser is not None:
+            self._denoiser.empty_partition_cache()
 
-    def step(self, slots: Sequence[int], rates: Mapping[int, Sequence[tuple[slice, float]]]) -> None:
-        """Clips and applies the gradients, unless they are not finite; `norm` is what theirs was."""
+    def total(self, values: Sequence[float]) -> list[float]:
+        """See `Learner`."""
+        return self._gang.total(values)
+
+    def step(self, due: Sequence[Member], rates: Mapping[int, Rates]) -> list[float]:
+        """See `Learner`."""
+        (member,) = due
         for group, (place, _) in zip(self._groups(), self._columns, strict=True):
-            group["lr"] = rates[slots[0]][place][1]
+            group["lr"] = rates[member.slot][place][1]
         self._engine.step()
-        self.norm = float(self._engine.get_global_grad_norm())
+        self._settled = False
+        return [float(self._engine.get_global_grad_norm())]
 
-    def state(self, slot: int) -> OptimizerState:
-        """As of the last `gather`."""
+    def restart(self) -> None:
+        """See `Learner`."""
+        if self._engine is not None:
+            self._engine.zero_grad()
+
+    def state(self, slot: int, spec: TrainSpec) -> OptimizerState:
+        """See `Learner`; as of the last `settle`."""
         return self._shown
+
+    def show(self) -> None:
+        """See `Learner`."""
+        if not self._settled:
+            self._settle_all()
+
+    def settle(self) -> None:
+        """This process's part of `show`."""
+        self._bank.weights_SP[0].copy_(self.gather())
+        self._settled = True
 
     def gather(self) -> Tensor:
         """The weights [P], whole, in every process; the moments are kept for `state`."""
@@ -323,11 +315,12 @@ class _ShardedAdamW:
             for shard in group["params"]:
                 inner.state[shard] = {name: torch.zeros_like(shard) for name in MOMENTS} | {"step": torch.zeros(())}
         # DeepSpeed finds the moments in the first step: one of nothing, at a learning rate of nothing
-        self.backward(self.weights().sum() * 0.0, last=True)
+        self._engine.set_gradient_accumulation_boundary(True)
+        self._engine.backward(self.weights().sum() * 0.0, scale_wrt_gas=False)
         self._engine.step()
         for name, row_P in state.rows.items():
             for part, (_, columns) in zip(self._parts.parts, self._columns, strict=True):
-                whole = padded(row_P[columns], self._processes).to(self._bank.weights_SP)
+                whole = padded(row_P[columns], self._gang.size).to(self._bank.weights_SP)
                 safe_set_full_optimizer_state(part, whole, name)
         for remembered in inner.state.values():
             remembered["step"].fill_(state.numbers.get("step", 0.0))

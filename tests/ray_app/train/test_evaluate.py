@@ -33,7 +33,7 @@ SCORES = (
 
 def publish(storage: Path, base: Base, id: str, **changes: Any) -> None:
     modules = {}
-    for site in find_sites("unet", base.unet, ("to_q",)):
+    for site in find_sites("unet", base.denoiser, ("to_q",)):
         generator = stream(0, id, site.key)
         down, up = torch.randn(2, *site.down, generator=generator), torch.randn(site.out, 2, generator=generator)
         modules[site.key] = LowRank(down, up)

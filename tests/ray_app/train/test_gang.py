@@ -12,8 +12,9 @@ from tests.tiny import tiny_images
 from tests.training.test_pack import distance
 from training.adapters.adapter import Adapter
 from training.base.base import Base
+from training.base.outline import outline
 from training.manifest.manifest import load_manifest
-from training.manifest.plan import base_facts, plan_run
+from training.manifest.plan import plan_run
 from training.run.run import RunStore, list_runs
 from training.run.source import Beat, Orders, Outcome, Task
 from training.storage.registry import Registry
@@ -44,7 +45,7 @@ class OneDevice:
     def __init__(self, manifest: Path, base: Base, storage: Storage) -> None:
         self._manifest = load_manifest(manifest)
         self._todo = list(self._manifest.subjects)
-        (plan,) = plan_run(self._manifest, base_facts(self._manifest.base)).packs
+        (plan,) = plan_run(self._manifest, outline(self._manifest.base)).packs
         root = str(manifest.parent)
         work(base, plan, self, RunStore(storage, "plain-1"), tenant="default", root=root)
 

@@ -28,6 +28,7 @@ from tests.serving.company import (
     run,
     small,
 )
+from tests.tiny import clip, clip_tokenizer, states
 from training.adapters.adapter import Adapter, load_adapter, save_adapter
 from training.base.base import Base
 from training.base.words import tokenise
@@ -190,13 +191,13 @@ def test_a_base_row_equals_the_untouched_pipeline(
 
 
 def test_the_engine_leaves_the_base_bit_exact(tiny: Base, shelf: Shelf) -> None:
-    before = tiny.encode_prompts(["a dog"])
-    weights = {name: value.clone() for name, value in tiny.unet.state_dict().items()}
+    before = states(tiny, ["a dog"])
+    weights = {name: value.clone() for name, value in tiny.denoiser.state_dict().items()}
     engine = Engine(tiny, small(), shelf)
     finished(engine, [MIXES["three"]])
     engine.close()
-    assert torch.equal(tiny.encode_prompts(["a dog"]), before)
-    assert all(torch.equal(value, weights[name]) for name, value in tiny.unet.state_dict().items())
+    assert torch.equal(states(tiny, ["a dog"]), before)
+    assert all(torch.equal(value, weights[name]) for name, value in tiny.denoiser.state_dict().items())
 
 
 @pytest.mark.parametrize("targets", [ATTENTION, WIDE], ids=["attention", "wide"])
@@ -337,10 +338,10 @@ def test_a_fault_fails_only_the_request_that_causes_it(
     samples = {name: list(job.samples) for name, job in jobs.items()}
     culprit = bad.samples[0]
     if stage == "text":
-        whole = tiny.text_encoder.forward
-        tokens = tokenise(tiny.tokenizer, ["a red toy"], [{}]).ids
+        whole = clip(tiny).forward
+        tokens = tokenise(clip_tokenizer(tiny), ["a red toy"], [{}]).ids
         monkeypatch.setattr(
-            tiny.text_encoder,
+            clip(tiny),
             "forward",
             lambda ids, **rest: _fail_if((ids == tokens).all(1).any()) or whole(ids, **rest),
         )
@@ -477,7 +478,7 @@ def test_replacing_and_deleting_in_flight(tiny: Base, shelf: Shelf, alone: dict[
 
 def test_words_of_an_adapter_are_its_requests_alone(tiny: Base, shelf: Shelf) -> None:
     """Textual inversion: `<s1>` means what the request's own adapter says, and nothing to a neighbour without it."""
-    width = tiny.token_embedding.embedding_dim
+    width = clip(tiny).get_input_embeddings().embedding_dim
     words = [{"<s1>": torch.randn(2, width, generator=torch.Generator().manual_seed(seed))} for seed in (1, 2)]
     low = random_adapter(tiny, 1, rank=1).modules
     adapters = {ref("one"): Adapter(low, words[0]), ref("two"): Adapter(low, words[1]), ref("none"): Adapter(low)}

@@ -14,9 +14,11 @@ from diffusers import (
 )
 from torch import Tensor
 
-from serving.engine.request import SamplerName
-from serving.engine.samplers import Lines, Samplers, Schedule
+from serving.engine.samplers import Lines
 from tests.tiny import tiny_pipeline
+from training.base.ddpm import Ddpm
+from training.base.facts import SamplerName
+from training.base.process import Schedule
 from training.errors import UserError
 
 CLASSES: dict[SamplerName, Any] = {
@@ -99,7 +101,7 @@ def tolerance(schedule: Schedule, expected: Tensor) -> float:
 
 @pytest.mark.parametrize("name", CLASSES)
 def test_a_row_equals_the_diffusers_pipeline(pipeline: StableDiffusionPipeline, name: SamplerName) -> None:
-    samplers = Samplers(dict(pipeline.scheduler.config))
+    samplers = Ddpm(dict(pipeline.scheduler.config))
     for steps in (1, 2, 7, 16):
         expected = reference(pipeline, name, steps, seed=steps)
         found = sample(pipeline, [samplers.schedule(name, steps)], [steps], 3.0)
@@ -107,7 +109,7 @@ def test_a_row_equals_the_diffusers_pipeline(pipeline: StableDiffusionPipeline, 
 
 
 def test_rows_of_different_samplers_and_lengths_step_together(pipeline: StableDiffusionPipeline) -> None:
-    samplers = Samplers(dict(pipeline.scheduler.config))
+    samplers = Ddpm(dict(pipeline.scheduler.config))
     wanted: list[tuple[SamplerName, int]] = [("ddim", 5), ("euler", 9), ("euler_a", 4), ("dpm++_2m", 16)]
     found = sample(pipeline, [samplers.schedule(name, steps) for name, steps in wanted], [0, 1, 2, 3], 3.0)
     for row, (name, steps) in enumerate(wanted):
@@ -117,7 +119,7 @@ def test_rows_of_different_samplers_and_lengths_step_together(pipeline: StableDi
 
 def test_a_schedule_of_any_length_is_finite(tmp_path: Path) -> None:
     config = dict(tiny_pipeline(tmp_path, "v_prediction").scheduler.config) | ZERO_SNR
-    samplers = Samplers(config)
+    samplers = Ddpm(config)
     for steps in range(1, 151):
         for name in CLASSES:
             assert samplers.schedule(name, steps).steps in (steps, steps + 1)
@@ -125,6 +127,6 @@ def test_a_schedule_of_any_length_is_finite(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("steps", "strength"), [(1000, None), (5000, None), (4, 0.1)])
 def test_steps_that_a_schedule_cannot_take_are_refused(tmp_path: Path, steps: int, strength: float | None) -> None:
-    samplers = Samplers(dict(tiny_pipeline(tmp_path).scheduler.config))
+    samplers = Ddpm(dict(tiny_pipeline(tmp_path).scheduler.config))
     with pytest.raises(UserError, match=f"steps {steps}"):
         samplers.schedule("ddim", steps, strength)

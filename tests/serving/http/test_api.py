@@ -19,7 +19,6 @@ from safetensors.torch import save
 from serving.config import Limits, ServeSpec
 from serving.engine.engine import Engine
 from serving.engine.loop import EngineLoop
-from serving.engine.request import read_facts
 from serving.http.app import create_app
 from serving.http.library import Fetcher, Library
 from serving.http.tenants import Keys
@@ -27,6 +26,7 @@ from serving.local import LocalEngines
 from tests.serving.company import random_adapter, small
 from training.adapters.adapter import Adapter, save_adapter
 from training.base.base import Base
+from training.base.outline import outline
 from training.storage.registry import Registry
 from training.storage.storage import open_storage
 
@@ -46,7 +46,7 @@ class World:
         )
         self.registry = Registry(open_storage(str(storage)))
         self.loop = EngineLoop(Engine(tiny, self.spec.engine, Fetcher(self.registry)))
-        self.library = Library(self.registry, folder, read_facts(str(folder), folder), refresh_s=0.05)
+        self.library = Library(self.registry, outline(str(folder)), refresh_s=0.05)
         self.keys = Keys(storage / "keys.json") if keys else None
         self.tokens = {name: self.keys.make(name)[1] for name in ("ann", "bob")} if self.keys else {}
         self.app: FastAPI = create_app(self.loop.stream, LocalEngines(self.loop), self.library, self.spec, self.keys)
@@ -413,7 +413,7 @@ def test_a_publication_is_followed_within_seconds_and_flights_finish_on_their_ve
             flight = asyncio.create_task(client.post("/v1/images/generations", json={**body, "steps": 50}))
             while not world.loop.engine.scheduler.running:
                 await asyncio.sleep(0.005)
-            other = Library(Registry(open_storage(world.spec.storage)), Path(world.spec.base), world.library.facts)
+            other = Library(Registry(open_storage(world.spec.storage)), world.library.outline)
             data = save_adapter(random_adapter(world.base, 2))
             second = (
                 await asyncio.to_thread(

@@ -19,7 +19,7 @@ from training.adapters.adapter import (
     version_of,
 )
 from training.adapters.tensor_file import TensorFileError, read_tensors, write_tensors
-from training.base.family import canonical
+from training.base.names import canonical
 
 TARGETS = ("to_q", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "time_emb_proj", "conv1", "conv_shortcut")
 TEXT_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1")

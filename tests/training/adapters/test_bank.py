@@ -8,6 +8,7 @@ import torch
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from torch import Tensor
 
+from tests.tiny import clip
 from training.adapters.adapter import Adapter, LowRank
 from training.adapters.bank import Bank, find_sites
 from training.base.base import Base
@@ -19,8 +20,8 @@ EVERYTHING = (*TARGETS, "proj_in", "proj_out", "conv1", "conv2", "time_emb_proj"
 
 def make_bank(base: Base, targets: tuple[str, ...] = TARGETS, slots: int = 4, rank: int = 4) -> Bank:
     sites = {
-        "unet": find_sites("unet", base.unet, targets),
-        "text_encoder": find_sites("text_encoder", base.text_encoder, ("q_proj", "v_proj")),
+        "unet": find_sites("unet", base.denoiser, targets),
+        "text_encoder": find_sites("text_encoder", clip(base), ("q_proj", "v_proj")),
     }
     return Bank(sites, slots=slots, rank=rank, dtype=base.dtype)
 
@@ -47,7 +48,7 @@ def inputs(rows: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
 def forward(base: Base, rows: tuple[Tensor, Tensor, Tensor]) -> Tensor:
     latents, timesteps, embeddings = rows
     with torch.no_grad():
-        return base.unet(latents, timesteps, encoder_hidden_states=embeddings).sample
+        return base.denoiser(latents, timesteps, encoder_hidden_states=embeddings).sample
 
 
 @pytest.fixture
@@ -60,7 +61,7 @@ def bank(tiny64: Base) -> Iterator[Bank]:
 
 def test_inject_then_eject_leaves_the_base_bit_exact(tiny64: Base) -> None:
     rows = inputs(3)
-    before, weights = forward(tiny64, rows), copy.deepcopy(tiny64.unet.state_dict())
+    before, weights = forward(tiny64, rows), copy.deepcopy(tiny64.denoiser.state_dict())
     bank = make_bank(tiny64, EVERYTHING)
     bank.inject()
     bank.put(0, bank.pack(random_adapter(bank, 4, seed=1)))
@@ -69,8 +70,8 @@ def test_inject_then_eject_leaves_the_base_bit_exact(tiny64: Base) -> None:
     assert torch.equal(forward(tiny64, rows), before)
     bank.eject()
     assert torch.equal(forward(tiny64, rows), before)
-    assert all(not module._forward_hooks for module in tiny64.unet.modules())
-    after = tiny64.unet.state_dict()
+    assert all(not module._forward_hooks for module in tiny64.denoiser.modules())
+    after = tiny64.denoiser.state_dict()
     assert after.keys() == weights.keys()
     assert all(torch.equal(after[name], weights[name]) for name in weights)
 
@@ -126,7 +127,7 @@ def test_a_row_can_mix_adapters_with_weights(tiny64: Base, bank: Bank) -> None:
 
 def test_a_slot_equals_peft(tiny64: Base) -> None:
     """PEFT's own layers, with the same numbers, give the same output: the bank's semantics are the field's."""
-    unet = copy.deepcopy(tiny64.unet)
+    unet = copy.deepcopy(tiny64.denoiser)
     config = LoraConfig(r=4, lora_alpha=6, target_modules=[*TARGETS, "conv1", "proj_in"], init_lora_weights=False)
     inject_adapter_in_model(config, unet)
     state = get_peft_model_state_dict(unet)

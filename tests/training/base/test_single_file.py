@@ -13,12 +13,14 @@ from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from tests.original import original_clip, original_open_clip, original_unet, original_vae
+from tests.tiny import clip, clip_tokenizer
 from tests.training.subjects import latents, spec
 from training.base.base import load_base
 from training.base.folder import find_base
 from training.base.single_file import configs, convert
 from training.errors import UserError
-from training.trainer.pack import Pack, Subject
+from training.trainer.member import Subject
+from training.trainer.pack import Pack, training_bank
 
 Described = dict[str, dict[str, Any]]
 
@@ -57,16 +59,16 @@ def check(version: str, described: Described, folder: Path) -> None:
     unet, text = write_checkpoint(folder / "model.safetensors", version, described)
     convert(folder / "model.safetensors", folder / "made", described)
     base = load_base(str(folder / "made"), device="cpu")
-    for ours, theirs in ((base.unet, unet), (base.text_encoder, text)):
+    for ours, theirs in ((base.denoiser, unet), (clip(base), text)):
         found = ours.state_dict()
         for name, tensor in theirs.state_dict().items():
             if "position_ids" not in name:
                 assert torch.equal(found[name], tensor.half().float()), name
-    assert base.tokenizer("a photo of sks person").input_ids == [49406, 320, 1125, 539, 48136, 2533, 49407]
-    assert base.tokenizer.pad_token_id == described["text_encoder"]["pad_token_id"]
+    assert clip_tokenizer(base)("a photo of sks person").input_ids == [49406, 320, 1125, 539, 48136, 2533, 49407]
+    assert clip_tokenizer(base).pad_token_id == described["text_encoder"]["pad_token_id"]
     made = spec("a", train={"max_steps": 1, "resolution": 64})
     targets: dict[str, Sequence[str]] = {"unet": made.lora.targets, "text_encoder": made.lora.text_encoder_targets}
-    pack = Pack(base, slots=1, rank=8, targets=targets)
+    pack = Pack(base, training_bank(base, slots=1, rank=8, targets=targets))
     pack.join(Subject(made, latents(made.filled_instance_prompt, 5, 0), latents(made.filled_class_prompt, 5, 1)))
     (report,) = pack.step()
     assert report.failure is None and report.grad_norm > 0

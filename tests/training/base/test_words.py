@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from tests.tiny import clip, clip_tokenizer, states
 from tests.training.subjects import subject
 from tests.training.test_pack import run
 from training.adapters.adapter import Adapter, load_adapter, save_adapter
@@ -18,35 +19,35 @@ WORD = {"tokens": ["<s1>"], "learning_rate": 1e-2, "initial": "cat"}
 
 def test_a_prompt_without_words_is_tokenised_as_ever(tiny: Base) -> None:
     prompts = ["a photo of sks dog", "", "a dog on the beach in the snow on the grass on the water in the snow"]
-    expected = tiny.tokenizer(prompts, padding="max_length", max_length=16, truncation=True, return_tensors="pt")
-    assert torch.equal(tokenise(tiny.tokenizer, prompts, [{}] * 3).ids, expected.input_ids)
+    expected = clip_tokenizer(tiny)(prompts, padding="max_length", max_length=16, truncation=True, return_tensors="pt")
+    assert torch.equal(tokenise(clip_tokenizer(tiny), prompts, [{}] * 3).ids, expected.input_ids)
 
 
 def test_a_word_that_is_a_known_words_vector_is_that_word(tiny: Base) -> None:
     """The strongest check of places: `<s1>` with the vector of `dog` draws what `dog` draws."""
-    vector = first_vector(tiny.tokenizer, tiny.token_embedding, "dog")[None]
+    vector = first_vector(clip_tokenizer(tiny), clip(tiny).get_input_embeddings(), "dog")[None]
     with torch.no_grad():
-        word = tiny.encode_prompts(["a photo of <s1> on the beach"], [{"<s1>": vector}])
-        plain = tiny.encode_prompts(["a photo of dog on the beach"])
+        word = states(tiny, ["a photo of <s1> on the beach"], [{"<s1>": vector}])
+        plain = states(tiny, ["a photo of dog on the beach"])
     assert torch.equal(word, plain)
 
 
 def test_a_word_belongs_to_its_own_row(tiny: Base) -> None:
     one, two = torch.randn(2, 1, 32)
     with torch.no_grad():
-        together = tiny.encode_prompts(["a <s1> dog", "a <s1> dog"], [{"<s1>": one}, {"<s1>": two}])
-        alone = tiny.encode_prompts(["a <s1> dog"], [{"<s1>": two}])
+        together = states(tiny, ["a <s1> dog", "a <s1> dog"], [{"<s1>": one}, {"<s1>": two}])
+        alone = states(tiny, ["a <s1> dog"], [{"<s1>": two}])
     assert torch.allclose(together[1], alone[0], atol=1e-6)
     assert (together[0] - together[1]).abs().max() > 1e-3
 
 
 def test_a_word_trains_without_touching_the_base(tiny64: Base) -> None:
-    before = tiny64.token_embedding.weight.clone()
-    start = first_vector(tiny64.tokenizer, tiny64.token_embedding, "cat")
+    before = clip(tiny64).get_input_embeddings().weight.clone()
+    start = first_vector(clip_tokenizer(tiny64), clip(tiny64).get_input_embeddings(), "cat")
     one = subject("a", words=WORD, instance_prompt="a photo of <s1> dog", lora={"text_encoder": False})
     learned = run(tiny64, [one]).adapters["a"].embeddings["<s1>"]
     assert (learned[0] - start).abs().max() > 1e-3
-    assert torch.equal(tiny64.token_embedding.weight, before)
+    assert torch.equal(clip(tiny64).get_input_embeddings().weight, before)
 
 
 def test_words_travel_in_the_adapters_file(tiny: Base) -> None:

@@ -18,6 +18,7 @@ from tests.training.subjects import latents, spec
 from training.adapters.adapter import Adapter, LowRank, load_adapter
 from training.adapters.bank import find_sites
 from training.base.base import Base
+from training.base.outline import outline
 from training.base.stream import stream
 from training.evaluation import evaluate
 from training.evaluation.choose import choose
@@ -26,7 +27,7 @@ from training.evaluation.judges.box import Judges
 from training.evaluation.judges.features import BaseFeatures
 from training.evaluation.record import load_record
 from training.manifest.manifest import SubjectSpec, parse_manifest
-from training.manifest.plan import base_facts, plan_run
+from training.manifest.plan import plan_run
 from training.photos.intake import fingerprint, read_files
 from training.photos.photos import Photos, list_photo_files, photos
 from training.run.run import RunStore
@@ -35,7 +36,7 @@ from training.sampling.render import Look, Shot, adapter_bank, render
 from training.storage.card import Card
 from training.storage.registry import Registry
 from training.storage.storage import open_storage
-from training.trainer.pack import Pack
+from training.trainer.pack import Pack, training_bank
 from training.trainer.worker.early_stop import EVERY, Watch
 from training.trainer.worker.judging import gate_failure, hold_out
 from training.trainer.worker.worker import work
@@ -45,7 +46,7 @@ FAST = {"steps": 2, "candidates": 2, "likeness_model": "base", "fidelity_model":
 
 def adapter(base: Base, seed: int, size: float = 0.5, end: str = "to_q") -> Adapter:
     modules = {}
-    for site in find_sites("unet", base.unet, (end,)):
+    for site in find_sites("unet", base.denoiser, (end,)):
         generator = stream(seed, site.key)
         down = torch.randn(2, *site.down, generator=generator)
         up = torch.randn(site.out, 2, generator=generator) * size
@@ -256,7 +257,7 @@ class Source:
         self.outcome = outcome
 
     def work(self) -> Outcome:
-        (pack,) = plan_run(self.manifest, base_facts(self.manifest.base)).packs
+        (pack,) = plan_run(self.manifest, outline(self.manifest.base)).packs
         work(self.base, pack, self, self.run, tenant="default", root=self.manifest.root)
         assert self.outcome is not None
         return self.outcome
@@ -348,7 +349,7 @@ def test_a_subject_that_has_settled_stops(tiny: Base, tmp_path: Path, monkeypatc
 
 def test_looks_at_one_batch_depend_on_the_subject_alone(tiny: Base) -> None:
     made = [spec(id, evaluate={"early_stop": True}, train={"seed": seed}) for seed, id in enumerate("ab")]
-    pack = Pack(tiny, slots=2, rank=2, targets={"unet": ("to_q",)})
+    pack = Pack(tiny, training_bank(tiny, slots=2, rank=2, targets={"unet": ("to_q",)}))
     try:
         for slot, seed in ((0, 3), (1, 4)):
             pack.bank.put(slot, pack.bank.pack(adapter(tiny, seed)))

@@ -39,7 +39,7 @@ DREAMBOOTH = load_protocol("dreambooth")
 
 def adapter(base: Base, seed: int = 0) -> Adapter:
     modules = {}
-    for site in find_sites("unet", base.unet, ("to_q",)):
+    for site in find_sites("unet", base.denoiser, ("to_q",)):
         generator = stream(seed, site.key)
         down, up = torch.randn(2, *site.down, generator=generator), torch.randn(site.out, 2, generator=generator)
         modules[site.key] = LowRank(down, up)

@@ -6,9 +6,10 @@ import pytest
 
 from tests.training.subjects import spec
 from training.base.base import Base
+from training.base.outline import outline
 from training.errors import TooLarge, UserError
 from training.manifest.manifest import parse_manifest
-from training.manifest.plan import base_facts, plan_run
+from training.manifest.plan import plan_run
 from training.trainer.fitting import Opened, open_pack
 from training.trainer.loop import memory
 from training.trainer.memory import SHARE, saved_bytes
@@ -22,7 +23,7 @@ def opened(base: Base, monkeypatch: pytest.MonkeyPatch, count: int, rows: int, *
     one = spec("a", **ROW, train={"batch_size": rows, **train})
     manifest = parse_manifest("{version: 1, name: t, subjects: [{id: a, images: x, class: dog}]}")
     subjects = tuple(one.model_copy(update={"id": f"s{index}"}) for index in range(count))
-    (plan,) = plan_run(manifest.model_copy(update={"subjects": subjects}), base_facts(str(base.folder))).packs
+    (plan,) = plan_run(manifest.model_copy(update={"subjects": subjects}), outline(str(base.folder))).packs
     monkeypatch.setattr(memory, "free_bytes", lambda device: (ROOM * saved_bytes(base) + plan.state_bytes) / SHARE)
     found = open_pack(base, plan)
     found.pack.close()

@@ -9,16 +9,19 @@ import torch
 from diffusers import DDPMScheduler
 from peft import LoraConfig, inject_adapter_in_model
 
+from tests.tiny import clip, clip_tokenizer, ddpm
 from tests.training.subjects import subject
 from training.adapters.adapter import Adapter, LowRank
 from training.base.base import Base
-from training.base.family import canonical
+from training.base.names import canonical
 from training.base.stream import shuffled, stream
 from training.base.words import tokenise
 from training.trainer.batch import Batch
 from training.trainer.checkpoint import SubjectState, dump_state, load_state
 from training.trainer.loop import train
-from training.trainer.pack import Member, Pack, Report, Subject
+from training.trainer.member import Member, Report, Subject
+from training.trainer.pack import Pack, training_bank
+from training.trainer.step import Step
 
 TARGETS: dict[str, Sequence[str]] = {
     "unet": ("to_q", "to_k", "to_v", "to_out.0", "proj_in", "conv1"),
@@ -41,7 +44,7 @@ def run(
     base: Base, subjects: Sequence[Subject], *, slots: int = 1, rank: int = 8, stop: int | None = None, **options: Any
 ) -> Outcome:
     """Trains subjects in one pack to their ends, or for `stop` fused steps."""
-    pack = Pack(base, slots=slots, rank=rank, targets=TARGETS, words=2, **options)
+    pack = Pack(base, training_bank(base, slots=slots, rank=rank, targets=TARGETS, words=2), **options)
     todo, out = list(subjects), Outcome()
 
     def feed(count: int) -> list[Subject]:
@@ -175,7 +178,7 @@ def test_the_fused_step_equals_a_plain_loop_with_peft_and_torch(tiny64: Base, se
 def plain_loop(base: Base, one: Subject) -> Adapter:
     """What the usual script does, on the draws that the subject's seed stands for."""
     spec = one.spec.train
-    unet, text = copy.deepcopy(base.unet), copy.deepcopy(base.text_encoder)
+    unet, text = copy.deepcopy(base.denoiser), copy.deepcopy(clip(base))
     inject_adapter_in_model(LoraConfig(r=8, lora_alpha=8, target_modules=list(one.spec.lora.targets)), unet)
     inject_adapter_in_model(LoraConfig(r=8, lora_alpha=8, target_modules=list(TARGETS["text_encoder"])), text)
     layers = {("unet", n): p for n, p in unet.named_parameters() if "lora" in n}
@@ -194,8 +197,8 @@ def plain_loop(base: Base, one: Subject) -> Adapter:
         weight_decay=spec.adam_weight_decay,
     )
     prompts = [one.spec.filled_instance_prompt] * spec.batch_size
-    tokens = tokenise(base.tokenizer, prompts, [{}] * spec.batch_size).ids
-    schedule = DDPMScheduler.from_config(base.scheduler_config)
+    tokens = tokenise(clip_tokenizer(base), prompts, [{}] * spec.batch_size).ids
+    schedule = DDPMScheduler.from_config(ddpm(base).config)
     for step in range(spec.max_steps):
         for micro in range(spec.gradient_accumulation_steps):
             generator = stream(spec.seed, "instance", step, micro)
@@ -207,7 +210,7 @@ def plain_loop(base: Base, one: Subject) -> Adapter:
             clean, noise = clean.double(), noise.double()
             timesteps = torch.randint(0, 1000, (spec.batch_size,), generator=generator)
             noisy = schedule.add_noise(clean, noise, timesteps)
-            goal = noise if base.prediction_type == "epsilon" else schedule.get_velocity(clean, noise, timesteps)
+            goal = noise if ddpm(base).prediction_type == "epsilon" else schedule.get_velocity(clean, noise, timesteps)
             prediction = unet(noisy, timesteps, encoder_hidden_states=text(tokens)[0]).sample
             loss = torch.nn.functional.mse_loss(prediction, goal) / spec.gradient_accumulation_steps
             loss.backward()
@@ -225,15 +228,15 @@ def plain_loop(base: Base, one: Subject) -> Adapter:
 
 def with_room_for(rows: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """A device that has memory for so many rows at once; answers how many went through each forward."""
-    learn, seen = Pack._learn, list[int]()
+    run_step, seen = Step.run, list[int]()
 
-    def limited(pack: Pack, batch: Batch, members: Sequence[Member]) -> tuple[list[float], list[float]]:
+    def limited(step: Step, batch: Batch, members: Sequence[Member], *, last: bool) -> tuple[list[float], list[float]]:
         if len(batch.member) > rows:
             raise torch.OutOfMemoryError("out of memory")
         seen.append(len(batch.member))
-        return learn(pack, batch, members)
+        return run_step(step, batch, members, last=last)
 
-    monkeypatch.setattr(Pack, "_learn", limited)
+    monkeypatch.setattr(Step, "run", limited)
     return seen
 
 
@@ -289,10 +292,10 @@ def test_a_pack_that_does_not_fit_is_halved_and_loses_nothing(tiny64: Base, monk
 
 
 def test_the_base_is_untouched_by_training(tiny64: Base) -> None:
-    before = {name: tensor.clone() for name, tensor in tiny64.unet.state_dict().items()}
+    before = {name: tensor.clone() for name, tensor in tiny64.denoiser.state_dict().items()}
     run(tiny64, [subject("a")])
-    assert all(torch.equal(tensor, before[name]) for name, tensor in tiny64.unet.state_dict().items())
-    assert all(not module._forward_hooks for module in tiny64.unet.modules())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in tiny64.denoiser.state_dict().items())
+    assert all(not module._forward_hooks for module in tiny64.denoiser.modules())
 
 
 def test_prior_weight_zero_equals_no_prior_at_all(tiny64: Base) -> None:

@@ -8,12 +8,13 @@ import torch
 from diffusers import DDPMScheduler
 from diffusers.training_utils import compute_snr
 
-from tests.tiny import tiny_base
+from tests.tiny import ddpm, tiny_base
 from tests.training.subjects import subject
 from tests.training.test_pack import distance, plain_loop, run
 from training.base.base import Base, load_base
-from training.trainer.loss import add_noise, min_snr_weights, target
-from training.trainer.pack import FP16_SCALE
+from training.base.ddpm import Ddpm
+from training.errors import UserError
+from training.trainer.member import FP16_SCALE
 from training.trainer.worker.worker import precision
 
 
@@ -58,29 +59,32 @@ def test_targets_are_those_of_diffusers(tiny: Base) -> None:
     generator = torch.Generator().manual_seed(0)
     latents, noise = torch.randn(2, 6, 4, 8, 8, generator=generator, dtype=torch.float64)
     timesteps = torch.tensor([0, 1, 250, 500, 998, 999])
-    alphas = tiny.alphas_cumprod[timesteps]
-    scheduler = DDPMScheduler.from_config(tiny.scheduler_config)
-    assert torch.allclose(add_noise(latents, noise, alphas), scheduler.add_noise(latents, noise, timesteps), atol=1e-6)
+    scheduler = DDPMScheduler.from_config(ddpm(tiny).config)
+    levels = tiny.process.levels(timesteps.tolist(), tiny.device, torch.float64)
+    assert torch.allclose(levels.noisy(latents, noise), scheduler.add_noise(latents, noise, timesteps), atol=1e-6)
+    assert torch.equal(levels.target(latents, noise), noise)
+    config = {**ddpm(tiny).config, "prediction_type": "v_prediction"}
     velocity = scheduler.get_velocity(latents, noise, timesteps)
-    assert torch.allclose(target("v_prediction", latents, noise, alphas), velocity, atol=1e-6)
-    assert target("epsilon", latents, noise, alphas) is noise
-    with pytest.raises(ValueError, match="sample"):
-        target("sample", latents, noise, alphas)
+    found = Ddpm(config).levels(timesteps.tolist(), tiny.device, torch.float64).target(latents, noise)
+    assert torch.allclose(found, velocity, atol=1e-6)
+    with pytest.raises(UserError, match="sample"):
+        Ddpm({**config, "prediction_type": "sample"})
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
 def test_min_snr_weights_are_those_of_the_paper(tiny: Base, kind: str) -> None:
     timesteps = torch.arange(0, 1000, 37)
-    alphas = tiny.alphas_cumprod[timesteps]
-    snr = compute_snr(DDPMScheduler.from_config(tiny.scheduler_config), timesteps).double()
+    process = Ddpm({**ddpm(tiny).config, "prediction_type": kind})
+    found_snr = process.levels(timesteps.tolist(), tiny.device, torch.float64).snr_N
+    snr = compute_snr(DDPMScheduler.from_config(ddpm(tiny).config), timesteps).double()
     expected = snr.clamp(max=5.0) / (snr + 1 if kind == "v_prediction" else snr)
-    found = min_snr_weights(kind, alphas, torch.full_like(alphas, 5.0))
+    found = process.snr_weights(found_snr, torch.full_like(found_snr, 5.0))
     assert torch.allclose(found, expected, rtol=1e-4)
-    assert (min_snr_weights(kind, alphas, torch.full_like(alphas, math.inf)) == 1).all()
+    assert (process.snr_weights(found_snr, torch.full_like(found_snr, math.inf)) == 1).all()
 
 
-def test_min_snr_is_finite_where_the_schedule_ends_in_pure_noise() -> None:
-    weights = min_snr_weights("epsilon", torch.tensor([0.0, 0.5]), torch.tensor([5.0, 5.0]))
+def test_min_snr_is_finite_where_the_schedule_ends_in_pure_noise(tiny: Base) -> None:
+    weights = tiny.process.snr_weights(torch.tensor([0.0, 1.0]), torch.tensor([5.0, 5.0]))
     assert weights.isfinite().all()
 
 

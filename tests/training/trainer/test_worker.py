@@ -14,8 +14,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tests.tiny import tiny_images
 from training.adapters.adapter import load_adapter
 from training.base.base import Base
+from training.base.outline import outline
 from training.manifest.manifest import Manifest, SubjectSpec, parse_manifest
-from training.manifest.plan import base_facts, plan_run
+from training.manifest.plan import plan_run
 from training.photos.intake import fingerprint, read_files
 from training.run.run import RunStore
 from training.run.source import Beat, Orders, Outcome, Task
@@ -74,7 +75,7 @@ class Fleet:
 
     def work(self) -> dict[str, Outcome]:
         self._todo = list(self.manifest.subjects)
-        for pack in plan_run(self.manifest, base_facts(self.manifest.base)).packs:
+        for pack in plan_run(self.manifest, outline(self.manifest.base)).packs:
             work(self.base, pack, self, self.run, tenant="default", root=self.manifest.root)
         return self.outcomes
 

@@ -16,7 +16,8 @@ from training.base.base import Base, load_base
 from training.manifest.manifest import ZeroSpec
 from training.sampling.sampler import sample
 from training.trainer.checkpoint import dump_state, load_state
-from training.trainer.pack import Pack, Subject
+from training.trainer.member import Subject
+from training.trainer.pack import Pack, training_bank
 
 WORKERS = 2
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -43,13 +44,15 @@ def _gang(rank: int, folder: str, stage: int, offload: bool, out: str) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(WORKERS))
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=f"file://{out}.meet", rank=rank, world_size=WORKERS)
-    from training.trainer.loop import zero
+    from training.trainer import zero
 
     zero.SMALL = 0  # everything here is small
     base = load_base(folder, device="cpu")
     spec = ZeroSpec(stage=stage, offload=offload, workers=WORKERS)  # type: ignore[arg-type]
     options: dict[str, Any] = {"gradient_checkpointing": stage == 3}
-    pack = zero.ZeroPack(base, zero.Gang(), spec, rank=8, targets=TARGETS, words=2, **options)
+    pack = zero.GangPack(
+        base, training_bank(base, slots=1, rank=8, targets=TARGETS, words=2), zero.Gang(), spec, **options
+    )
     if rank > 0:
         pack.follow()
     else:
@@ -71,7 +74,7 @@ def _lead(base: Base, pack: Pack, one: Subject, stage: int) -> dict[str, Any]:
     losses += _steps(pack, one.spec.train.max_steps - 2)
     adapter = pack.adapter(one.spec.id)
     if stage == 3:
-        assert all(parameter.numel() == 0 for parameter in base.unet.parameters())
+        assert all(parameter.numel() == 0 for parameter in base.denoiser.parameters())
     pack.leave(one.spec.id)
     return {"losses": losses, "adapter": adapter, "shown": shown}
 
@@ -101,7 +104,7 @@ def test_it_equals_one_process(tiny: Base, tiny_folder: Path, tmp_path: Path, st
         assert distance(found[name]["adapter"], alone.adapters[name]) < TIGHT
         assert distance(found[name]["adapter"], _beginning(tiny, name)) > 100 * TIGHT
         halfway = run(tiny, [made(name)], stop=2 * made(name).spec.train.gradient_accumulation_steps).states[name]
-        pack = Pack(tiny, slots=1, rank=8, targets=TARGETS, words=2)
+        pack = Pack(tiny, training_bank(tiny, slots=1, rank=8, targets=TARGETS, words=2))
         pack.join(Subject(made(name).spec, made(name).instance, made(name).prior, halfway))
         assert (found[name]["shown"] - _sample(tiny, pack, name)).abs().max() < 1e-2
         pack.close()
@@ -109,7 +112,7 @@ def test_it_equals_one_process(tiny: Base, tiny_folder: Path, tmp_path: Path, st
 
 def _beginning(base: Base, name: str) -> Adapter:
     """The adapter a subject begins with."""
-    pack = Pack(base, slots=1, rank=8, targets=TARGETS, words=2)
+    pack = Pack(base, training_bank(base, slots=1, rank=8, targets=TARGETS, words=2))
     pack.join(made(name))
     first = pack.adapter(name)
     pack.close()

@@ -18,10 +18,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from training.base.base import Base
+from training.base.family import Cond
+from training.base.process import row_losses
 from training.base.stream import stream
 from training.errors import UserError
 from training.evaluation.judges.pocket import Judge, to_pixels
-from training.trainer.loss import add_noise, row_losses, target
 
 BATCH = 16
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -158,43 +159,33 @@ class BaseFeatures:
         for start in range(0, len(images), BATCH):
             batch, texts = images[start : start + BATCH], list(prompts[start : start + BATCH])
             latents = self._latents(batch)
-            empty, full = self._base.encode_prompts([""] * len(batch)), self._base.encode_prompts(texts)
-            gains = [self._gain(latents, share, empty, full) for share in self.TEXT_TIMES]
+            conds = [*self._base.encode([""] * len(batch)), *self._base.encode(texts)]
+            gains = [self._gain(latents, share, conds) for share in self.TEXT_TIMES]
             parts.append(torch.stack(gains).mean(0).float().cpu())
         return torch.cat(parts)
 
-    def _gain(self, latents: Tensor, share: float, empty: Tensor, full: Tensor) -> Tensor:
-        noisy, timestep, goal = self._noised(latents, share)
-        rows = torch.cat([noisy, noisy])
-        said = self._base.unet(rows, timestep, encoder_hidden_states=torch.cat([empty, full])).sample
+    def _gain(self, latents: Tensor, share: float, conds: Sequence[Cond]) -> Tensor:
+        noisy, times, goal = self._noised(latents, share)
+        said = self._base.predict(torch.cat([noisy, noisy]), torch.cat([times, times]), conds)
         without, with_text = row_losses(said, torch.cat([goal, goal])).chunk(2)
         return (without - with_text) / without
 
     def _maps(self, images: Images) -> Tensor:
-        noisy, timestep, _ = self._noised(self._latents(images), self.MAP_TIME)
-        held: list[Tensor] = []
-        block = self._base.unet.up_blocks[min(1, len(self._base.unet.up_blocks) - 1)]
-        hook = block.register_forward_hook(lambda _module, _inputs, output: held.append(output))
-        try:
-            empty = self._base.encode_prompts([""] * len(images))
-            self._base.unet(noisy, timestep, encoder_hidden_states=empty)
-        finally:
-            hook.remove()
-        return held[0].float().cpu()
+        noisy, times, _ = self._noised(self._latents(images), self.MAP_TIME)
+        return self._base.features(noisy, times, self._base.encode([""] * len(images))).float().cpu()
 
     def _latents(self, images: Images) -> Tensor:
-        side = self._base.resolution
-        mean, _ = self._base.encode_images(pixels(images, side, (0.5,) * 3, (0.5,) * 3))
+        side = self._base.facts.resolution
+        mean, _ = self._base.to_latents(pixels(images, side, (0.5,) * 3, (0.5,) * 3))
         return mean.to(self._base.device, self._base.dtype)
 
     def _noised(self, latents: Tensor, share: float) -> tuple[Tensor, Tensor, Tensor]:
-        """Noisy latents, the timestep and the target; every picture gets the same noise."""
-        schedule = self._base.alphas_cumprod
-        timestep = round(share * (len(schedule) - 1))
-        noise = torch.randn(latents.shape[1:], generator=stream(0, "judge", timestep)).to(latents).expand_as(latents)
-        alphas = schedule[timestep].to(latents).expand(len(latents))
-        goal = target(self._base.prediction_type, latents, noise, alphas)
-        return add_noise(latents, noise, alphas), torch.tensor(timestep, device=latents.device), goal
+        """Noisy latents, their times and the target; every picture gets the same noise."""
+        place = self._base.process.at(share)
+        noise = torch.randn(latents.shape[1:], generator=stream(0, "judge", f"{place:g}"))
+        noise = noise.to(latents).expand_as(latents)
+        levels = self._base.process.levels([place] * len(latents), latents.device, latents.dtype)
+        return levels.noisy(latents, noise), levels.times_N, levels.target(latents, noise)
 
 
 def pixels(images: Images, side: int, mean: Sequence[float], std: Sequence[float], resize: int | None = None) -> Tensor:

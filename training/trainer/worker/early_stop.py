@@ -12,11 +12,11 @@ from torch import Tensor
 
 from training.adapters.bank import Bank
 from training.base.base import Base
+from training.base.process import row_losses
 from training.base.stream import shuffled, stream
 from training.evaluation.choose import has_settled
 from training.manifest.manifest import SubjectSpec
 from training.trainer.latents import LatentSet, same_sizes
-from training.trainer.loss import add_noise, row_losses, target
 
 EVERY = 10  # steps between looks; a look costs a forward of ROWS rows
 ROWS = 8
@@ -29,7 +29,7 @@ class _Fixed:
     spec: SubjectSpec
     latents: list[Tensor]  # [C, h, w] each
     noise: list[Tensor]
-    timesteps: Tensor
+    places: list[float]
     prompts: list[str]
     losses: list[float] = field(default_factory=list)
 
@@ -48,11 +48,10 @@ class Watch:
         generator = stream(spec.train.seed, "fixed")
         picked = shuffled(spec.train.seed, "fixed", len(images), 0, ROWS)
         latents = images.draw(picked, generator)
-        steps = len(self._base.alphas_cumprod)
         # evenly spread, so that no look depends on which noise levels were drawn
-        timesteps = ((torch.arange(ROWS) + 0.5) / ROWS * steps).long()
+        places = self._base.process.spread(ROWS)
         noise = [torch.randn(latent.shape, generator=generator) for latent in latents]
-        self._fixed[spec.id] = _Fixed(spec, latents, noise, timesteps, [images.prompts[index] for index in picked])
+        self._fixed[spec.id] = _Fixed(spec, latents, noise, places, [images.prompts[index] for index in picked])
 
     def leave(self, id: str) -> None:
         self._fixed.pop(id, None)
@@ -89,11 +88,9 @@ class Watch:
         scales = torch.tensor([[scale] for (_, scale), _, _ in rows])
         latents = torch.stack([batch.latents[place] for _, batch, place in rows]).to(base.device, wide)
         noise = torch.stack([batch.noise[place] for _, batch, place in rows]).to(base.device, wide)
-        timesteps = torch.stack([batch.timesteps[place] for _, batch, place in rows])
-        alphas = base.alphas_cumprod[timesteps].to(base.device, wide)
-        goal = target(base.prediction_type, latents, noise, alphas)
+        levels = base.process.levels([batch.places[place] for _, batch, place in rows], base.device, wide)
+        goal = levels.target(latents, noise)
         with bank.using(*(bank.route(component, slots, scales, base.dtype) for component in bank.sites)):
-            embeddings = base.encode_prompts([batch.prompts[place] for _, batch, place in rows])
-            noisy = add_noise(latents, noise, alphas).to(base.dtype)
-            said = base.unet(noisy, timesteps.to(base.device), encoder_hidden_states=embeddings).sample
+            conds = base.encode([batch.prompts[place] for _, batch, place in rows])
+            said = base.predict(levels.noisy(latents, noise).to(base.dtype), levels.times_N, conds)
         return row_losses(said, goal)

@@ -80,7 +80,7 @@ class Judging:
                 except UserError:
                     continue  # a torn one is no candidate
         checkpoints[subject.step] = subject.adapter
-        side = spec.train.resolution or self._base.resolution
+        side = spec.train.resolution or self._base.facts.resolution
         return Exam(
             spec=spec,
             photos=[_at(photo.image, side) for photo in subject.photos.good],

@@ -4,17 +4,17 @@ import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from pathlib import Path
 
 from PIL import Image
 
 from training.adapters.adapter import Adapter, save_adapter, version_of
 from training.adapters.bank import Bank
 from training.base.base import Base
+from training.base.folder import public_name
 from training.evaluation.evaluate import Evaluation
 from training.manifest.manifest import SubjectSpec
 from training.photos.photos import Photos
-from training.sampling.sampler import sample, to_pixels
+from training.sampling.sampler import sample, to_uint8
 from training.storage.card import Card, Chosen
 from training.storage.registry import Registry
 from training.trainer.checkpoint import HISTORY, SubjectState
@@ -59,7 +59,7 @@ def publish_subject(
         modules=publication.adapter.modules,
         embeddings=publication.adapter.embeddings,
         metadata={
-            "base": public_name(base),
+            "base": public_name(base.name),
             "base_hash": base.hash,
             "class": spec.class_ or "",
             "trigger": trigger(spec),
@@ -90,7 +90,7 @@ def draw_samples(base: Base, spec: SubjectSpec, bank: Bank, slot: int, scale: fl
         slots=[slot] * len(prompts),
         scales=[scale] * len(prompts),
     )
-    return [Image.fromarray(pixels.numpy()) for pixels in to_pixels(base.decode(latents))]
+    return [Image.fromarray(pixels.numpy()) for pixels in to_uint8(base.to_pixels(latents))]
 
 
 def png_bytes(image: Image.Image) -> bytes:
@@ -108,7 +108,7 @@ def make_card(base: Base, publication: Publication, weights: bytes) -> Card:
             "size": len(weights),
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
             "fingerprint": publication.fingerprint,
-            "base": public_name(base),
+            "base": public_name(base.name),
             "base_hash": base.hash,
             "rank": spec.lora.rank,
             "alpha": spec.lora.alpha or spec.lora.rank,
@@ -135,8 +135,3 @@ def trigger(spec: SubjectSpec) -> str:
     usual = set(spec.filled_class_prompt.split()) - set((spec.class_ or "").split())
     words = [word for word in spec.filled_instance_prompt.split() if word not in usual]
     return " ".join(words)
-
-
-def public_name(base: Base) -> str:
-    """The base's name without the path it may have on this machine."""
-    return Path(base.name).name if Path(base.name).is_absolute() or base.name.startswith(".") else base.name

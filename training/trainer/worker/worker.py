@@ -27,7 +27,7 @@ from training.trainer.checkpoint import SubjectState, dump_state, load_state
 from training.trainer.fitting import open_pack
 from training.trainer.latents import LatentSet, encode_photos, load_latents, photo_prompts, photos_key, save_latents
 from training.trainer.loop import Ended, Progress, train
-from training.trainer.pack import Report, Subject
+from training.trainer.member import Report, Subject
 from training.trainer.prior import prepare_prior
 from training.trainer.worker.early_stop import Watch
 from training.trainer.worker.events import NAME as EVENTS, event_file
@@ -121,7 +121,7 @@ class Worker:
             self._opened.check(spec)
         self.judging.check(spec)
         self._say(spec.id, "reading photos")
-        resolution = spec.train.resolution or self.base.resolution
+        resolution = spec.train.resolution or self.base.facts.resolution
         found = photos(
             read_files(spec, self.storage, self.root),
             resolution=resolution,

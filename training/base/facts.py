@@ -1,0 +1,78 @@
+"""What a base is, read off its configs: sizes, components and defaults. No weight is loaded, torch is not imported."""
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from training.errors import UserError
+
+SamplerName = Literal["ddim", "euler", "euler_a", "dpm++_2m"]
+Guidance = Literal["cfg", "embedded", "none"]
+DEFAULTS_FILE = "dreamfleet.json"  # in a base's folder: what its makers recommend
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """Sizes, components and defaults of a base.
+
+    `denoiser` and `text_encoders` are the components (folders of the diffusers layout) that an adapter may change;
+    `frozen_encoders` are the text encoders that none may. `cell_px`: pixels a latent cell, per side; width and height
+    of a picture are multiples of `multiple_px`. `targets` and `text_targets` end the names of the layers that are
+    trained by default, `layers` and `text_layers` of all that adapters of this family change.
+    """
+
+    family: str
+    denoiser: str
+    text_encoders: tuple[str, ...]
+    channels: int
+    cell_px: int
+    multiple_px: int
+    resolution: int
+    targets: tuple[str, ...]
+    text_targets: tuple[str, ...]
+    layers: tuple[str, ...]
+    text_layers: tuple[str, ...]
+    activation_bytes: float  # what the forward of one training row at `resolution` keeps for backward, in 16 bit
+    word_widths: tuple[int, ...] = ()  # of a textual-inversion vector, one for each of `text_encoders`
+    frozen_encoders: tuple[str, ...] = ()
+    guidance: Guidance = "cfg"
+    negative: bool = True  # whether a negative prompt has a meaning
+    min_snr: bool = True  # whether min-SNR weights have a meaning
+    steps: int = 30
+    guidance_scale: float = 7.5
+    sampler: SamplerName = "ddim"
+    judge: str | None = None  # a model that is made for this base's pictures
+
+    @property
+    def components(self) -> tuple[str, ...]:
+        """The components that an adapter may change."""
+        return (self.denoiser, *self.text_encoders)
+
+    @property
+    def word_width(self) -> int:
+        """The length of a textual-inversion vector: of all encoders together."""
+        return sum(self.word_widths)
+
+    @property
+    def latent_side(self) -> int:
+        """Cells a side of a latent at the base's own resolution."""
+        return self.resolution // self.cell_px
+
+
+_DEFAULTS = ("steps", "guidance_scale", "sampler", "judge")
+
+
+def with_defaults(facts: Facts, folder: Path) -> Facts:
+    """`facts` with the defaults that the base's own folder names in `dreamfleet.json`.
+
+    Raises UserError if the file names something else.
+    """
+    file = folder / DEFAULTS_FILE
+    if not file.is_file():
+        return facts
+    said: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    unknown = sorted(set(said) - set(_DEFAULTS))
+    if unknown:
+        raise UserError(f"'{file}' has the key '{unknown[0]}'; known are {', '.join(_DEFAULTS)}.")
+    return replace(facts, **said)

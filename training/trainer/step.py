@@ -1,0 +1,127 @@
+"""The fused forward and backward: every row of a batch through one denoiser, each towards its own subject's loss.
+
+Shape suffixes: N rows of the batch, M members, C, H, W of a latent.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from training.adapters.bank import Bank, Route
+from training.base.base import Base
+from training.base.family import Cond
+from training.base.process import row_losses
+from training.trainer.batch import Batch
+from training.trainer.learner import Learner
+from training.trainer.member import Member
+
+Places = dict[tuple[int, str], int]  # (member, prompt) -> its place among the prompts that are encoded in each step
+
+
+class Step:
+    """Runs batches over one base and bank. Prompts that nobody trains are encoded once."""
+
+    def __init__(self, base: Base, bank: Bank, learner: Learner) -> None:
+        self._base = base
+        self._bank = bank
+        self._learner = learner
+        self._frozen: dict[str, Cond] = {}
+
+    def run(self, batch: Batch, members: Sequence[Member], *, last: bool) -> tuple[list[float], list[float]]:
+        """Adds every member's gradient to its slot; returns instance and prior loss of each member.
+
+        All rows of the batch are of one size. `last`: whether this is the last of the optimizer step's forwards.
+        """
+        wide, device = self._bank.weights_SP.dtype, self._base.device
+        latents = torch.stack(batch.latents).to(device, wide)
+        noise = torch.stack(batch.noise).to(device, wide)
+        levels = self._base.process.levels(batch.places, device, wide)
+        noisy = levels.noisy(latents, noise).to(self._base.dtype)
+        goal = levels.target(latents, noise)
+        with self._bank.reading(self._learner.weights()):
+            order = self._trained_prompts(batch, members)
+            route = self._route(self._base.facts.denoiser, [members[place] for place in batch.member])
+            with self._bank.using(route, *self._text_routes(order, members)):
+                conds = self._conds(batch, members, order)
+                goal = self._base_predictions(batch, goal, noisy, levels.times_N)
+                prediction = self._base.predict(noisy, levels.times_N, conds)
+                losses_N = row_losses(prediction, goal) * self._row_weights(batch, members, levels.snr_N)
+                instance_M, prior_M = _by_member(losses_N, batch, len(members))
+                factor_M = losses_N.new_tensor([m.spec.prior.weight for m in members])
+                divide_M = losses_N.new_tensor([m.loss_scale / m.train.gradient_accumulation_steps for m in members])
+                self._learner.backward(((instance_M + factor_M * prior_M) * divide_M).sum(), last=last)
+        return instance_M.tolist(), prior_M.tolist()
+
+    # -- what rows wear --
+
+    def _route(self, component: str, wearers: Sequence[Member]) -> Route:
+        scales = [member.spec.lora.scale for member in wearers]
+        weights = None if all(scale == 1 for scale in scales) else torch.tensor(scales, dtype=torch.float64)[:, None]
+        slots = torch.tensor([member.slot for member in wearers])[:, None]
+        return self._bank.route(component, slots, weights, self._base.dtype)
+
+    def _text_routes(self, order: Places, members: Sequence[Member]) -> list[Route]:
+        """Of each text encoder that is trained, for the prompts in `order`."""
+        wearers = [members[place] for place, _ in order]
+        components = [name for name in self._base.facts.text_encoders if name in self._bank.sites] if order else []
+        return [self._route(component, wearers) for component in components]
+
+    # -- prompts --
+
+    def _trained_prompts(self, batch: Batch, members: Sequence[Member]) -> Places:
+        """The prompts whose records change as their subjects learn, each once a member."""
+        order: Places = {}
+        for place, prompt in zip(batch.member, batch.prompts, strict=True):
+            if members[place].trains(prompt):
+                order.setdefault((place, prompt), len(order))
+        return order
+
+    def _conds(self, batch: Batch, members: Sequence[Member], order: Places) -> list[Cond]:
+        """The prompt of every row: trained ones from the routed text encoders, the rest from the cache."""
+        table: list[Cond] = []
+        if order:
+            words = {place: self._bank.words(members[place].slot) for place, _ in order}
+            table = self._base.encode([prompt for _, prompt in order], [words[place] for place, _ in order])
+        return [
+            table[order[key]] if (key := (place, prompt)) in order else self._frozen_cond(prompt)
+            for place, prompt in zip(batch.member, batch.prompts, strict=True)
+        ]
+
+    def _frozen_cond(self, prompt: str) -> Cond:
+        if prompt not in self._frozen:
+            with torch.no_grad(), self._bank.using():
+                self._frozen[prompt] = self._base.encode([prompt])[0]
+        return self._frozen[prompt]
+
+    # -- goals and weights --
+
+    def _base_predictions(self, batch: Batch, goal: Tensor, noisy: Tensor, times_N: Tensor) -> Tensor:
+        """Replaces the target of rows that ask for it by what the base alone predicts, for the base's own prompt."""
+        rows = [row for row, wanted in enumerate(batch.from_base) if wanted]
+        if not rows:
+            return goal
+        with torch.no_grad(), self._bank.using():
+            plain = [self._frozen_cond(batch.prompts[row]) for row in rows]
+            goal[rows] = self._base.predict(noisy[rows], times_N[rows], plain).to(goal)
+        return goal
+
+    def _row_weights(self, batch: Batch, members: Sequence[Member], snr_N: Tensor) -> Tensor:
+        share_N = snr_N.new_tensor(batch.share)
+        gammas = [members[place].train.min_snr_gamma or math.inf for place in batch.member]
+        if all(math.isinf(gamma) for gamma in gammas):
+            return share_N
+        return share_N * self._base.process.snr_weights(snr_N, snr_N.new_tensor(gammas))
+
+
+def _by_member(losses_N: Tensor, batch: Batch, members: int) -> tuple[Tensor, Tensor]:
+    """Instance and prior loss of each member, [M] each.
+
+    Summed by index, never by a matrix of zeros and ones: 0 x NaN would spread one subject's failure.
+    """
+    member_N = torch.tensor(batch.member, device=losses_N.device)
+    is_prior_N = torch.tensor(batch.is_prior, device=losses_N.device)
+    zeros = losses_N.new_zeros(members)
+    instance_M = zeros.index_add(0, member_N[~is_prior_N], losses_N[~is_prior_N])
+    return instance_M, zeros.index_add(0, member_N[is_prior_N], losses_N[is_prior_N])
