@@ -39,7 +39,7 @@ from serving.engine.engine import Engine
 from serving.engine.job import Done, Failed, Job
 from serving.engine.prompts import make_routes
 from serving.engine.request import AdapterRef, AdapterUse, GenerateRequest
-from tests.tiny import clip, clip_tokenizer
+from tests.tiny import clip, clip_tokenizer, unet
 from training.adapters.adapter import Adapter, LowRank, save_adapter
 from training.adapters.bank import find_sites
 from training.base.base import Base, load_base
@@ -91,7 +91,7 @@ class Rows:
 
     def __init__(self, base: Base, images: int) -> None:
         generator = torch.Generator().manual_seed(0)
-        side, width = base.denoiser.config.sample_size, base.denoiser.config.cross_attention_dim
+        side, width = unet(base).config.sample_size, unet(base).config.cross_attention_dim
         self.images = images
         self.latents = torch.randn(2 * images, base.facts.channels, side, side, generator=generator)
         self.timesteps = torch.full((2 * images,), 500.0)
@@ -144,11 +144,11 @@ def base_bank(base: Base, targets: Sequence[str], slots: int = 8) -> Adapters:
 
 def peft_mixed(base: Base, count: int) -> Callable[[Rows, list[str]], None]:
     """A copy of the UNet with PEFT's layers, called with an adapter name for every row."""
-    unet = type(base.denoiser).from_pretrained(base.folder / "unet").requires_grad_(False).eval()
+    model = type(unet(base)).from_pretrained(base.folder / "unet").requires_grad_(False).eval()
     for index in range(count):
         config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=list(ATTENTION), init_lora_weights=False)
-        inject_adapter_in_model(config, unet, adapter_name=f"a{index}")
-    layers = [module for module in unet.modules() if isinstance(module, LoraLayer)]
+        inject_adapter_in_model(config, model, adapter_name=f"a{index}")
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
 
     def call(rows: Rows, names: list[str]) -> None:
         hooks = [
@@ -157,7 +157,7 @@ def peft_mixed(base: Base, count: int) -> Callable[[Rows, list[str]], None]:
             )
             for layer in layers
         ]
-        rows.forward(unet)
+        rows.forward(model)
         for hook in hooks:
             hook.remove()
 
@@ -285,12 +285,12 @@ def swaps(base: Base) -> Table:
         "ours: a row of host memory into a slot": lambda: adapters.bank.put(3, row)
     }
     for count in (8, 32):
-        unet = type(base.denoiser).from_pretrained(base.folder / "unet")
+        model = type(unet(base)).from_pretrained(base.folder / "unet")
         for index in range(count):
-            unet.add_adapter(LoraConfig(r=RANK, target_modules=list(ATTENTION)), adapter_name=f"a{index}")
+            model.add_adapter(LoraConfig(r=RANK, target_modules=list(ATTENTION)), adapter_name=f"a{index}")
 
-        def chosen(unet: Any = unet) -> None:
-            unet.set_adapters(["a1"], [1.0])
+        def chosen(model: Any = model) -> None:
+            model.set_adapters(["a1"], [1.0])
 
         works[f"diffusers set_adapters on the UNet, {count} loaded"] = chosen
     found = best_s(works)

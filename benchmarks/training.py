@@ -30,7 +30,7 @@ import torch
 from diffusers import DDPMScheduler
 from peft import LoraConfig, inject_adapter_in_model
 
-from tests.tiny import clip, clip_tokenizer, ddpm
+from tests.tiny import clip, clip_tokenizer, ddpm, vae
 from training.adapters.adapter import Adapter
 from training.base.base import Base, load_base
 from training.base.words import tokenise
@@ -201,10 +201,8 @@ class UsualLoop:
             embedding = self.embedding
         else:
             with torch.no_grad():
-                latents = (
-                    base.parts.models["vae"].encode(self.pixels[index : index + 1].to(base.dtype)).latent_dist.sample()
-                )
-                latents = latents * base.parts.models["vae"].config.scaling_factor
+                latents = vae(base).encode(self.pixels[index : index + 1].to(base.dtype)).latent_dist.sample()
+                latents = latents * vae(base).config.scaling_factor
                 embedding = clip(base)(self.tokens)[0]
         latents = latents.to(base.dtype)
         noise = torch.randn_like(latents)

@@ -144,3 +144,13 @@ def states(base: Base, prompts: Sequence[str], words: Sequence[Words] | None = N
 def ddpm(base: Base) -> Ddpm:
     """The noise process of a Stable Diffusion base."""
     return cast(Ddpm, base.process)
+
+
+def unet(base: Base) -> UNet2DConditionModel:
+    """The denoiser of a Stable Diffusion base."""
+    return cast(UNet2DConditionModel, base.denoiser)
+
+
+def vae(base: Base) -> AutoencoderKL:
+    """Its autoencoder."""
+    return cast(AutoencoderKL, base.parts.models["vae"])

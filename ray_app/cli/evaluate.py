@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import click
 from rich.table import Table
 
-from ray_app.cli.main import options
+from ray_app.cli import options
 from training.errors import UserError
 from training.manifest.axes import AXES
 from training.storage.storage import open_storage

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 from rich.table import Table
 
-from ray_app.cli.main import options
+from ray_app.cli import options
 from ray_app.cli.train import follow, lanes_option, max_gpus_option, priority_option, run_json
 from ray_app.train.cluster import Limits
 from training.errors import UserError

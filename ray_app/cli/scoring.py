@@ -76,7 +76,7 @@ def compare_adapters(registry: Registry, names: Sequence[str], wish: Wish) -> Co
             f"{resolved.name}@{resolved.version[:12]}",
             load_adapter(registry.weights(resolved)),
             resolved.card,
-            _photos(wish.photos, resolved.id, loaded.resolution),
+            _photos(wish.photos, resolved.id, loaded.facts.resolution),
         )
         for resolved in found
     ]

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from ray_app.cli.main import options
+from ray_app.cli import options
 from training.errors import UserError
 
 

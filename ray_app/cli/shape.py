@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from ray_app.cli import options
 from ray_app.cli.adapters import open_library, open_registry, resolve, short
-from ray_app.cli.main import options
 from training.errors import UserError
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ray_app.cli.main import options
+from ray_app.cli import options
 from training.storage.storage import open_storage
 
 if TYPE_CHECKING:

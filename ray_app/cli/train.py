@@ -10,7 +10,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from ray_app.cli.main import options
+from ray_app.cli import options
 from ray_app.train.cluster import JOBS, LOCAL, Limits, check_address
 from training.errors import UserError
 from training.storage.storage import open_storage

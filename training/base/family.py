@@ -8,7 +8,7 @@ Shape suffixes: N rows, C, H, W of a latent or picture; L tokens.
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 from training.base.facts import Facts
 
@@ -50,14 +50,12 @@ class Parts:
 class Family(Protocol):
     """One family, for one base. `pipelines` are the diffusers pipelines that are of it."""
 
-    pipelines: tuple[str, ...]
+    pipelines: ClassVar[tuple[str, ...]]
 
     def __init__(self, folder: Path) -> None:
         """Reads the configs. Raises UserError if the folder lacks one, or is of a kind that is not supported."""
 
-    @property
-    def facts(self) -> Facts:
-        """Sizes, components and defaults."""
+    facts: Facts
 
     @property
     def process(self) -> "Process":

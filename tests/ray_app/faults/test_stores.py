@@ -15,7 +15,7 @@ import pytest
 
 from tests.ray_app.conftest import Desk
 from tests.ray_app.faults.conftest import kill_all, only_run, step_of, wait_until
-from tests.training.test_storage import BUCKET, Faults
+from tests.training.storage.test_storage import BUCKET, Faults
 from training.storage.registry import Registry
 from training.storage.storage import open_storage
 

@@ -9,7 +9,7 @@ from ray.exceptions import RayActorError, RayTaskError
 from ray.serve._private.common import DeploymentID
 from ray.serve.exceptions import DeploymentUnavailableError, RayServeException
 
-from ray_app.serve.deployments import engines
+from ray_app.serve import engines
 from ray_app.serve.engines import RayEngines
 from serving.engine.request import Event, GenerateRequest, Picture, Preview
 from serving.errors import DeadlineExceeded, NotReady, QueueFull

@@ -9,7 +9,7 @@ from safetensors.torch import load
 from tests.ray_app.conftest import Desk
 from tests.ray_app.nodes import run_program
 from tests.tiny import tiny_images
-from tests.training.test_pack import distance
+from tests.training.trainer.test_pack import distance
 from training.adapters.adapter import Adapter
 from training.base.base import Base
 from training.base.outline import outline

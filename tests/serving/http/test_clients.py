@@ -20,7 +20,7 @@ from click.testing import CliRunner
 
 from serving.__main__ import is_loopback, main
 from serving.http.tenants import Keys
-from tests.serving.test_api import World
+from tests.serving.http.test_api import World
 from training.base.base import Base
 from training.errors import UserError
 

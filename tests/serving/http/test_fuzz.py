@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.serving.test_api import World
+from tests.serving.http.test_api import World
 from training.base.base import Base
 
 Schema = dict[str, Any]

@@ -10,7 +10,7 @@ from diffusers import StableDiffusionPipeline
 from peft import LoraConfig, get_peft_model_state_dict
 
 from tests.tiny import tiny_pipeline
-from tests.training.test_adapter import add_deltas, assert_equal, draw, random_adapter, shapes_of, weights_of
+from tests.training.adapters.test_adapter import add_deltas, assert_equal, draw, random_adapter, shapes_of, weights_of
 from training.adapters.adapter import Adapter, AdapterError, LowRank, load_adapter, save_adapter
 from training.adapters.formats.formats import (
     Format,

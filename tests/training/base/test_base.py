@@ -7,7 +7,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
-from tests.tiny import ddpm
+from tests.tiny import ddpm, vae
 from training.base.base import Base, load_base
 from training.base.folder import find_base, hash_base
 from training.errors import UserError
@@ -41,8 +41,6 @@ def test_encode_and_decode_use_the_pipelines_scale(tiny: Base) -> None:
     pixels = torch.rand(2, 3, 16, 16) * 2 - 1
     mean, _ = tiny.to_latents(pixels)
     with torch.no_grad():
-        expected = (
-            tiny.parts.models["vae"].encode(pixels).latent_dist.mean * tiny.parts.models["vae"].config.scaling_factor
-        )
+        expected = vae(tiny).encode(pixels).latent_dist.mean * vae(tiny).config.scaling_factor
     assert torch.equal(mean, expected)
     assert tiny.to_pixels(mean).shape == pixels.shape

@@ -5,7 +5,7 @@ import torch
 
 from tests.tiny import clip, clip_tokenizer, states
 from tests.training.subjects import subject
-from tests.training.test_pack import run
+from tests.training.trainer.test_pack import run
 from training.adapters.adapter import Adapter, load_adapter, save_adapter
 from training.adapters.bank import Bank
 from training.base.base import Base

@@ -6,13 +6,12 @@ import pytest
 import yaml
 
 from tests.tiny import clip
+from tests.training.subjects import subject
 from training.adapters.bank import Bank, find_sites
 from training.base.base import Base
 from training.base.outline import Outline, outline
 from training.manifest.manifest import Manifest, parse_manifest
 from training.manifest.plan import adapter_parameters, plan_run, reserve, unmatched_targets
-
-from .subjects import subject
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from training.photos.photos import variants as variants_module
+from training.photos import variants as variants_module
 from training.photos.variants import (
     JITTERS,
     Crop,

@@ -10,8 +10,8 @@ from training.base.outline import outline
 from training.errors import TooLarge, UserError
 from training.manifest.manifest import parse_manifest
 from training.manifest.plan import plan_run
+from training.trainer import memory
 from training.trainer.fitting import Opened, open_pack
-from training.trainer.loop import memory
 from training.trainer.memory import SHARE, saved_bytes
 
 ROOM = 10.5

@@ -10,7 +10,7 @@ from diffusers.training_utils import compute_snr
 
 from tests.tiny import ddpm, tiny_base
 from tests.training.subjects import subject
-from tests.training.test_pack import distance, plain_loop, run
+from tests.training.trainer.test_pack import distance, plain_loop, run
 from training.base.base import Base, load_base
 from training.base.ddpm import Ddpm
 from training.errors import UserError

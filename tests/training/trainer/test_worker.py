@@ -22,7 +22,7 @@ from training.run.run import RunStore
 from training.run.source import Beat, Orders, Outcome, Task
 from training.storage.registry import Registry
 from training.storage.storage import open_storage
-from training.trainer.loop import prior
+from training.trainer import prior
 from training.trainer.worker.worker import work
 
 FAST: dict[str, Any] = {

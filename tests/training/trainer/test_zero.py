@@ -10,7 +10,7 @@ from torch import distributed
 from torch.multiprocessing.spawn import spawn
 
 from tests.training.subjects import subject
-from tests.training.test_pack import TARGETS, distance, run
+from tests.training.trainer.test_pack import TARGETS, distance, run
 from training.adapters.adapter import Adapter
 from training.base.base import Base, load_base
 from training.manifest.manifest import ZeroSpec

@@ -7,7 +7,7 @@ import json
 from collections.abc import Hashable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from training.base.facts import Facts
 from training.base.family import Cond, Parts, RowFacts, Words
@@ -36,7 +36,7 @@ ACTIVATION_BYTES = 0.97 * 2**30 / (320 * 64 * 64)
 class StableDiffusion:
     """See `Family`."""
 
-    pipelines = ("StableDiffusionPipeline",)
+    pipelines: ClassVar[tuple[str, ...]] = ("StableDiffusionPipeline",)
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
