@@ -3,11 +3,12 @@
 `ServeSpec` is what a user may set; `Limits` what a request may ask for.
 """
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, StringConstraints
 
 from serving.request import Closed, SamplerName
+from training.card import MAX_BYTES
 
 UNET_TARGETS = (
     "to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out",
@@ -28,10 +29,13 @@ class Limits(Closed):
     adapters: int = Field(default=8, ge=1, le=64, description="adapters mixed in one request")
     weight: float = Field(default=10.0, gt=0, description="the largest weight of an adapter, either sign")
     body_bytes: int = Field(default=24 * 2**20, ge=1024)
-    upload_bytes: int = Field(default=512 * 2**20, ge=1024, description="size of an uploaded adapter file")
+    upload_bytes: int = Field(default=MAX_BYTES, ge=1024, le=MAX_BYTES, description="size of an uploaded adapter file")
     deadline_s: float = Field(default=600, gt=0, description="a request that is not done by then fails with 504")
     tenant_running: int = Field(default=256, ge=1, description="requests of one tenant waiting or running at once")
     tenant_per_minute: int = Field(default=6000, ge=1, description="requests of one tenant in a minute")
+    tenant_uploads_per_minute: int = Field(default=120, ge=1, description="uploads of one tenant in a minute")
+    tenant_adapters: int = Field(default=10_000, ge=1, description="adapters that one tenant may have")
+    tenant_bytes: int = Field(default=50 * 2**30, ge=1024, description="bytes of all versions of a tenant's adapters")
 
 
 class EngineSpec(Closed):
@@ -65,6 +69,9 @@ class ServeSpec(Closed):
     base: str = Field(default="pocket", description="pocket, a diffusers folder or a hub id")
     storage: str = "./storage"
     keys: str | None = Field(default=None, description="tenants and keys file; none: loopback only, one tenant")
+    cors: tuple[Annotated[str, StringConstraints(pattern=r"^https?://[^/*\s]+$")], ...] = Field(
+        default=(), description="origins whose web pages may use the server, such as https://studio.example; none"
+    )
     engine: EngineSpec = EngineSpec.model_construct()
     limits: Limits = Limits.model_construct()
     steps: int = Field(default=25, ge=1, le=1000, description="default of a request")

@@ -9,10 +9,17 @@ from typing import Any
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
-from serving.errors import AdapterUnavailable, DeadlineExceeded, GenerationFailed, NotReady, QueueFull
+from serving.errors import (
+    AdapterUnavailable,
+    DeadlineExceeded,
+    GenerationFailed,
+    NotReady,
+    QueueFull,
+    QuotaExceeded,
+)
 from serving.replies import KeyReused
 from training.errors import UserError
-from training.registry import UnknownAdapter
+from training.registry import CorruptAdapter, CurrentVersion, UnknownAdapter
 from training.storage import StorageError
 
 logger = logging.getLogger(__name__)
@@ -50,12 +57,18 @@ def describe(error: BaseException) -> Problem:
         case QueueFull():
             wait = {"Retry-After": str(max(1, ceil(error.retry_after_s)))}
             return Problem(429, str(error), code="rate_limit_exceeded", headers=wait)
+        case QuotaExceeded():  # OpenAI's clients repeat a 429 unless they are told not to
+            return Problem(429, str(error), code="insufficient_quota", headers={"x-should-retry": "false"})
         case NotReady():
             return Problem(503, str(error), code="not_ready", headers={"Retry-After": "2"})
         case DeadlineExceeded():
             return Problem(504, str(error), code="deadline_exceeded")
         case AdapterUnavailable():
             return Problem(422, str(error), param="adapters", code="adapter_unavailable")
+        case CorruptAdapter():
+            return Problem(422, str(error), code="adapter_damaged")
+        case CurrentVersion():
+            return Problem(409, str(error), param="version", code="version_is_current")
         case UnknownAdapter():
             return Problem(404, str(error), code="adapter_not_found")
         case KeyReused():

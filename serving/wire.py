@@ -144,6 +144,7 @@ class Model(BaseModel):
 class Models(BaseModel):
     object: Literal["list"] = "list"
     data: list[Model]
+    has_more: bool = False
 
 
 class AdapterInfo(BaseModel):
@@ -162,19 +163,65 @@ class AdapterInfo(BaseModel):
 
 
 class AdapterDetails(AdapterInfo):
-    """An adapter with its card: how it was made and judged."""
+    """An adapter with its card: how it was made and judged. Of another tenant's, what it takes to use it."""
 
     card: dict[str, object]
 
 
+class AdapterChange(Closed):
+    """`PATCH /v1/adapters/{id}`: what belongs to an adapter, not to a version. What is left out stays."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"public": False}]})
+
+    public: bool | None = Field(None, description="other tenants may generate with it, with every version")
+    trigger: str | None = Field(None, max_length=1000, description="what its prompts say")
+    version: str | None = Field(None, pattern=r"^[0-9a-f]{6,64}$", description="the version to serve from now on")
+
+
 class Adapters(BaseModel):
+    """A page of a list: the next one begins `after` its `last_id`."""
+
     object: Literal["list"] = "list"
     data: list[AdapterInfo]
+    first_id: str | None = None
+    last_id: str | None = Field(None, description="`<tenant>/<id>` of the last")
+    has_more: bool = False
+
+
+class AdapterVersion(BaseModel):
+    """One version of an adapter."""
+
+    id: str
+    object: Literal["adapter.version"] = "adapter.version"
+    version: str
+    created: int
+    bytes: int
+    steps: int
+    current: bool = Field(description="whether it is the one that is served")
+
+
+class AdapterVersions(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[AdapterVersion]
+
+
+class AdapterFile(BaseModel):
+    """One file of a version."""
+
+    name: str
+    object: Literal["adapter.file"] = "adapter.file"
+    bytes: int
+
+
+class AdapterFiles(BaseModel):
+    object: Literal["list"] = "list"
+    version: str
+    data: list[AdapterFile]
 
 
 class Deleted(BaseModel):
     id: str
-    object: Literal["adapter"] = "adapter"
+    object: Literal["adapter", "adapter.version"] = "adapter"
     deleted: Literal[True] = True
 
 

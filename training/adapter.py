@@ -15,11 +15,11 @@ from typing import NamedTuple
 
 import torch
 
+from training.card import MAX_BYTES
 from training.errors import UserError
 from training.storage import content_id
 from training.tensor_file import TensorFileError, read_tensors, write_tensors
 
-MAX_BYTES = 256 << 20
 METADATA = ("base", "base_hash", "class", "trigger")  # the file carries these and nothing else that is not a tensor
 _PADDED = "dreamfleet.padded"
 CANONICAL = "dreamfleet"  # the metadata key, with the version of the layout, that marks a canonical file

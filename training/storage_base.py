@@ -130,6 +130,10 @@ class Storage(ABC):
         """All keys below the folder `prefix`, sorted; empty if there is none."""
 
     @abstractmethod
+    def sizes(self, prefix: str = "") -> dict[str, int]:
+        """The bytes of every key below the folder `prefix`."""
+
+    @abstractmethod
     def delete(self, key: str) -> None:
         """Removes `key`; nothing happens if it does not exist."""
 

@@ -112,12 +112,15 @@ class ObjectStorage(Storage):
         return sorted(path.rstrip("/").rpartition("/")[2] for path in found["common_prefixes"])
 
     def list(self, prefix: str = "") -> list[str]:
+        return sorted(self.sizes(prefix))
+
+    def sizes(self, prefix: str = "") -> dict[str, int]:
         folder = check_prefix(prefix)
 
-        def collect() -> Iterator[str]:
-            return iter([meta["path"] for page in obstore.list(self._store, folder or None) for meta in page])
+        def collect() -> dict[str, int]:
+            return {meta["path"]: meta["size"] for page in obstore.list(self._store, folder or None) for meta in page}
 
-        return sorted(self._tried("list", prefix, collect))
+        return self._tried("list", prefix, collect)
 
     def delete(self, key: str) -> None:
         path = check_key(key)
