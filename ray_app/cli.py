@@ -13,6 +13,7 @@ import click
 
 from ray_app.cli_adapters import adapters
 from ray_app.cli_evaluate import evaluate
+from ray_app.cli_keys import keys
 from ray_app.cli_runs import cancel, logs, retry, status
 from ray_app.cli_server import generate, serve
 from ray_app.cli_shape import fuse, merge, sweep
@@ -69,7 +70,7 @@ def base(name: str, as_json: bool) -> None:
     click.echo(json.dumps({"base": name, "folder": str(folder)}) if as_json else str(folder))
 
 
-for command in (validate, train, drive, status, logs, cancel, retry, serve, generate, adapters, gc, evaluate):
+for command in (validate, train, drive, status, logs, cancel, retry, serve, generate, adapters, gc, evaluate, keys):
     main.add_command(command)
 for command in (merge, fuse, sweep):
     adapters.add_command(command)

@@ -21,8 +21,8 @@ from pydantic import Field
 
 from ray_app.cluster import LOCAL, connect
 from ray_app.silence import silence
-from serving.__main__ import is_loopback
 from serving.config import ServeSpec
+from serving.guard import is_loopback
 from serving.request import AdapterRef, Closed, GenerateRequest
 from training.base_folder import EMBEDDED
 from training.errors import UserError
@@ -183,7 +183,7 @@ def start_server(
     if keys is None and not is_loopback(host):
         raise UserError(
             f"Without keys the server binds to loopback only, not to {host}: anybody who reaches it could use and "
-            "delete adapters. Make a key with `python -m serving keys make <tenant>` and give --keys."
+            "delete adapters. Make a key with `dreamfleet keys make TENANT --keys FILE` and give --keys FILE."
         )
     args = deployment or Deployment()
     server = args.server.model_copy(

@@ -1,6 +1,7 @@
 """The HTTP app: the same over a local engine, over Ray's engines and in tests.
 
-Assembles the routes and what is common to all: errors in OpenAI's envelope, request ids, limits of bodies, metrics.
+Assembles the routes and what is common to all: errors in OpenAI's envelope, request ids, limits of bodies, metrics. Who
+may ask is decided in `guard.py`, before anything of a body is read.
 Knows nothing about tensors, slots or Ray.
 """
 
@@ -9,6 +10,7 @@ from pathlib import Path
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
+from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -16,6 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from serving import api_adapters, api_images, api_sdapi
 from serving.config import Limits, ServeSpec
 from serving.errors import GenerationFailed
+from serving.guard import UPLOAD, Guard
 from serving.intake import Intake
 from serving.library import Library
 from serving.problems import ApiError, Problem, describe
@@ -59,6 +62,15 @@ def create_app(
     app.get("/healthz", tags=["operation"], responses={503: {"model": Health}})(_health)
     app.get("/metrics", tags=["operation"], response_class=Response)(_metrics)
     app.add_middleware(BodyLimit, limits=spec.limits)
+    app.add_middleware(Guard, cors=spec.cors)
+    if spec.cors:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=spec.cors,
+            allow_methods=["GET", "POST", "PATCH", "DELETE"],
+            allow_headers=["*"],
+            expose_headers=["X-Request-Id", "Retry-After"],
+        )
     app.add_middleware(Observed)
     return app
 
@@ -136,7 +148,7 @@ class BodyLimit:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        upload = scope["path"] == "/v1/adapters"
+        upload = scope["path"] == UPLOAD
         limit = self._limits.upload_bytes + 2**16 if upload else self._limits.body_bytes
         told = dict(scope["headers"]).get(b"content-length", b"0")
         if not told.isdigit() or int(told) > limit:

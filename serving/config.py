@@ -33,6 +33,7 @@ class Limits(Closed):
     deadline_s: float = Field(default=600, gt=0, description="a request that is not done by then fails with 504")
     tenant_running: int = Field(default=256, ge=1, description="requests of one tenant waiting or running at once")
     tenant_per_minute: int = Field(default=6000, ge=1, description="requests of one tenant in a minute")
+    tenant_uploads: int = Field(default=4, ge=1, description="uploads of one tenant at once")
     tenant_uploads_per_minute: int = Field(default=120, ge=1, description="uploads of one tenant in a minute")
     tenant_adapters: int = Field(default=10_000, ge=1, description="adapters that one tenant may have")
     tenant_bytes: int = Field(default=50 * 2**30, ge=1024, description="bytes of all versions of a tenant's adapters")

@@ -65,7 +65,7 @@ class Library:
             )
         return resolved
 
-    def page(self, tenant: str, after: str | None = None, limit: int | None = None) -> "tuple[list[Resolved], bool]":
+    def page(self, tenant: str, after: str | None = None, limit: int | None = None) -> tuple[list[Resolved], bool]:
         """At most `limit` adapters for this base that follow `after`, and whether there are more.
 
         The tenant's own come first, by id, then public ones. Reads two listings and the cards of this page. Passes over
@@ -85,10 +85,6 @@ class Library:
                 return found, True
             found.append(resolved)
         return found, False
-
-    def list(self, tenant: str) -> "list[Resolved]":
-        """All of `page`."""
-        return self.page(tenant)[0]
 
     @property
     def damaged(self) -> int:
@@ -170,13 +166,13 @@ class Library:
         self._forget(tenant, id)
         return self.resolve(tenant, id)
 
-    def versions(self, tenant: str, id: str) -> "list[Resolved]":
+    def versions(self, tenant: str, id: str) -> list[Resolved]:
         """All versions of the tenant's adapter that can be read, newest first. Raises UnknownAdapter."""
         self.resolve(tenant, check_id(id))
         found = [self._listed(f"{tenant}/{id}", tenant, version) for version in self.registry.versions(tenant, id)]
         return sorted((one for one in found if one is not None), key=lambda one: one.card.created, reverse=True)
 
-    def files(self, tenant: str, id: str, version: str) -> "tuple[Resolved, dict[str, int]]":
+    def files(self, tenant: str, id: str, version: str) -> tuple[Resolved, dict[str, int]]:
         """A version of the tenant's adapter, and the bytes of each of its files."""
         resolved = self.resolve(tenant, f"{check_id(id)}@{version}")
         return resolved, self.registry.sizes(resolved)
@@ -295,6 +291,10 @@ class Library:
             self._damaged.pop(f"{tenant}/{id}", None)
             for key in [key for key in self._resolved if key[0] == f"{tenant}/{id}"]:
                 del self._resolved[key]
+
+    def list(self, tenant: str) -> list[Resolved]:
+        """All of `page`."""
+        return self.page(tenant)[0]
 
 
 class Fetcher:

@@ -19,12 +19,11 @@ from serving.job import EngineStats
 from serving.metrics import Metrics
 from serving.problems import ApiError
 from serving.request import AdapterRef, Event, GenerateRequest
-from serving.tenants import Keys, Quota
+from serving.tenants import Keys, Quota, Scope
 from training.registry import DEFAULT_TENANT
 
 Generate = Callable[[GenerateRequest], AsyncIterator[Event]]
 T = TypeVar("T")
-_LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1", "testserver"})
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 
@@ -55,30 +54,27 @@ class Service:
     quota: Quota
     metrics: Metrics = field(default_factory=Metrics)
 
-    def tenant(self, request: Request) -> str:
-        """Whose request this is. Raises ApiError 401."""
+    def tenant(self, request: Request, scope: Scope | None = None) -> str:
+        """Whose request this is. Raises ApiError: 401 without a valid key, 403 if the key is not good for `scope`."""
         if self.keys is None:
-            return self._local(request)
+            return DEFAULT_TENANT
         token = _token(request.headers.get("authorization", ""))
-        tenant = self.keys.tenant_of(token) if token else None
-        if tenant is None:
+        key = self.keys.find(token) if token else None
+        if key is None or key.expired:
             missing = "No API key was sent" if not token else "The API key is not valid"
+            if key is not None:
+                missing = f"The API key {key.name} has expired on {key.expires}"
             error = ApiError(401, f"{missing}. Send 'Authorization: Bearer <key>'.", code="invalid_api_key")
             error.problem.headers["WWW-Authenticate"] = "Bearer"
             raise error
-        return tenant
-
-    @staticmethod
-    def _local(request: Request) -> str:
-        """Without keys only this machine may ask, and no web page that has renamed itself to it."""
-        if request.url.hostname not in _LOOPBACK:
+        if scope is not None and not key.may(scope):
             raise ApiError(
-                401,
-                f"This server has no keys, so it answers to localhost only, not to '{request.url.hostname}'. Make keys "
-                "with `python -m serving keys make`.",
-                code="invalid_api_key",
+                403,
+                f"The API key {key.name} has the scopes {', '.join(key.scopes)}; this call needs '{scope}'. Use a key "
+                "that has it.",
+                code="missing_scope",
             )
-        return DEFAULT_TENANT
+        return key.tenant
 
 
 def service_of(request: Request) -> Service:

@@ -11,7 +11,20 @@ from tests.ray_app.conftest import Desk, Result
 from training.run import RunRecord, RunStore, SubjectRecord
 from training.storage import open_storage
 
-COMMANDS = ["demo", "validate", "train", "status", "logs", "cancel", "retry", "serve", "generate", "adapters", "base"]
+COMMANDS = [
+    "demo",
+    "validate",
+    "train",
+    "status",
+    "logs",
+    "cancel",
+    "retry",
+    "serve",
+    "generate",
+    "adapters",
+    "base",
+    "keys",
+]
 
 
 def refused(result: Result, *parts: str) -> None:

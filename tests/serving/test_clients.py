@@ -18,8 +18,8 @@ import pytest
 import uvicorn
 from click.testing import CliRunner
 
-from serving.__main__ import is_loopback, main
-from serving.tenants import Keys
+from serving.__main__ import main
+from serving.guard import is_loopback
 from tests.serving.test_api import World
 from training.base import Base
 from training.errors import UserError
@@ -157,18 +157,6 @@ def test_the_module_serves_until_it_is_stopped(tiny_folder: Path, tmp_path: Path
             server.send_signal(signal.SIGINT)
             _, err = server.communicate(timeout=30)
     assert server.returncode == 0 and "Traceback" not in err, err
-
-
-def test_keys_by_command(tmp_path: Path) -> None:
-    keys = ["--keys", str(tmp_path / "keys.json")]
-    made = CliRunner().invoke(main, ["keys", "make", "ann", *keys])
-    assert made.exit_code == 0 and made.stdout.startswith("dfk_") and "shown only now" in made.stderr
-    assert Keys(tmp_path / "keys.json").tenant_of(made.stdout.strip()) == "ann"
-    name = CliRunner().invoke(main, ["keys", "list", *keys]).stdout.split()[0]
-    assert CliRunner().invoke(main, ["keys", "revoke", name, *keys]).exit_code == 0
-    assert Keys(tmp_path / "keys.json").tenant_of(made.stdout.strip()) is None
-    unknown = CliRunner().invoke(main, ["keys", "revoke", "nobody", *keys])
-    assert isinstance(unknown.exception, UserError) and name in str(unknown.exception)
 
 
 def test_no_open_server_without_keys() -> None:

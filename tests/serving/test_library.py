@@ -1,16 +1,20 @@
 """The adapters over HTTP: what a tenant's lists hold, who sees what, versions and files, quotas."""
 
+import asyncio
 import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
+from serving.config import Limits
 from tests.serving.company import random_adapter
 from tests.serving.test_api import World, problem
 from training.adapter import save_adapter
 from training.base import Base
+from training.card import MAX_BYTES
 from training.storage import LocalStorage
 
 LISTS = ("/v1/adapters", "/v1/models", "/sdapi/v1/loras")
@@ -71,7 +75,12 @@ def test_a_list_reads_its_own_and_public_cards_only(shared: World, monkeypatch: 
     shared.library._resolved.clear()
     read: list[str] = []
     get = LocalStorage.get_tagged
-    monkeypatch.setattr(LocalStorage, "get_tagged", lambda self, key: read.append(key) or get(self, key))
+
+    def counted(storage: LocalStorage, key: str) -> tuple[bytes, str]:
+        read.append(key)
+        return get(storage, key)
+
+    monkeypatch.setattr(LocalStorage, "get_tagged", counted)
     assert [one.name for one in shared.library.list("ann")] == ["ann/mine", "bob/open"]
     assert len(read) == 4 and {key.split("/")[2] for key in read} == {"mine", "open"}
 
@@ -208,3 +217,33 @@ def test_a_tenant_has_a_quota_of_adapters_and_of_bytes(shared: World) -> None:
     error = problem(upload("c", 3, tenant_bytes=stored + 100), 429)
     assert error["code"] == "insufficient_quota" and str(stored) in error["message"]
     assert upload("c", 3, tenant_bytes=stored + 10 * len(data[3])).status_code == 201
+
+
+def test_the_limit_of_an_upload_is_the_one_that_holds() -> None:
+    assert Limits().upload_bytes == MAX_BYTES
+    with pytest.raises(ValidationError):
+        Limits(upload_bytes=MAX_BYTES + 1)
+
+
+def test_uploads_are_counted_by_the_minute_before_their_bodies_are_read(shared: World) -> None:
+    shared.app.state.service.quota.uploads.per_minute = 2
+    read = 0
+
+    async def body() -> Any:
+        nonlocal read
+        read += 1
+        yield b"--b--\r\n"
+
+    async def story() -> list[int]:
+        found = []
+        async with shared.client("ann") as client:
+            for _ in range(3):
+                answer = await client.post(
+                    "/v1/adapters", content=body(), headers={"content-type": "multipart/form-data; boundary=b"}
+                )
+                found.append(answer.status_code)
+        assert int(answer.headers["retry-after"]) >= 1
+        return found
+
+    assert asyncio.run(story()) == [400, 400, 429]
+    assert read == 2
