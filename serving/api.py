@@ -6,12 +6,15 @@ Knows nothing about tensors, slots or Ray.
 """
 
 import time
+from dataclasses import replace
 from pathlib import Path
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Request, Security
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, Response
+from fastapi.security.http import HTTPBase
+from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -28,6 +31,13 @@ from serving.tenants import Keys, Quota
 from serving.wire import ErrorAnswer, Health
 from training.errors import UserError
 
+# `guard.py` checks keys; this is for the document, so that /docs can send one
+SECURITY = [
+    Security(HTTPBase(scheme="bearer", scheme_name="key", description="an API key", auto_error=False)),
+    Security(
+        HTTPBase(scheme="basic", scheme_name="password", description="any user, the key as password", auto_error=False)
+    ),
+]
 DESCRIPTION = """One base, any number of adapters, each request its own mix.
 
 `POST /v1/images/generations` is OpenAI's images call: name an adapter in `model` (`<base>:<tenant>/<id>`), or mix
@@ -39,11 +49,21 @@ def create_app(
     generate: Generate, engines: Engines, library: Library, spec: ServeSpec, keys: Keys | None = None
 ) -> FastAPI:
     """The app. `generate` makes the events of a request; `keys` None: this machine only, one tenant."""
-    app = FastAPI(
+    app = FastAPIOffline(  # a /docs that loads nothing from elsewhere
+        redoc_url=None,
+        static_url="/docs/static",
+        swagger_ui_parameters={"validatorUrl": None},
         title="dreamfleet",
         version="1",
         description=DESCRIPTION,
-        responses={400: {"model": ErrorAnswer, "description": "a field is wrong; `param` names it"}},
+        responses={
+            status: {"model": ErrorAnswer, "description": text}
+            for status, text in {
+                400: "a field is wrong; `param` names it",
+                401: "a server without keys answers to this machine's names only",
+                405: "the path knows other methods; see `Allow`",
+            }.items()
+        },
     )
     app.state.service = Service(
         generate=generate,
@@ -56,9 +76,8 @@ def create_app(
     app.state.under = {}
     for kind in (ApiError, UserError, GenerationFailed, KeyReused, RequestValidationError, HTTPException):
         app.add_exception_handler(kind, _told)
-    app.include_router(api_images.router)
-    app.include_router(api_adapters.router)
-    app.include_router(api_sdapi.router)
+    for router in (api_images.router, api_adapters.router, api_sdapi.router):
+        app.include_router(router, dependencies=SECURITY)
     app.get("/healthz", tags=["operation"], responses={503: {"model": Health}})(_health)
     app.get("/metrics", tags=["operation"], response_class=Response)(_metrics)
     app.add_middleware(BodyLimit, limits=spec.limits)
@@ -92,6 +111,12 @@ async def _metrics(request: Request) -> Response:
 
 async def _told(request: Request, error: Exception) -> Response:
     problem = describe(error)
+    asked = f"{request.method} {request.url.path[:200]}"
+    if isinstance(error, HTTPException) and problem.status == 404:
+        problem = replace(problem, message=f"Invalid URL ({asked}). See /docs.", code="unknown_url")
+    elif isinstance(error, HTTPException) and problem.status == 405:
+        allowed = problem.headers.get("Allow", "other methods")
+        problem = replace(problem, message=f"Not allowed: {asked}. Use {allowed}.", code="method_not_supported")
     return JSONResponse(problem.body(), problem.status, headers=problem.headers)
 
 

@@ -13,7 +13,8 @@ from fastapi import APIRouter, Header, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from serving.errors import GenerationFailed
-from serving.intake import used
+from serving.intake import usage_of, used
+from serving.library import Library
 from serving.problems import describe
 from serving.replies import Replies
 from serving.request import Event, GenerateRequest, Picture
@@ -28,10 +29,14 @@ ERRORS: dict[int | str, dict[str, Any]] = {
     for status, text in {
         400: "a field is wrong; `param` names it",
         401: "no or wrong key",
+        403: "the key lacks a scope, or a web page of another origin asks",
         404: "unknown model or adapter",
+        405: "the path knows other methods; see `Allow`",
+        409: "the version is the one that is served",
         413: "the body is too large",
         422: "the adapter cannot be loaded, or the idempotency key was used for another request",
-        429: "too much is waiting; see `Retry-After`",
+        429: "too much is waiting, see `Retry-After`; or a quota is used up (`insufficient_quota`)",
+        499: "the call was interrupted",
         500: "a fault of the server",
         503: "starting or draining",
         504: "not done within the deadline",
@@ -90,6 +95,7 @@ def _answer(pictures: list[Picture], wanted: GenerateRequest, body: ImagesBody, 
         model=body.model or service.intake.facts.name,
         size=f"{wanted.width}x{wanted.height}",
         output_format=wanted.output_format,
+        usage=usage_of(wanted, service.intake.library, range(wanted.count)),
     )
     return JSONResponse(answer.model_dump())
 
@@ -108,7 +114,9 @@ async def _streamed(request: Request, service: Service, wanted: GenerateRequest,
         await events.aclose()
         raise
     return StreamingResponse(
-        _server_sent(first, events, wanted), media_type="text/event-stream", headers={"Cache-Control": "no-store"}
+        _server_sent(first, events, wanted, service.intake.library),
+        media_type="text/event-stream",
+        headers={"Cache-Control": "no-store"},
     )
 
 
@@ -120,7 +128,7 @@ async def _queued(service: Service, wanted: GenerateRequest) -> AsyncGenerator[E
 
 
 async def _server_sent(
-    first: "asyncio.Task[Event]", events: AsyncGenerator[Event, None], wanted: GenerateRequest
+    first: "asyncio.Task[Event]", events: AsyncGenerator[Event, None], wanted: GenerateRequest, library: Library
 ) -> AsyncGenerator[bytes, None]:
     pending = first
     try:
@@ -133,7 +141,7 @@ async def _server_sent(
                 event = pending.result()
             except StopAsyncIteration:
                 return
-            name, data = _told(event, wanted)
+            name, data = _told(event, wanted, library)
             yield f"event: {name}\ndata: {data}\n\n".encode()
             pending = asyncio.ensure_future(anext(events))
     except Exception as error:
@@ -144,7 +152,7 @@ async def _server_sent(
         await events.aclose()
 
 
-def _told(event: Event, wanted: GenerateRequest) -> tuple[str, str]:
+def _told(event: Event, wanted: GenerateRequest, library: Library) -> tuple[str, str]:
     image = base64.b64encode(event.data).decode()
     size, now = f"{wanted.width}x{wanted.height}", int(time.time())
     if isinstance(event, Picture):
@@ -156,6 +164,7 @@ def _told(event: Event, wanted: GenerateRequest) -> tuple[str, str]:
             created_at=now,
             size=size,
             output_format=wanted.output_format,
+            usage=usage_of(wanted, library, (event.index,)),
         )
         return completed.type, completed.model_dump_json()
     partial = PartialImage(

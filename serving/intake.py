@@ -14,7 +14,7 @@ from serving.errors import Refused
 from serving.library import Library
 from serving.problems import ApiError
 from serving.request import AdapterRef, AdapterUse, BaseFacts, GenerateRequest
-from serving.wire import ImagesBody, UsedAdapter, WornAdapter
+from serving.wire import ImagesBody, TokenDetails, Usage, UsedAdapter, WornAdapter
 from training.registry import Resolved, UnknownAdapter
 
 
@@ -33,6 +33,13 @@ class Intake:
         """The request of an OpenAI images body."""
         if body.partial_images and not body.stream:
             raise ApiError(400, "'partial_images' needs 'stream': true.", param="partial_images")
+        if body.background == "transparent":
+            raise ApiError(
+                400,
+                "'background' is 'transparent', but images of this server are opaque. Allowed: 'opaque' and 'auto'.",
+                param="background",
+            )
+        self.library.load_tokenizer()  # on this thread, so that counting tokens later does not hold up the event loop
         width, height = self._size(body.size)
         return self._checked(
             GenerateRequest(
@@ -112,7 +119,8 @@ class Intake:
         try:
             resolved = self.library.resolve(tenant, name)
         except UnknownAdapter as error:
-            raise ApiError(404, str(error), param=param, code="adapter_not_found") from None
+            code = "model_not_found" if param == "model" else "adapter_not_found"
+            raise ApiError(404, str(error), param=param, code=code) from None
         except Refused as error:
             raise ApiError(400, str(error), param=param, code="wrong_base") from None
         return AdapterUse(ref=ref_of(resolved), weight=weight)
@@ -120,7 +128,12 @@ class Intake:
     def _prompt(self, prompt: str, field: str) -> str:
         limit = self.spec.limits.prompt_chars
         if len(prompt) > limit:
-            raise ApiError(400, f"'{field}' has {len(prompt)} characters; at most {limit} are allowed.", param=field)
+            raise ApiError(
+                400,
+                f"'{field}' has {len(prompt)} characters; at most {limit} are allowed.",
+                param=field,
+                code="string_above_max_length",
+            )
         if "\0" in prompt:
             raise ApiError(400, f"'{field}' holds a null character.", param=field)
         return prompt
@@ -130,6 +143,25 @@ class Intake:
             return self.facts.resolution, self.facts.resolution
         width, height = str(size).split("x")
         return int(width), int(height)
+
+
+def usage_of(request: GenerateRequest, library: Library, indices: Sequence[int]) -> Usage:
+    """What images `indices` of a request take; the prompts and the start picture count with image 0.
+
+    A token of text is one of the base's tokenizer, a token of an image one latent cell.
+    """
+    cells = -(-request.width // library.facts.cell) * -(-request.height // library.facts.cell)
+    first = 0 in indices
+    text = library.count_tokens(request.prompt) + library.count_tokens(request.negative_prompt) if first else 0
+    start = cells if first and request.image is not None else 0
+    made = cells * len(indices)
+    return Usage(
+        input_tokens=text + start,
+        input_tokens_details=TokenDetails(text_tokens=text, image_tokens=start),
+        output_tokens=made,
+        output_tokens_details=TokenDetails(text_tokens=0, image_tokens=made),
+        total_tokens=text + start + made,
+    )
 
 
 def used(request: GenerateRequest) -> list[UsedAdapter]:
@@ -160,4 +192,5 @@ def read_base64(text: str, field: str) -> bytes:
 
 def _at_most(value: int, limit: int, field: str, what: str | None = None) -> None:
     if value > limit:
-        raise ApiError(400, f"{value} {what or field} asked for; at most {limit} allowed.", param=field)
+        code = "integer_above_max_value"
+        raise ApiError(400, f"{value} {what or field} asked for; at most {limit} allowed.", param=field, code=code)

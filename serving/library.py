@@ -11,6 +11,7 @@ from collections import OrderedDict, defaultdict
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from serving.config import EngineSpec, Limits
 from serving.disk import DiskCache
@@ -23,6 +24,9 @@ from training.family import STABLE_DIFFUSION, canonical
 from training.formats import import_adapter
 from training.registry import WEIGHTS, CorruptAdapter, Registry, Resolved, UnknownAdapter, Usage, check_id
 from training.storage import content_id
+
+if TYPE_CHECKING:
+    from transformers import CLIPTokenizer
 
 REMEMBERED = 4096
 USAGE_S = 10.0  # how old what is known about a tenant's stored bytes may be
@@ -45,6 +49,7 @@ class Library:
         self._damaged: dict[str, str] = {}
         self._lock = threading.Lock()
         self._shapes: dict[str, tuple[int, ...]] | None = None
+        self._tokenizer: CLIPTokenizer | None = None
 
     def resolve(self, tenant: str, name: str) -> Resolved:
         """What `id`, `tenant/id` or either with `@version` means to `tenant` now. Raises UnknownAdapter."""
@@ -215,6 +220,19 @@ class Library:
                 if len(shape) in (2, 4)
             }
         return self._shapes
+
+    def count_tokens(self, text: str) -> int:
+        """How many tokens of the base's tokenizer `text` has, without its begin and end."""
+        tokenizer = self.load_tokenizer()
+        return len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]) if text else 0
+
+    def load_tokenizer(self) -> "CLIPTokenizer":
+        """The base's tokenizer; the first call takes a moment."""
+        if self._tokenizer is None:
+            from transformers import CLIPTokenizer
+
+            self._tokenizer = CLIPTokenizer.from_pretrained(self._folder / "tokenizer")
+        return self._tokenizer
 
     def _check_words(self, adapter: Adapter, spec: EngineSpec) -> None:
         width = read_config(self._folder, "text_encoder")["hidden_size"]

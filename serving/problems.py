@@ -23,7 +23,20 @@ from training.registry import CorruptAdapter, CurrentVersion, UnknownAdapter
 from training.storage import StorageError
 
 logger = logging.getLogger(__name__)
-_TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+# OpenAI's names of what pydantic finds; `{}` is integer or decimal
+_CODES = {
+    "missing": "missing_required_parameter",
+    "extra_forbidden": "unknown_parameter",
+    "greater_than": "{}_below_min_value",
+    "greater_than_equal": "{}_below_min_value",
+    "less_than": "{}_above_max_value",
+    "less_than_equal": "{}_above_max_value",
+    "string_too_long": "string_above_max_length",
+    "string_too_short": "string_below_min_length",
+    "too_long": "array_above_max_length",
+    "too_short": "array_below_min_length",
+    "json_invalid": "invalid_json",
+}
 
 
 class ApiError(Exception):
@@ -31,7 +44,7 @@ class ApiError(Exception):
 
     def __init__(self, status: int, message: str, *, param: str | None = None, code: str | None = None) -> None:
         super().__init__(message)
-        self.problem = Problem(status, message, param, code)
+        self.problem = Problem(status, message, param, code or ("invalid_value" if status == 400 and param else None))
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +58,9 @@ class Problem:
     headers: dict[str, str] = field(default_factory=dict)
 
     def body(self) -> dict[str, Any]:
-        kind = "server_error" if self.status >= 500 else _TYPES.get(self.status, "invalid_request_error")
+        kind = "server_error" if self.status >= 500 else "invalid_request_error"
+        if self.status == 429:
+            kind = "insufficient_quota" if self.code == "insufficient_quota" else "requests"
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
 
@@ -105,7 +120,17 @@ def _invalid(errors: Sequence[Mapping[str, Any]]) -> Problem:
             told.append(f"'{where}' is missing.")
         else:
             told.append(f"'{where}': {error['msg']}, got {_short(error.get('input'))}.")
-    return Problem(400, " ".join(told), param=_field(errors[0]) if errors else None)
+    if not errors:
+        return Problem(400, "The request is not valid.")
+    return Problem(400, " ".join(told), param=_field(errors[0]), code=_code(errors[0]))
+
+
+def _code(error: Mapping[str, Any]) -> str:
+    """What OpenAI calls this error."""
+    kind = error["type"]
+    if kind.endswith(("_type", "_parsing")):
+        return "invalid_type"
+    return _CODES.get(kind, "invalid_value").format("decimal" if isinstance(error.get("input"), float) else "integer")
 
 
 def _field(error: Mapping[str, Any]) -> str:

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 SamplerName = Literal["ddim", "euler", "euler_a", "dpm++_2m"]
 ImageFormat = Literal["png", "jpeg", "webp"]
-MAX_SEED = 2**63 - 1
+MAX_SEED = 2**63 - 1024  # the largest below 2**63 that the floats of an OpenAPI document hold exactly
 
 
 class Closed(BaseModel):
@@ -94,6 +94,7 @@ class BaseFacts(Closed):
     name: str
     resolution: int
     multiple: int = Field(description="width and height are multiples of it, pixels")
+    cell: int = Field(default=8, description="the side of one latent cell, pixels")
 
 
 def read_facts(base: str, folder: Path) -> BaseFacts:
@@ -106,4 +107,4 @@ def read_facts(base: str, folder: Path) -> BaseFacts:
     vae = json.loads((folder / "vae" / "config.json").read_text())
     scale = 2 ** (len(vae["block_out_channels"]) - 1)
     levels = 2 ** (len(unet["block_out_channels"]) - 1)
-    return BaseFacts(name=name, resolution=unet["sample_size"] * scale, multiple=scale * levels)
+    return BaseFacts(name=name, resolution=unet["sample_size"] * scale, multiple=scale * levels, cell=scale)

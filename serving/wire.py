@@ -58,7 +58,9 @@ class ImagesBody(Closed):
     partial_images: int | None = Field(None, ge=0, le=3, description="previews of each image, with `stream`")
     user: str | None = None
     # known to OpenAI's models only
-    background: Literal["opaque", "auto"] | None = None
+    background: Literal["transparent", "opaque", "auto"] | None = Field(
+        None, description="images are opaque: `transparent` is refused"
+    )
     moderation: Literal["low", "auto"] | None = None
     quality: Literal["low", "medium", "high", "xhigh", "max", "auto", "standard", "hd"] | None = None
     style: Literal["vivid", "natural"] | None = None
@@ -90,6 +92,21 @@ class ImageData(BaseModel):
     adapters: list[UsedAdapter]
 
 
+class TokenDetails(BaseModel):
+    text_tokens: int
+    image_tokens: int
+
+
+class Usage(BaseModel):
+    """What a request took: text in tokens of the base's tokenizer, images in latent cells."""
+
+    input_tokens: int
+    input_tokens_details: TokenDetails
+    output_tokens: int
+    output_tokens_details: TokenDetails
+    total_tokens: int
+
+
 class ImagesAnswer(BaseModel):
     """OpenAI's images answer."""
 
@@ -99,6 +116,7 @@ class ImagesAnswer(BaseModel):
     size: str
     output_format: ImageFormat
     background: Literal["opaque"] = "opaque"
+    usage: Usage
 
 
 class PartialImage(BaseModel):
@@ -113,8 +131,8 @@ class PartialImage(BaseModel):
     created_at: int
     size: str
     output_format: ImageFormat
-    quality: str = "auto"
-    background: str = "opaque"
+    quality: Literal["auto"] = "auto"
+    background: Literal["opaque"] = "opaque"
 
 
 class CompletedImage(BaseModel):
@@ -128,8 +146,9 @@ class CompletedImage(BaseModel):
     created_at: int
     size: str
     output_format: ImageFormat
-    quality: str = "auto"
-    background: str = "opaque"
+    quality: Literal["auto"] = "auto"
+    background: Literal["opaque"] = "opaque"
+    usage: Usage = Field(description="of this image; the prompts count with image 0")
 
 
 class Model(BaseModel):

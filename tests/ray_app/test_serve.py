@@ -147,7 +147,7 @@ def test_a_stream_and_an_error_come_through(client: Client) -> None:
     names = [line for line in answer.text.splitlines() if line.startswith("event: ")]
     assert [name.rpartition(".")[2] for name in names] == ["partial_image", "partial_image", "completed"]
     for _ in range(5):
-        assert client.images(model="ghost").json()["error"]["code"] == "adapter_not_found"
+        assert client.images(model="ghost").json()["error"]["code"] == "model_not_found"
 
 
 @pytest.mark.ray

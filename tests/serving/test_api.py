@@ -225,11 +225,11 @@ def test_weights_out_of_range(world: World) -> None:
 
 
 def test_what_is_unknown_is_404(world: World) -> None:
-    assert problem(world.images(model="ghost"), 404)["code"] == "adapter_not_found"
+    assert problem(world.images(model="ghost"), 404)["code"] == "model_not_found"
     assert problem(world.images(model="tiny-epsilon-0:ghost"), 404)["param"] == "model"
     assert problem(world.images(model="other-base:rusty"), 404)["code"] == "model_not_found"
     assert problem(world.images(adapters=[{"id": "ghost"}]), 404)["param"] == "adapters"
-    assert problem(world.images(model="ghost", stream=True), 404)["code"] == "adapter_not_found"
+    assert problem(world.images(model="ghost", stream=True), 404)["code"] == "model_not_found"
     assert problem(world.call("GET", "/v1/nowhere"), 404)
     assert problem(world.call("PUT", "/v1/models"), 405)
 
@@ -442,7 +442,7 @@ def test_keys(shared: World) -> None:
         lambda: shared.call("GET", "/v1/models", headers={"Authorization": "Bearer dfk_wrong"}),
     ):
         error = problem(call(), 401)
-        assert error["type"] == "authentication_error" and error["code"] == "invalid_api_key"
+        assert error["type"] == "invalid_request_error" and error["code"] == "invalid_api_key"
     assert shared.call("GET", "/v1/models", "ann").status_code == 200
     basic = base64.b64encode(f"any:{shared.tokens['ann']}".encode()).decode()
     assert shared.call("GET", "/sdapi/v1/loras", headers={"Authorization": f"Basic {basic}"}).status_code == 200

@@ -84,7 +84,7 @@ def test_openais_own_exceptions(site: Site) -> None:
     with site.client() as client, site.client(key="wrong") as stranger, site.client("bob") as bob:
         with pytest.raises(openai.NotFoundError) as missing:
             bob.images.generate(model="ann/rusty", prompt="a dog")
-        assert (missing.value.code, missing.value.param) == ("adapter_not_found", "model")
+        assert (missing.value.code, missing.value.param) == ("model_not_found", "model")
         with pytest.raises(openai.BadRequestError) as bad:
             client.images.generate(prompt="a dog", n=99)
         assert bad.value.param == "n"

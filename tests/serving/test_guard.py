@@ -12,7 +12,7 @@ import pytest
 
 from serving.api import create_app
 from serving.local import LocalEngines
-from serving.tenants import Keys
+from serving.tenants import Keys, Scope
 from tests.serving.company import random_adapter
 from tests.serving.test_api import World, problem
 from training.adapter import save_adapter
@@ -145,12 +145,13 @@ def test_the_key_is_checked_before_a_byte_of_the_body_is_read(shared: World) -> 
 def test_what_a_key_is_good_for(shared: World) -> None:
     assert shared.keys is not None
     data = save_adapter(random_adapter(shared.base, 1))
-    for scopes, may_draw, may_put in (
+    cases: tuple[tuple[tuple[Scope, ...], bool, bool], ...] = (
         (("images",), True, False),
         (("train",), False, True),
         (("admin",), True, True),
         (("images", "train"), True, True),
-    ):
+    )
+    for scopes, may_draw, may_put in cases:
         bearer = {"authorization": f"Bearer {shared.keys.make('cat', scopes)[1]}"}
         drawn = shared.images(headers=bearer)
         put = shared.call("POST", "/v1/adapters", headers=bearer, files={"file": data}, data={"id": "rusty"})
