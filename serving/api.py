@@ -16,6 +16,7 @@ from fastapi.responses import JSONResponse, Response
 from fastapi.security.http import HTTPBase
 from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving import api_adapters, api_images, api_sdapi
@@ -115,9 +116,20 @@ async def _told(request: Request, error: Exception) -> Response:
     if isinstance(error, HTTPException) and problem.status == 404:
         problem = replace(problem, message=f"Invalid URL ({asked}). See /docs.", code="unknown_url")
     elif isinstance(error, HTTPException) and problem.status == 405:
-        allowed = problem.headers.get("Allow", "other methods")
-        problem = replace(problem, message=f"Not allowed: {asked}. Use {allowed}.", code="method_not_supported")
+        allowed = ", ".join(_methods(request))
+        message = f"Not allowed: {asked}. Use {allowed}."
+        problem = Problem(405, message, code="method_not_supported", headers={"Allow": allowed})
     return JSONResponse(problem.body(), problem.status, headers=problem.headers)
+
+
+def _methods(request: Request) -> list[str]:
+    """What the request's path knows; several routes may have the same path."""
+
+    def known(method: str) -> bool:
+        scope = {**request.scope, "method": method}
+        return any(route.matches(scope)[0] is Match.FULL for route in request.app.routes)
+
+    return [method for method in ("DELETE", "GET", "PATCH", "POST", "PUT") if known(method)]
 
 
 class Observed:

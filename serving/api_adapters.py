@@ -7,6 +7,7 @@ from typing import Annotated
 
 from fastapi import APIRouter, File, Form, Path, Query, Request, UploadFile
 from fastapi.responses import Response
+from pydantic.json_schema import SkipJsonSchema
 
 from serving.api_images import ERRORS
 from serving.intake import ref_of
@@ -89,7 +90,8 @@ async def upload_adapter(
     file: Annotated[UploadFile, File(description="LoRA weights, safetensors only: diffusers, PEFT or kohya")],
     id: Annotated[str, Form(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$", description="its id; an existing one is replaced")],
     public: Annotated[
-        bool | None, Form(description="other tenants may generate with it; left out: as before, at first no")
+        bool | SkipJsonSchema[None],
+        Form(description="other tenants may generate with it; left out: as before, at first no"),
     ] = None,
     trigger: Annotated[str, Form(max_length=1000, description="what its prompts say")] = "",
 ) -> AdapterDetails:
@@ -131,6 +133,14 @@ async def list_versions(request: Request, id: str) -> AdapterVersions:
             for one in found
         ]
     )
+
+
+@router.get("/v1/adapters/{id}/versions/{version}", responses=ERRORS)
+async def show_version(request: Request, id: str, version: Version) -> AdapterDetails:
+    """One version of an adapter of the caller, with its card."""
+    service = service_of(request)
+    tenant = service.tenant(request)
+    return _details(await asyncio.to_thread(service.intake.library.resolve, tenant, f"{id}@{version}"), tenant)
 
 
 @router.delete("/v1/adapters/{id}/versions/{version}", responses=ERRORS)

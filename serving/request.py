@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 SamplerName = Literal["ddim", "euler", "euler_a", "dpm++_2m"]
 ImageFormat = Literal["png", "jpeg", "webp"]
-MAX_SEED = 2**63 - 1024  # the largest below 2**63 that the floats of an OpenAPI document hold exactly
+MAX_SEED = 2**53 - 1  # above it JavaScript, and the floats of an OpenAPI document, do not hold every whole number
 
 
 class Closed(BaseModel):

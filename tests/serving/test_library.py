@@ -169,6 +169,8 @@ def test_versions_are_listed_downloaded_and_deleted_one_by_one(shared: World) ->
     old, new = (put(shared, "ann", seed)["version"] for seed in (1, 2))
     found = shared.call("GET", "/v1/adapters/rusty/versions", "ann").json()["data"]
     assert {one["version"]: one["current"] for one in found} == {old: False, new: True}
+    shown = shared.call("GET", f"/v1/adapters/rusty/versions/{old[:8]}", "ann").json()
+    assert shown["version"] == shown["card"]["sha256"] == old
     files = shared.call("GET", f"/v1/adapters/rusty/versions/{old[:8]}/files", "ann").json()
     sizes = {one["name"]: one["bytes"] for one in files["data"]}
     path = f"/v1/adapters/rusty/versions/{old}/files/adapter.safetensors"

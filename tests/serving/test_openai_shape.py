@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,8 @@ def test_codes_beside_the_body(world: World) -> None:
     assert nowhere["code"] == "unknown_url" and "POST /v1/chat" in nowhere["message"]
     answer = world.call("PUT", "/v1/models")
     assert problem(answer, 405)["code"] == "method_not_supported" and answer.headers["allow"] == "GET"
+    both = world.call("PUT", "/v1/adapters/rusty")
+    assert both.headers["allow"] == "DELETE, GET, PATCH" and "DELETE, GET, PATCH" in both.text
     with world.app.state.service.quota.requests.one("default"):
         world.app.state.service.quota.requests.at_once = 1
         full = problem(world.images(), 429)
@@ -98,13 +101,13 @@ def test_every_route_tells_its_405_and_how_to_send_a_key(world: World) -> None:
 
 
 def test_the_largest_seed_of_the_document_is_one_that_is_taken(world: World) -> None:
-    """An OpenAPI document holds limits as floats."""
+    """An OpenAPI document holds limits as floats: as it is written, and as a float, it is the same whole number."""
     document = world.call("GET", "/openapi.json").json()
     told = []
     for name in ("ImagesBody", "Txt2ImgBody"):
         seed = document["components"]["schemas"][name]["properties"]["seed"]
         told += [one["maximum"] for one in seed.get("anyOf", [seed]) if "maximum" in one]
-    assert [int(one) for one in told] == [MAX_SEED] * 2
+    assert [int(one) for one in told] == [MAX_SEED] * 2 and {Decimal(repr(one)) for one in told} == {MAX_SEED}
     assert world.images(seed=int(told[0])).json()["data"][0]["seed"] == MAX_SEED
     problem(world.images(seed=MAX_SEED + 1), 400)
 
