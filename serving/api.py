@@ -13,7 +13,7 @@ from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serving import api_adapters, api_images, api_sdapi
+from serving import api_adapters, api_images, api_sdapi, api_sdapi_info
 from serving.config import Limits, ServeSpec
 from serving.errors import GenerationFailed
 from serving.intake import Intake
@@ -56,6 +56,7 @@ def create_app(
     app.include_router(api_images.router)
     app.include_router(api_adapters.router)
     app.include_router(api_sdapi.router)
+    app.include_router(api_sdapi_info.router)
     app.get("/healthz", tags=["operation"], responses={503: {"model": Health}})(_health)
     app.get("/metrics", tags=["operation"], response_class=Response)(_metrics)
     app.add_middleware(BodyLimit, limits=spec.limits)
