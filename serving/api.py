@@ -18,7 +18,7 @@ from serving.config import Limits, ServeSpec
 from serving.errors import GenerationFailed
 from serving.intake import Intake
 from serving.library import Library
-from serving.problems import ApiError, Problem, describe
+from serving.problems import REQUEST_ID, ApiError, Problem, describe
 from serving.replies import KeyReused, Replies
 from serving.service import Engines, Generate, Service, request_id, service_of
 from serving.tenants import Keys, Quota
@@ -96,6 +96,7 @@ class Observed:
         request = Request(scope)
         metrics = service_of(request).metrics
         name = request_id(request).encode()
+        REQUEST_ID.set(name.decode())
         began, status = time.perf_counter(), 0
 
         async def marked(message: Message) -> None:

@@ -10,7 +10,7 @@ from serving.api_images import ERRORS
 from serving.intake import ref_of
 from serving.problems import ApiError
 from serving.service import service_of
-from serving.wire import AdapterDetails, AdapterInfo, Adapters, Deleted, Model, Models
+from serving.wire import AdapterDetails, AdapterInfo, Adapters, Deleted, Model, Models, Name
 from training.adapter import AdapterError
 from training.registry import Resolved
 
@@ -28,7 +28,7 @@ async def list_models(request: Request) -> Models:
 
 
 @router.get("/v1/models/{model:path}", responses=ERRORS, tags=["models"])
-async def show_model(request: Request, model: str) -> Model:
+async def show_model(request: Request, model: Name) -> Model:
     """One model by its id."""
     service = service_of(request)
     tenant = service.tenant(request)
@@ -74,7 +74,7 @@ async def upload_adapter(
 
 
 @router.get("/v1/adapters/{id:path}", responses=ERRORS)
-async def show_adapter(request: Request, id: str) -> AdapterDetails:
+async def show_adapter(request: Request, id: Name) -> AdapterDetails:
     """One adapter with its card; `id`, `tenant/id`, either with `@version`."""
     service = service_of(request)
     tenant = service.tenant(request)
@@ -82,7 +82,7 @@ async def show_adapter(request: Request, id: str) -> AdapterDetails:
 
 
 @router.delete("/v1/adapters/{id}", responses=ERRORS)
-async def delete_adapter(request: Request, id: str) -> Deleted:
+async def delete_adapter(request: Request, id: Name) -> Deleted:
     """Deletes an adapter of the caller; requests under way finish with it."""
     service = service_of(request)
     tenant = service.tenant(request)

@@ -6,6 +6,7 @@ and revoking keys needs no restart. Knows nothing about HTTP.
 
 import hashlib
 import json
+import logging
 import os
 import secrets
 import threading
@@ -17,11 +18,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from serving.config import Limits
-from serving.errors import QueueFull
+from serving.errors import NotReady, QueueFull
 from serving.request import Closed
 from training.errors import UserError
 from training.registry import check_id
 
+logger = logging.getLogger(__name__)
 PREFIX = "dfk_"
 
 
@@ -49,7 +51,7 @@ class Keys:
         self._lock = threading.Lock()
 
     def tenant_of(self, token: str) -> str | None:
-        """Whose key this is; None for an unknown or revoked one."""
+        """Whose key this is; None for an unknown or revoked one. Raises NotReady if the file cannot be read."""
         with self._lock:
             self._refresh()
             return self._tenants.get(_hash(token))
@@ -86,7 +88,12 @@ class Keys:
         except FileNotFoundError:
             stamp = None
         if stamp != self._stamp or stamp is None:
-            self._tenants = {key.sha256: key.tenant for key in self.all() if key.revoked is None}
+            try:
+                keys = self.all()
+            except (UserError, OSError) as error:  # names the path and shows what is in the file: for the log only
+                logger.error("%s", error)
+                raise NotReady("The server cannot read its keys; its log says why. Try again later.") from None
+            self._tenants = {key.sha256: key.tenant for key in keys if key.revoked is None}
             self._stamp = stamp
 
     def _write(self, keys: tuple[Key, ...]) -> None:
