@@ -132,11 +132,12 @@ def _wanted(service: Service, tenant: str, body: Txt2ImgBody, name: str) -> Gene
     sampler = read_sampler(body.sampler_name or body.sampler_index, body.scheduler, intake.spec.scheduler)
     refuse_undone(body.model_extra or {}, sampler, intake.facts.name)
     steps = body.steps or intake.spec.steps
+    side = intake.facts.resolution
+    width, height = body.width or side, body.height or side
     image, strength = None, 1.0
     if isinstance(body, Img2ImgBody):
-        image = read_picture_field(body.init_images[0], "init_images")
+        image = read_picture_field(body.init_images[0], "init_images", width, height)
         strength = min(1.0, max(body.denoising_strength, 1.001 / steps))  # also 0 means one step there
-    side = intake.facts.resolution
     return intake.checked(
         GenerateRequest(
             request_id=name,
@@ -144,8 +145,8 @@ def _wanted(service: Service, tenant: str, body: Txt2ImgBody, name: str) -> Gene
             prompt=prompt,
             negative_prompt=negative_prompt,
             adapters=intake.adapters(tenant, None, worn),
-            width=body.width or side,
-            height=body.height or side,
+            width=width,
+            height=height,
             count=body.batch_size * body.n_iter,
             seed=any_seed() if body.seed < 0 else body.seed,
             steps=steps,

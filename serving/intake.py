@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from serving.config import ServeSpec
 from serving.errors import Refused
 from serving.library import Library
+from serving.pictures import count
 from serving.problems import ApiError
 from serving.request import AdapterRef, AdapterUse, BaseFacts, GenerateRequest
 from serving.wire import ImagesBody, UsedAdapter, WornAdapter
@@ -48,7 +49,7 @@ class Intake:
                 steps=body.steps or self.spec.steps,
                 guidance_scale=self.spec.guidance_scale if body.guidance_scale is None else body.guidance_scale,
                 scheduler=body.scheduler or self.spec.scheduler,
-                image=None if body.image is None else read_picture_field(body.image, "image"),
+                image=None if body.image is None else read_picture_field(body.image, "image", width, height),
                 strength=body.strength or 0.8,
                 previews=body.partial_images or 0,
                 output_format=body.output_format or "png",
@@ -145,14 +146,20 @@ def any_seed() -> int:
     return secrets.randbits(31)
 
 
-def read_picture_field(text: str, field: str) -> bytes:
-    """The bytes of a picture sent as base64 or as a data URL; lines may be wrapped, padding may be missing."""
-    payload = "".join((text.partition(",")[2] if text.startswith("data:") else text).split())
-    payload = payload.rstrip("=")
+def read_picture_field(text: str, field: str, width: int, height: int) -> bytes:
+    """The bytes of a picture sent as base64 or as a data URL; lines may be wrapped, padding may be missing.
+
+    Only its header is looked at. Raises ApiError if that says that it cannot be decoded to `width` x `height`.
+    """
+    payload = "".join((text.partition(",")[2] if text.startswith("data:") else text).split()).rstrip("=")
     try:
-        return base64.b64decode(payload + "=" * (-len(payload) % 4), validate=True)
+        data = base64.b64decode(payload + "=" * (-len(payload) % 4), validate=True)
+        count(data, width, height)
     except (binascii.Error, ValueError):
         raise ApiError(400, f"'{field}' is not base64.", param=field) from None
+    except Refused as error:
+        raise ApiError(400, str(error), param=field) from None
+    return data
 
 
 def _at_most(value: int, limit: int, field: str, what: str | None = None) -> None:

@@ -139,7 +139,8 @@ def test_image_to_image(world: World) -> None:
     url = world.images(image=f"data:image/png;base64,{start}", strength=0.5).json()["data"][0]["b64_json"]
     assert little == url != world.images().json()["data"][0]["b64_json"]
     assert problem(world.images(image="!!!"), 400)["param"] == "image"
-    assert "cannot be read" in problem(world.images(image=base64.b64encode(b"nothing").decode()), 400)["message"]
+    nothing = problem(world.images(image=base64.b64encode(b"nothing").decode()), 400)
+    assert nothing["param"] == "image" and "not an image" in nothing["message"]
 
 
 def events(response: httpx.Response) -> list[tuple[str, dict[str, Any]]]:
