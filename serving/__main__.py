@@ -11,6 +11,7 @@ from serving.config import EngineSpec, ServeSpec
 from serving.local import make_app, make_engine
 from serving.loop import EngineLoop
 from serving.tenants import Keys
+from serving.timeouts import TimedProtocol
 from training.errors import UserError
 
 KEYS = click.option(
@@ -54,7 +55,8 @@ def main(
         )
     loop = EngineLoop(make_engine(spec))
     try:
-        uvicorn.run(make_app(spec, loop), host=host, port=port, log_level="info", timeout_graceful_shutdown=10)
+        app = make_app(spec, loop)
+        uvicorn.run(app, http=TimedProtocol, host=host, port=port, log_level="info", timeout_graceful_shutdown=10)
     finally:
         loop.close()
 

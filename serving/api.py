@@ -22,6 +22,7 @@ from serving.problems import REQUEST_ID, ApiError, Problem, describe
 from serving.replies import KeyReused, Replies
 from serving.service import Engines, Generate, Service, request_id, service_of
 from serving.tenants import Keys, Quota
+from serving.timeouts import BodyTimeout
 from serving.wire import ErrorAnswer, Health
 from training.errors import UserError
 
@@ -60,6 +61,7 @@ def create_app(
     app.get("/healthz", tags=["operation"], responses={503: {"model": Health}})(_health)
     app.get("/metrics", tags=["operation"], response_class=Response)(_metrics)
     app.add_middleware(BodyLimit, limits=spec.limits)
+    app.add_middleware(BodyTimeout)
     app.add_middleware(Observed)
     return app
 

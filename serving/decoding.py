@@ -17,7 +17,8 @@ from serving.pictures import MAX_PIXELS, count, decode
 
 THREADS = 2
 PIXELS = MAX_PIXELS * 5 // 4  # at once: beside the largest picture there is room for a common one
-WAITING = 64  # pictures of one tenant that may wait: their bytes are in memory meanwhile
+WAITING = 64  # pictures of one tenant that may wait,
+WAITING_BYTES = 64 * 2**20  # and what they may take in memory meanwhile
 
 
 @dataclass(eq=False, slots=True)
@@ -42,15 +43,15 @@ class Decoding:
         self._running: dict[str, _Picture] = {}
 
     def submit(self, tenant: str, data: bytes, width: int, height: int) -> "Future[Tensor]":
-        """`data` as [3, height, width] in [-1, 1]; a future that is cancelled in time is not decoded.
+        """`data` as uint8 [3, height, width]; a future that is cancelled in time is not decoded.
 
         Raises Refused if the header says that it cannot be used, QueueFull if the tenant has too many waiting.
         """
         picture = _Picture(tenant, data, width, height, count(data, width, height))
         with self._lock:
             mine = self._waiting.setdefault(tenant, deque())
-            if len(mine) >= WAITING:
-                raise QueueFull(f"{WAITING} of your pictures wait to be decoded, which is the limit.", 1.0)
+            if len(mine) >= WAITING or mine and len(data) + sum(len(one.data) for one in mine) > WAITING_BYTES:
+                raise QueueFull(f"{len(mine)} of your pictures wait to be decoded, and this is one too many.", 1.0)
             mine.append(picture)
             self._start()
         return picture.decoded

@@ -80,6 +80,8 @@ class EngineLoop:
             while left:
                 outcome = await listener.outcomes.get()
                 if isinstance(outcome, Failed):
+                    if isinstance(outcome.error, GenerationFailed):
+                        logger.error("request %s failed", request.request_id, exc_info=outcome.error)
                     raise outcome.error
                 left -= isinstance(outcome, Done)
                 yield await asyncio.to_thread(_encoded, request, outcome)

@@ -43,14 +43,14 @@ def count(data: bytes, width: int, height: int) -> int:
 
 
 def decode(data: bytes, width: int, height: int) -> Tensor:
-    """An image file, upright and on white, as [3, height, width] in [-1, 1]. Raises Refused if it cannot be used."""
+    """An image file, upright and on white, as uint8 [3, height, width]. Raises Refused if it cannot be used."""
     try:
         picture = read_image(data, _NAME, _LIMITS, max(width, height))
     except ImageError as error:
         raise _refused(error) from None
     picture = picture.resize((width, height), Image.Resampling.LANCZOS)
     pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(height, width, 3)
-    return pixels.permute(2, 0, 1).float() / 127.5 - 1
+    return pixels.permute(2, 0, 1).contiguous()
 
 
 def _refused(error: ImageError) -> Refused:

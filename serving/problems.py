@@ -69,7 +69,7 @@ def describe(error: BaseException) -> Problem:
             logger.error("request %s: storage: %s", REQUEST_ID.get(), error)
             return Problem(503, "The storage does not answer; try again.", code="storage", headers={"Retry-After": "5"})
         case GenerationFailed():
-            logger.error("request %s: %s", REQUEST_ID.get(), error, exc_info=error)
+            logger.error("request %s: %s", REQUEST_ID.get(), error)  # the engine's own log has the traceback
             return Problem(500, str(error), code="generation_failed")
         case UserError():
             return Problem(400, str(error))
