@@ -33,6 +33,7 @@ _LOCAL_SETTINGS = {
     # nobody preempts a part of one machine
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "ray_app.proxy.guard",
     # Ray's own 15 leaves its workers next to nothing where anything else computes
     "RAY_worker_niceness": "0",
 }

@@ -147,6 +147,7 @@ def build_app(args: Deployment) -> Any:
         name="ingress",
         num_replicas=args.ingresses,
         max_ongoing_requests=10_000,
+        health_check_period_s=2,  # one that dies is replaced the sooner
         graceful_shutdown_timeout_s=args.drain_s,
         graceful_shutdown_wait_loop_s=0.2,
         ray_actor_options={"num_cpus": 0.1, "runtime_env": {"env_vars": INGRESS_SETTINGS}},

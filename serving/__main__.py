@@ -9,6 +9,7 @@ from serving.config import EngineSpec, ServeSpec
 from serving.guard import is_loopback
 from serving.local import make_app, make_engine
 from serving.loop import EngineLoop
+from serving.timeouts import TimedProtocol
 from training.errors import UserError
 
 
@@ -50,7 +51,8 @@ def main(
         )
     loop = EngineLoop(make_engine(spec))
     try:
-        uvicorn.run(make_app(spec, loop), host=host, port=port, log_level="info", timeout_graceful_shutdown=10)
+        app = make_app(spec, loop)
+        uvicorn.run(app, http=TimedProtocol, host=host, port=port, log_level="info", timeout_graceful_shutdown=10)
     finally:
         loop.close()
 

@@ -19,16 +19,17 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serving import api_adapters, api_images, api_sdapi
+from serving import api_adapters, api_images, api_sdapi, api_sdapi_info
 from serving.config import Limits, ServeSpec
 from serving.errors import GenerationFailed
 from serving.guard import UPLOAD, Guard
 from serving.intake import Intake
 from serving.library import Library
-from serving.problems import ApiError, Problem, describe
+from serving.problems import REQUEST_ID, ApiError, Problem, describe
 from serving.replies import KeyReused, Replies
 from serving.service import Engines, Generate, Service, request_id, service_of
 from serving.tenants import Keys, Quota
+from serving.timeouts import BodyTimeout
 from serving.wire import ErrorAnswer, Health
 from training.errors import UserError
 
@@ -77,11 +78,12 @@ def create_app(
     app.state.under = {}
     for kind in (ApiError, UserError, GenerationFailed, KeyReused, RequestValidationError, HTTPException):
         app.add_exception_handler(kind, _told)
-    for router in (api_images.router, api_adapters.router, api_sdapi.router):
+    for router in (api_images.router, api_adapters.router, api_sdapi.router, api_sdapi_info.router):
         app.include_router(router, dependencies=SECURITY)
     app.get("/healthz", tags=["operation"], responses={503: {"model": Health}})(_health)
     app.get("/metrics", tags=["operation"], response_class=Response)(_metrics)
     app.add_middleware(BodyLimit, limits=spec.limits)
+    app.add_middleware(BodyTimeout)
     app.add_middleware(Guard, cors=spec.cors)
     if spec.cors:
         app.add_middleware(
@@ -145,6 +147,7 @@ class Observed:
         request = Request(scope)
         metrics = service_of(request).metrics
         name = request_id(request).encode()
+        REQUEST_ID.set(name.decode())
         began, status = time.perf_counter(), 0
 
         async def marked(message: Message) -> None:

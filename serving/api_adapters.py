@@ -25,6 +25,7 @@ from serving.wire import (
     Deleted,
     Model,
     Models,
+    Name,
 )
 from training.adapter import AdapterError
 from training.registry import Resolved
@@ -57,7 +58,7 @@ async def list_models(
 
 
 @router.get("/v1/models/{model:path}", responses=ERRORS, tags=["models"])
-async def show_model(request: Request, model: str) -> Model:
+async def show_model(request: Request, model: Name) -> Model:
     """One model by its id."""
     service = service_of(request)
     tenant = service.tenant(request)
@@ -189,7 +190,7 @@ async def change_adapter(request: Request, id: str, change: AdapterChange) -> Ad
 
 
 @router.get("/v1/adapters/{id:path}", responses=ERRORS)
-async def show_adapter(request: Request, id: str) -> AdapterDetails:
+async def show_adapter(request: Request, id: Name) -> AdapterDetails:
     """One adapter with its card; `id`, `tenant/id`, either with `@version`."""
     service = service_of(request)
     tenant = service.tenant(request)
@@ -197,7 +198,7 @@ async def show_adapter(request: Request, id: str) -> AdapterDetails:
 
 
 @router.delete("/v1/adapters/{id}", responses=ERRORS)
-async def delete_adapter(request: Request, id: str) -> Deleted:
+async def delete_adapter(request: Request, id: Name) -> Deleted:
     """Deletes an adapter of the caller; requests under way finish with it."""
     service = service_of(request)
     tenant = service.tenant(request)

@@ -5,7 +5,7 @@ import base64
 import hashlib
 import json
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Annotated, Any
 
@@ -75,10 +75,8 @@ async def generate_images(
 
 
 async def _collect(service: Service, wanted: GenerateRequest) -> list[Picture]:
-    with service.quota.request(wanted.tenant):
-        stream = service.generate(wanted)
-        async with aclosing(as_generator(stream)) as events:
-            pictures = [event async for event in events if isinstance(event, Picture)]
+    async with aclosing(service.events(wanted)) as events:
+        pictures = [event async for event in events if isinstance(event, Picture)]
     if len(pictures) != wanted.count:
         raise GenerationFailed(f"{len(pictures)} of {wanted.count} images came.")
     return sorted(pictures, key=lambda picture: picture.index)
@@ -102,7 +100,7 @@ def _answer(pictures: list[Picture], wanted: GenerateRequest, body: ImagesBody, 
 
 async def _streamed(request: Request, service: Service, wanted: GenerateRequest, body: ImagesBody) -> Response:
     """Starts the work; what fails at once is an HTTP error, what fails later an event."""
-    events = _queued(service, wanted)
+    events = service.events(wanted)
     first = asyncio.ensure_future(anext(events))
     try:
         await unless_gone(request, asyncio.wait({first}, timeout=HEAD_START_S))
@@ -118,13 +116,6 @@ async def _streamed(request: Request, service: Service, wanted: GenerateRequest,
         media_type="text/event-stream",
         headers={"Cache-Control": "no-store"},
     )
-
-
-async def _queued(service: Service, wanted: GenerateRequest) -> AsyncGenerator[Event, None]:
-    with service.quota.request(wanted.tenant):
-        async with aclosing(as_generator(service.generate(wanted))) as events:
-            async for event in events:
-                yield event
 
 
 async def _server_sent(
@@ -178,13 +169,3 @@ def _told(event: Event, wanted: GenerateRequest, library: Library) -> tuple[str,
         output_format=wanted.output_format,
     )
     return partial.type, partial.model_dump_json()
-
-
-async def as_generator(events: AsyncIterator[Event]) -> AsyncGenerator[Event, None]:
-    """`events`, closed for certain when it is left."""
-    try:
-        async for event in events:
-            yield event
-    finally:
-        if isinstance(events, AsyncGenerator):
-            await events.aclose()

@@ -25,7 +25,7 @@ class Limits(Closed):
     steps: int = Field(default=150, ge=1, le=1000)
     side_px: int = Field(default=2048, ge=16, le=8192)
     pixels: int = Field(default=2048 * 2048, ge=256, description="width x height x n of one request")
-    prompt_chars: int = Field(default=2000, ge=1)
+    prompt_chars: int = Field(default=2000, ge=1, le=20_000)
     adapters: int = Field(default=8, ge=1, le=64, description="adapters mixed in one request")
     weight: float = Field(default=10.0, gt=0, description="the largest weight of an adapter, either sign")
     body_bytes: int = Field(default=24 * 2**20, ge=1024)
@@ -78,5 +78,8 @@ class ServeSpec(Closed):
     steps: int = Field(default=25, ge=1, le=1000, description="default of a request")
     guidance_scale: float = Field(default=5.0, ge=0, le=50, description="default of a request")
     scheduler: SamplerName = "ddim"
+    picture_parameters: bool = Field(
+        default=True, description="PNG files hold prompt, seed and settings, as AUTOMATIC1111 writes and reads them"
+    )
     disk_bytes: int = Field(default=10 * 2**30, ge=0, description="local disk for adapters of an object store; 0: none")
     refresh_s: float = Field(default=1.0, ge=0, description="how old what is known about `current` may be")

@@ -55,7 +55,7 @@ class Engine:
     # -- requests in and out --
 
     def submit(self, request: GenerateRequest, pixels_CHW: Tensor | None = None) -> Job:
-        """Queues a request; its adapters begin to load at once. `pixels_CHW`: the picture of image-to-image, [-1, 1].
+        """Queues a request; its adapters begin to load at once. `pixels_CHW`: the picture of image-to-image, uint8.
 
         Raises QueueFull, or UserError for what this engine cannot do.
         """
@@ -208,7 +208,8 @@ class Engine:
             latents = torch.zeros(channels, *sample.size)
             if job.pixels_CHW is not None:
                 if job.image is None:
-                    mean_NCHW, std_NCHW = self.base.encode_images(job.pixels_CHW[None])
+                    pixels_NCHW = job.pixels_CHW[None].float() / 127.5 - 1
+                    mean_NCHW, std_NCHW = self.base.encode_images(pixels_NCHW)
                     job.image = mean_NCHW[0].float(), std_NCHW[0].float()
                 latents = (job.image[0] + job.image[1] * sample.draw(channels)) * job.schedule.signal
             latents = latents + sample.draw(channels) * job.schedule.noise

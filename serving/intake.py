@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from serving.config import ServeSpec
 from serving.errors import Refused
 from serving.library import Library
+from serving.pictures import count
 from serving.problems import ApiError
 from serving.request import AdapterRef, AdapterUse, BaseFacts, GenerateRequest
 from serving.wire import ImagesBody, TokenDetails, Usage, UsedAdapter, WornAdapter
@@ -41,12 +42,12 @@ class Intake:
             )
         self.library.load_tokenizer()  # on this thread, so that counting tokens later does not hold up the event loop
         width, height = self._size(body.size)
-        return self._checked(
+        return self.checked(
             GenerateRequest(
                 request_id=request_id,
                 tenant=tenant,
-                prompt=self._prompt(body.prompt, "prompt"),
-                negative_prompt=self._prompt(body.negative_prompt or "", "negative_prompt"),
+                prompt=self.prompt(body.prompt, "prompt"),
+                negative_prompt=self.prompt(body.negative_prompt or "", "negative_prompt"),
                 adapters=self.adapters(tenant, body.model, body.adapters or ()),
                 width=width,
                 height=height,
@@ -55,7 +56,7 @@ class Intake:
                 steps=body.steps or self.spec.steps,
                 guidance_scale=self.spec.guidance_scale if body.guidance_scale is None else body.guidance_scale,
                 scheduler=body.scheduler or self.spec.scheduler,
-                image=None if body.image is None else read_base64(body.image, "image"),
+                image=None if body.image is None else read_picture_field(body.image, "image", width, height),
                 strength=body.strength or 0.8,
                 previews=body.partial_images or 0,
                 output_format=body.output_format or "png",
@@ -64,7 +65,8 @@ class Intake:
             )
         )
 
-    def _checked(self, request: GenerateRequest) -> GenerateRequest:
+    def checked(self, request: GenerateRequest) -> GenerateRequest:
+        """`request`, if it is within the limits. Raises ApiError."""
         limits = self.spec.limits
         _at_most(request.count, limits.images, "n")
         _at_most(request.steps, limits.steps, "steps")
@@ -86,12 +88,6 @@ class Intake:
                     param="adapters",
                 )
         return request
-
-    def text_to_image(self, request: GenerateRequest) -> GenerateRequest:
-        """A request made elsewhere (the AUTOMATIC1111 shim), checked like any other."""
-        self._prompt(request.prompt, "prompt")
-        self._prompt(request.negative_prompt, "negative_prompt")
-        return self._checked(request)
 
     def adapters(self, tenant: str, model: str | None, worn: Sequence[WornAdapter]) -> tuple[AdapterUse, ...]:
         """The versions that a model name and a mix mean now."""
@@ -125,7 +121,8 @@ class Intake:
             raise ApiError(400, str(error), param=param, code="wrong_base") from None
         return AdapterUse(ref=ref_of(resolved), weight=weight)
 
-    def _prompt(self, prompt: str, field: str) -> str:
+    def prompt(self, prompt: str, field: str) -> str:
+        """`prompt`, if it is within the limits. Raises ApiError."""
         limit = self.spec.limits.prompt_chars
         if len(prompt) > limit:
             raise ApiError(
@@ -181,13 +178,20 @@ def any_seed() -> int:
     return secrets.randbits(31)
 
 
-def read_base64(text: str, field: str) -> bytes:
-    """The bytes of base64 or of a data URL."""
-    payload = text.partition(",")[2] if text.startswith("data:") else text
+def read_picture_field(text: str, field: str, width: int, height: int) -> bytes:
+    """The bytes of a picture sent as base64 or as a data URL; lines may be wrapped, padding may be missing.
+
+    Only its header is looked at. Raises ApiError if that says that it cannot be decoded to `width` x `height`.
+    """
+    payload = "".join((text.partition(",")[2] if text.startswith("data:") else text).split()).rstrip("=")
     try:
-        return base64.b64decode(payload, validate=True)
+        data = base64.b64decode(payload + "=" * (-len(payload) % 4), validate=True)
+        count(data, width, height)
     except (binascii.Error, ValueError):
         raise ApiError(400, f"'{field}' is not base64.", param=field) from None
+    except Refused as error:
+        raise ApiError(400, str(error), param=field) from None
+    return data
 
 
 def _at_most(value: int, limit: int, field: str, what: str | None = None) -> None:

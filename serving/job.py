@@ -20,7 +20,7 @@ class Job:
 
     request: GenerateRequest
     schedule: Schedule
-    pixels_CHW: Tensor | None  # image-to-image: the picture in [-1, 1]
+    pixels_CHW: Tensor | None  # image-to-image: the picture, uint8: many may wait
     arrived_s: float  # time.monotonic
     loads: Loads = field(default_factory=dict)
     samples: list["Sample"] = field(default_factory=list)

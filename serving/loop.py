@@ -18,10 +18,11 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from serving.decoding import Decoding
 from serving.engine import Engine
 from serving.errors import Cancelled, GenerationFailed, NotReady
 from serving.job import Done, EngineStats, Failed, Job, Outcome
-from serving.pictures import decode, encode, enlarge
+from serving.pictures import encode, enlarge
 from serving.request import AdapterRef, Event, GenerateRequest, Picture, Preview
 
 logger = logging.getLogger(__name__)
@@ -46,6 +47,7 @@ class EngineLoop:
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
+        self._decoding = Decoding()
         self._commands: deque[Callable[[], None]] = deque()
         self._listeners: dict[Job, _Listener] = {}
         self._closing = False
@@ -64,7 +66,8 @@ class EngineLoop:
         """Previews and pictures as they come; ends with the last picture. Leaving it early cancels the request."""
         pixels = None
         if request.image is not None:
-            pixels = await asyncio.to_thread(decode, request.image, request.width, request.height)
+            decoded = self._decoding.submit(request.tenant, request.image, request.width, request.height)
+            pixels = await asyncio.wrap_future(decoded)
         listener = _Listener(asyncio.get_running_loop())
         submitting = self._on_thread(lambda: self._submit(request, pixels, listener))
         try:
@@ -77,6 +80,8 @@ class EngineLoop:
             while left:
                 outcome = await listener.outcomes.get()
                 if isinstance(outcome, Failed):
+                    if isinstance(outcome.error, GenerationFailed):
+                        logger.error("request %s failed", request.request_id, exc_info=outcome.error)
                     raise outcome.error
                 left -= isinstance(outcome, Done)
                 yield await asyncio.to_thread(_encoded, request, outcome)
@@ -107,6 +112,7 @@ class EngineLoop:
             time.sleep(0.02)
         self._closing = True
         self.engine.woken.set()
+        self._decoding.close()
         self._thread.join(60)
         self.engine.close()
 

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from math import ceil
 from typing import Any
@@ -23,6 +24,7 @@ from training.registry import CorruptAdapter, CurrentVersion, UnknownAdapter
 from training.storage import StorageError
 
 logger = logging.getLogger(__name__)
+REQUEST_ID: ContextVar[str] = ContextVar("request_id", default="-")  # of the request that is being answered
 # OpenAI's names of what pydantic finds; `{}` is integer or decimal
 _CODES = {
     "missing": "missing_required_parameter",
@@ -61,7 +63,9 @@ class Problem:
         kind = "server_error" if self.status >= 500 else "invalid_request_error"
         if self.status == 429:
             kind = "insufficient_quota" if self.code == "insufficient_quota" else "requests"
-        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+        return {
+            "error": {"message": _whole(self.message), "type": kind, "param": _whole(self.param), "code": self.code}
+        }
 
 
 def describe(error: BaseException) -> Problem:
@@ -90,9 +94,10 @@ def describe(error: BaseException) -> Problem:
             message = "This Idempotency-Key was used for another request."
             return Problem(422, message, param="Idempotency-Key", code="idempotency_error")
         case StorageError():
-            logger.error("storage: %s", error)
+            logger.error("request %s: storage: %s", REQUEST_ID.get(), error)
             return Problem(503, "The storage does not answer; try again.", code="storage", headers={"Retry-After": "5"})
         case GenerationFailed():
+            logger.error("request %s: %s", REQUEST_ID.get(), error)  # the engine's own log has the traceback
             return Problem(500, str(error), code="generation_failed")
         case UserError():
             return Problem(400, str(error))
@@ -101,9 +106,10 @@ def describe(error: BaseException) -> Problem:
         case HTTPException():
             return Problem(error.status_code, str(error.detail), headers=dict(error.headers or {}))
         case _:
-            logger.error("unexpected error", exc_info=error)
+            name = REQUEST_ID.get()
+            logger.error("request %s: unexpected error", name, exc_info=error)
             return Problem(
-                500, "Something went wrong on the server. The request id finds it in the log.", code="internal"
+                500, f"Something went wrong on the server; its log says what, at request {name}.", code="internal"
             )
 
 
@@ -116,6 +122,8 @@ def _invalid(errors: Sequence[Mapping[str, Any]]) -> Problem:
             told.append(f"Unknown field '{where}'.")
         elif error["type"] == "json_invalid":
             told.append(f"The body is not JSON: {error.get('ctx', {}).get('error', error['msg'])}.")
+        elif error["type"] == "string_unicode":
+            told.append(f"'{where}' is no Unicode text: it holds half of a character (a lone surrogate).")
         elif error["type"] == "missing":
             told.append(f"'{where}' is missing.")
         else:
@@ -140,5 +148,10 @@ def _field(error: Mapping[str, Any]) -> str:
 
 
 def _short(value: object) -> str:
-    shown = repr(value)
+    shown = repr(value[:80] if isinstance(value, str) else value)
     return shown if len(shown) <= 80 else f"{shown[:77]}..."
+
+
+def _whole(text: str | None) -> str | None:
+    """`text` as an answer can hold it: half characters that a client sent are shown as escapes."""
+    return None if text is None else text.encode(errors="backslashreplace").decode()

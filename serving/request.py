@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-SamplerName = Literal["ddim", "euler", "euler_a", "dpm++_2m"]
+SamplerName = Literal["ddim", "euler", "euler_a", "dpm++_2m", "euler_karras", "euler_a_karras", "dpm++_2m_karras"]
 ImageFormat = Literal["png", "jpeg", "webp"]
 MAX_SEED = 2**53 - 1  # above it JavaScript, and the floats of an OpenAPI document, do not hold every whole number
 

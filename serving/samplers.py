@@ -11,7 +11,7 @@ Shape suffixes: N rows, T steps, C coefficients; CHW a latent.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal, cast
 
 import torch
 from diffusers import (
@@ -25,6 +25,8 @@ from torch import Tensor
 from serving.request import SamplerName
 from training.errors import UserError
 
+KARRAS = "_karras"  # ends the name of a sampler whose noise levels are spaced as Karras et al. (2022) do
+Kind = Literal["ddim", "euler", "euler_a", "dpm++_2m"]
 # the columns of a table; "clean" is the model's prediction of the finished latents
 TIMESTEP, INPUT, CLEAN_X, CLEAN_OUT, X, OUT, CLEAN, BEFORE, NOISE = range(9)
 
@@ -58,13 +60,14 @@ class Samplers:
 
     def _schedule(self, name: SamplerName, steps: int, strength: float | None = None) -> Schedule:
         """The run of `steps` steps; with `strength` the last part of it that image-to-image does."""
-        scheduler = _make(name, self._config)
+        kind = cast(Kind, name.removesuffix(KARRAS))
+        scheduler = _make(kind, self._config, karras=name.endswith(KARRAS))
         start = 0
         if strength is not None:
             start = max(steps - min(int(steps * strength), steps), 0)
         try:
             scheduler.set_timesteps(steps)
-            table = _TABLES[name](scheduler, start).to(torch.float32)
+            table = _TABLES[kind](scheduler, start).to(torch.float32)
         except (IndexError, ValueError):  # more steps than the noise schedule has
             table = torch.full((1, 1), torch.nan)
         if not len(table) or not torch.isfinite(table).all():
@@ -73,25 +76,28 @@ class Samplers:
                 + (f" with strength {strength}" if strength is not None else "")
                 + f" on this base, whose noise schedule has {scheduler.config.num_train_timesteps}. Use other numbers."
             )
-        signal, noise = _first_mix(name, scheduler, start, from_image=strength is not None)
-        return Schedule(table, signal, noise, name == "euler_a")
+        signal, noise = _first_mix(kind, scheduler, start, from_image=strength is not None)
+        return Schedule(table, signal, noise, kind == "euler_a")
 
 
-def _make(name: SamplerName, config: dict[str, Any]) -> Any:
-    if name == "dpm++_2m":
+def _make(kind: Kind, config: dict[str, Any], *, karras: bool) -> Any:
+    config = {**config, "use_karras_sigmas": True} if karras else config
+    if kind == "dpm++_2m":
         return DPMSolverMultistepScheduler.from_config(
             config, solver_order=2, algorithm_type="dpmsolver++", solver_type="midpoint"
         )
+    if karras:  # of an ancestral run only the noise levels are read, so Euler's do for both
+        return EulerDiscreteScheduler.from_config(config)
     classes = {"ddim": DDIMScheduler, "euler": EulerDiscreteScheduler, "euler_a": EulerAncestralDiscreteScheduler}
-    return classes[name].from_config(config)
+    return classes[kind].from_config(config)
 
 
-def _first_mix(name: SamplerName, scheduler: Any, start: int, *, from_image: bool) -> tuple[float, float]:
+def _first_mix(kind: Kind, scheduler: Any, start: int, *, from_image: bool) -> tuple[float, float]:
     if not from_image:
         return 0.0, float(scheduler.init_noise_sigma)
-    if name in ("euler", "euler_a"):
+    if kind in ("euler", "euler_a"):
         return 1.0, float(scheduler.sigmas[start])
-    if name == "ddim":
+    if kind == "ddim":
         alpha = float(scheduler.alphas_cumprod.double()[int(scheduler.timesteps[start])])
         return alpha**0.5, (1 - alpha) ** 0.5
     sigma = float(scheduler.sigmas.double()[start])

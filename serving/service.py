@@ -8,17 +8,18 @@ import base64
 import binascii
 import re
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
 from fastapi import Request
 
+from serving.infotext import infotext, with_infotext
 from serving.intake import Intake
 from serving.job import EngineStats
 from serving.metrics import Metrics
 from serving.problems import ApiError
-from serving.request import AdapterRef, Event, GenerateRequest
+from serving.request import AdapterRef, Event, GenerateRequest, Picture
 from serving.tenants import Keys, Quota, Scope
 from training.registry import DEFAULT_TENANT
 
@@ -53,6 +54,26 @@ class Service:
     keys: Keys | None
     quota: Quota
     metrics: Metrics = field(default_factory=Metrics)
+
+    async def events(self, wanted: GenerateRequest) -> AsyncGenerator[Event, None]:
+        """The events of a request, counted for its tenant; leaving them early cancels it. Raises QueueFull.
+
+        PNG files of finished pictures hold what made them, where the server is set up so.
+        """
+        with self.quota.request(wanted.tenant):
+            events = self.generate(wanted)
+            try:
+                async for event in events:
+                    yield self._signed(event, wanted) if isinstance(event, Picture) else event
+            finally:
+                if isinstance(events, AsyncGenerator):
+                    await events.aclose()
+
+    def _signed(self, picture: Picture, wanted: GenerateRequest) -> Picture:
+        if wanted.output_format != "png" or not self.intake.spec.picture_parameters:
+            return picture
+        text = infotext(wanted, picture.seed, self.intake.library.base, self.intake.library.base_hash)
+        return picture.model_copy(update={"data": with_infotext(picture.data, text)})
 
     def tenant(self, request: Request, scope: Scope | None = None) -> str:
         """Whose request this is. Raises ApiError: 401 without a valid key, 403 if the key is not good for `scope`."""

@@ -13,6 +13,7 @@ Every key reads the lists of its tenant. Knows nothing about HTTP.
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import secrets
 import threading
@@ -25,11 +26,12 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from serving.config import Limits
-from serving.errors import QueueFull
+from serving.errors import NotReady, QueueFull
 from serving.request import Closed
 from training.errors import UserError
 from training.registry import check_id
 
+logger = logging.getLogger(__name__)
 PREFIX = "dfk_"
 Scope = Literal["images", "train", "admin"]
 SCOPES: tuple[Scope, ...] = get_args(Scope)
@@ -70,7 +72,7 @@ class Keys:
         self._lock = threading.Lock()
 
     def find(self, token: str) -> Key | None:
-        """The key that this is, expired or not; None for an unknown or revoked one."""
+        """The key that this is, expired or not; None for an unknown or revoked one. Raises NotReady if the file cannot be read."""
         with self._lock:
             self._refresh()
             return self._valid.get(_hash(token))
@@ -124,7 +126,12 @@ class Keys:
         except FileNotFoundError:
             stamp = None
         if stamp != self._stamp or stamp is None:
-            self._valid = {key.sha256: key for key in self.all() if key.revoked is None}
+            try:
+                keys = self.all()
+            except (UserError, OSError) as error:  # names the path and shows what is in the file: for the log only
+                logger.error("%s", error)
+                raise NotReady("The server cannot read its keys; its log says why. Try again later.") from None
+            self._valid = {key.sha256: key for key in keys if key.revoked is None}
             self._stamp = stamp
 
     def _write(self, keys: tuple[Key, ...]) -> None:

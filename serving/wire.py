@@ -10,6 +10,13 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from serving.request import MAX_SEED, Closed, ImageFormat, SamplerName
 
+# No string is longer than its field may be, whatever the server's own limits are: looked at before anything else is
+# done with it. A length is also what makes pydantic refuse a lone surrogate, which no encoder and no answer can hold.
+MAX_PROMPT = 20_000
+MAX_NAME = 300
+MAX_PICTURE = 96 * 2**20  # base64 of the largest picture
+Prompt = Annotated[str, Field(max_length=MAX_PROMPT)]
+Name = Annotated[str, Field(max_length=MAX_NAME)]
 SIZE = r"^(auto|[1-9][0-9]{0,4}x[1-9][0-9]{0,4})$"
 ADAPTER_NAME = r"^[a-z0-9][a-z0-9._-]{0,62}(/[a-z0-9][a-z0-9._-]{0,62})?(@[0-9a-f]{6,64})?$"
 
@@ -20,7 +27,10 @@ class WornAdapter(Closed):
     id: Annotated[
         str,
         Field(
-            pattern=ADAPTER_NAME, description="`<id>`, `<tenant>/<id>`, either with `@<version>`", examples=["rusty"]
+            pattern=ADAPTER_NAME,
+            max_length=MAX_NAME,
+            description="`<id>`, `<tenant>/<id>`, either with `@<version>`",
+            examples=["rusty"],
         ),
     ]
     weight: Annotated[float, Field(description="scales its effect; negative subtracts it", examples=[1.0])] = 1.0
@@ -45,18 +55,18 @@ class ImagesBody(Closed):
         }
     )
 
-    prompt: str
-    model: str | None = Field(
-        None, max_length=300, description="`<base>`, `<base>:<tenant>/<id>[@version]`, or `<id>` of the caller's tenant"
+    prompt: Prompt
+    model: Name | None = Field(
+        None, description="`<base>`, `<base>:<tenant>/<id>[@version]`, or `<id>` of the caller's tenant"
     )
     n: int | None = Field(None, ge=1, description="images; image i has seed + i")
-    size: str | None = Field(None, pattern=SIZE, description="`WIDTHxHEIGHT` in pixels, or `auto`")
+    size: str | None = Field(None, pattern=SIZE, max_length=11, description="`WIDTHxHEIGHT` in pixels, or `auto`")
     response_format: Literal["b64_json"] | None = None
     output_format: ImageFormat | None = None
     output_compression: int | None = Field(None, ge=0, le=100, description="quality of jpeg and webp")
     stream: bool | None = None
     partial_images: int | None = Field(None, ge=0, le=3, description="previews of each image, with `stream`")
-    user: str | None = None
+    user: Name | None = None
     # known to OpenAI's models only
     background: Literal["transparent", "opaque", "auto"] | None = Field(
         None, description="images are opaque: `transparent` is refused"
@@ -64,15 +74,15 @@ class ImagesBody(Closed):
     moderation: Literal["low", "auto"] | None = None
     quality: Literal["low", "medium", "high", "xhigh", "max", "auto", "standard", "hd"] | None = None
     style: Literal["vivid", "natural"] | None = None
-    safety_identifier: str | None = None
+    safety_identifier: Name | None = None
     # ours
     adapters: tuple[WornAdapter, ...] | None = Field(None, description="the mix; with that of `model`, if it names one")
-    negative_prompt: str | None = None
+    negative_prompt: Prompt | None = None
     seed: int | None = Field(None, ge=0, le=MAX_SEED)
     steps: int | None = Field(None, ge=1)
     guidance_scale: float | None = Field(None, ge=0, le=100)
     scheduler: SamplerName | None = None
-    image: str | None = Field(None, description="a picture to start from, base64 or a data URL")
+    image: str | None = Field(None, max_length=MAX_PICTURE, description="a picture to start from, base64 or a data URL")
     strength: float | None = Field(None, gt=0, le=1, description="how much of `image` is made anew")
 
 
@@ -262,59 +272,3 @@ class ErrorAnswer(BaseModel):
     """OpenAI's error envelope."""
 
     error: ErrorDetail
-
-
-class Txt2ImgBody(BaseModel):
-    """`POST /sdapi/v1/txt2img`. Fields of AUTOMATIC1111 that are not here are ignored, as its clients send dozens."""
-
-    model_config = ConfigDict(
-        extra="ignore",
-        json_schema_extra={"examples": [{"prompt": "a sks dog <lora:rusty:0.8>", "steps": 20, "cfg_scale": 5}]},
-    )
-
-    prompt: str = ""
-    negative_prompt: str = ""
-    seed: int = Field(-1, ge=-1, le=MAX_SEED, description="-1: any")
-    sampler_name: str | None = None
-    sampler_index: str | None = None
-    batch_size: int = Field(1, ge=1)
-    n_iter: int = Field(1, ge=1)
-    steps: int | None = Field(None, ge=1)
-    cfg_scale: float | None = Field(None, ge=0, le=100)
-    width: int | None = Field(None, ge=1)
-    height: int | None = Field(None, ge=1)
-    send_images: bool = True
-
-
-class Img2ImgBody(Txt2ImgBody):
-    """`POST /sdapi/v1/img2img`: starts from the first of `init_images` (base64)."""
-
-    init_images: tuple[str, ...] = Field(min_length=1)
-    denoising_strength: float = Field(0.75, gt=0, le=1)
-
-
-class SdImages(BaseModel):
-    images: list[str]
-    parameters: dict[str, object]
-    info: str
-
-
-class SdProgress(BaseModel):
-    progress: float
-    eta_relative: float
-    state: dict[str, object]
-    current_image: str | None = None
-    textinfo: str | None = None
-
-
-class SdLora(BaseModel):
-    name: str
-    alias: str
-    path: str
-    metadata: dict[str, object]
-
-
-class SdSampler(BaseModel):
-    name: str
-    aliases: list[str]
-    options: dict[str, str]

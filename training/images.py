@@ -20,6 +20,9 @@ FORMATS = ("JPEG", "PNG", "WEBP")
 MIB = 2**20
 # Real progressive JPEGs have about 10 scans. Each scan walks the whole image, so thousands of empty ones cost hours.
 MAX_JPEG_SCANS = 100
+# Real ones have fewer than 600 (64 KB each). Pillow walks them one by one in Python, and so it does with bytes between.
+MAX_JPEG_SEGMENTS = 2000
+MAX_DECLARED_PIXELS = 170_000_000  # about where Pillow itself refuses
 MAX_ICC_BYTES = 4 * MIB
 ORIENTATION_TAG = 0x0112
 
@@ -83,29 +86,54 @@ class Picture(NamedTuple):
 
 
 DEFAULT_LIMITS = ImageLimits()
+_BOMB = f"decompression bomb: declares more than {MAX_DECLARED_PIXELS // 10**6} million pixels"
 
 
-def read_image(data: bytes, name: str, limits: ImageLimits = DEFAULT_LIMITS) -> Image.Image:
+def read_image(
+    data: bytes, name: str, limits: ImageLimits = DEFAULT_LIMITS, about_px: int | None = None
+) -> Image.Image:
     """The image in a file's bytes as upright RGB, alpha laid on white. Raises `ImageError`."""
-    return read_picture(data, name, limits).image
+    return read_picture(data, name, limits, about_px).image
 
 
-def read_picture(data: bytes, name: str, limits: ImageLimits = DEFAULT_LIMITS) -> Picture:
-    """`read_image` with the mask of files that have transparency. Raises `ImageError`."""
-    if not data:
-        raise ImageError(name, "empty: 0 bytes")
-    if len(data) > limits.max_bytes:
-        raise ImageError(name, f"too many bytes: {len(data) / MIB:.1f} MiB, at most {limits.max_bytes / MIB:g} MiB")
-    size = declared_size(data)
-    if size is not None:
-        _check_size(size, name, limits)
+def read_picture(data: bytes, name: str, limits: ImageLimits = DEFAULT_LIMITS, about_px: int | None = None) -> Picture:
+    """`read_image` with the mask of files that have transparency. Raises `ImageError`.
+
+    `about_px`: the image is wanted with sides of so many pixels; a JPEG comes scaled down by 2, 4 or 8 where it stays
+    larger than that, and its limits are then those of the scaled image: it is never decoded whole.
+    """
+    count_pixels(data, name, limits, about_px)
     with warnings.catch_warnings():
         # Pillow warns about odd metadata; what matters is whether pixels come out.
         warnings.simplefilter("ignore")
         image = _open(data, name)
+        if about_px is not None and _is_scalable(data):
+            image.draft(None, (about_px, about_px))
         _check_size(image.size, name, limits)
         _check_work(image, data, name)
         return _decode(image, name)
+
+
+def count_pixels(data: bytes, name: str, limits: ImageLimits = DEFAULT_LIMITS, about_px: int | None = None) -> int:
+    """How many pixels `read_picture` would decode, going by the file's header alone: it takes no time and no memory.
+
+    Raises `ImageError` if the header says enough to refuse the file, or is none.
+    """
+    if not data:
+        raise ImageError(name, "empty: 0 bytes")
+    if len(data) > limits.max_bytes:
+        raise ImageError(name, f"too many bytes: {len(data) / MIB:.1f} MiB, at most {limits.max_bytes / MIB:g} MiB")
+    frame = _jpeg_frame(data, name)
+    size = declared_size(data) if frame is None else frame[:2]
+    if size is None:
+        raise ImageError(name, _unopened(data))
+    if about_px is not None and _is_scalable(data):
+        if size[0] * size[1] > MAX_DECLARED_PIXELS:
+            raise ImageError(name, _BOMB)
+        scale = next(by for by in (8, 4, 2, 1) if by == 1 or min(size) // about_px >= by)
+        size = -(-size[0] // scale), -(-size[1] // scale)
+    _check_size(size, name, limits)
+    return size[0] * size[1]
 
 
 def declared_size(data: bytes) -> tuple[int, int] | None:
@@ -129,6 +157,39 @@ def declared_size(data: bytes) -> tuple[int, int] | None:
     return None
 
 
+def _jpeg_frame(data: bytes, name: str) -> tuple[int, int, bool] | None:
+    """(width, height, whether it is baseline) that a JPEG's header declares, None for other bytes and broken headers.
+
+    Raises `ImageError` for a header of endless segments.
+    """
+    if data[:3] != b"\xff\xd8\xff":
+        return None
+    frame, at = None, 2
+    for _ in range(MAX_JPEG_SEGMENTS):
+        before, at = at, data.find(b"\xff", at)
+        marker = data[at + 1 : at + 2]
+        if at < 0 or not marker or marker in b"\xd9\xda":  # cut short, the end, or where pixels begin
+            return frame
+        if at - before > MAX_JPEG_SEGMENTS:
+            break
+        if marker == b"\xff":  # padding
+            at += 1
+        elif marker in b"\x00\x01\xd0\xd1\xd2\xd3\xd4\xd5\xd6\xd7\xd8":  # no length follows
+            at += 2
+        else:
+            if b"\xc0" <= marker <= b"\xcf" and marker not in b"\xc4\xc8\xcc" and len(data) >= at + 9:
+                height, width = struct.unpack(">HH", data[at + 5 : at + 9])
+                frame = width, height, marker in b"\xc0\xc1"
+            at += 2 + max(2, int.from_bytes(data[at + 2 : at + 4], "big"))
+    raise ImageError(name, f"its JPEG header does not end: at most {MAX_JPEG_SEGMENTS} segments")
+
+
+def _is_scalable(data: bytes) -> bool:
+    """Whether a file is a JPEG that is decoded piece by piece. A progressive one is held whole, at any scale."""
+    frame = _jpeg_frame(data, "")
+    return frame is not None and frame[2]
+
+
 def thumbnail(image: Image.Image, size_px: int = 96) -> bytes:
     """A WebP of the whole image within a square of `size_px`, for reports."""
     small = image.convert("RGB")
@@ -143,7 +204,7 @@ def _open(data: bytes, name: str) -> Image.Image:
     try:
         return Image.open(io.BytesIO(data), formats=FORMATS)
     except Image.DecompressionBombError:
-        raise ImageError(name, "decompression bomb: declares more than 170 million pixels") from None
+        raise ImageError(name, _BOMB) from None
     except Exception:  # parsers of hostile bytes raise whatever they stumble over; all of it means the same
         raise ImageError(name, _unopened(data)) from None
 

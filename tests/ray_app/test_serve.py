@@ -204,6 +204,25 @@ def test_a_replica_that_dies_costs_no_request(client: Client) -> None:
     assert client.call("GET", "/healthz").json()["status"] == "ok"
 
 
+@pytest.mark.ray
+def test_an_ingress_that_dies_is_told_in_our_words(client: Client) -> None:
+    """The requests under way are lost, and their clients told to come again. The last that is done to this server."""
+
+    async def story() -> httpx.Response:
+        async with httpx.AsyncClient(base_url=client.url, timeout=120, trust_env=False) as session:
+            body = {"prompt": "a dog", "steps": 900, "size": "64x64"}
+            call = asyncio.create_task(session.post("/v1/images/generations", json=body))
+            await asyncio.sleep(1)
+            assert not call.done()
+            for ingress in ray_processes("ServeReplica:dreamfleet:ingress"):
+                os.kill(ingress.pid, signal.SIGKILL)
+            return await call
+
+    answer = asyncio.run(story())
+    assert answer.status_code == 503 and int(answer.headers["retry-after"]) >= 1, answer.text
+    assert answer.json()["error"]["code"] == "not_ready"
+
+
 def test_without_keys_only_loopback(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="loopback only, not to 0.0.0.0"):
         start_server(storage=str(tmp_path), host="0.0.0.0")

@@ -5,6 +5,7 @@ import pickle
 import struct
 import zlib
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from training.images import (
     ORIENTATION_TAG,
     ImageError,
     ImageLimits,
+    count_pixels,
     declared_size,
     read_image,
     read_picture,
@@ -327,6 +329,50 @@ def test_a_jpeg_bomb_is_refused_by_its_header(side: int) -> None:
     frame = data.find(b"\xff\xc0")
     data[frame + 5 : frame + 9] = struct.pack(">HH", side, side)
     assert "decompression bomb" in reason(bytes(data))
+
+
+@pytest.mark.parametrize("filler", [b"\xff\xfe\x00\x02", b"\xff", b"\x00", b"\xff\xd0"])
+def test_a_jpeg_header_that_does_not_end_is_refused(filler: bytes) -> None:
+    """Pillow walks it in Python, a segment or a byte at a time."""
+    data = encoded(picture(), "JPEG")
+    assert "header does not end" in reason(data[:20] + filler * 20_000 + data[20:])
+    few = data[:20] + b"\xff\xfe\x00\x02" * 600 + data[20:]
+    assert read_image(few, "a.jpg").size == (48, 32)
+
+
+# -- read at the size that is wanted
+
+
+@pytest.mark.parametrize(("about_px", "size"), [(999, (320, 480)), (160, (160, 240)), (60, (80, 120)), (9, (40, 60))])
+def test_a_jpeg_is_scaled_down_while_it_is_decoded(about_px: int, size: tuple[int, int]) -> None:
+    """Upright, no smaller than asked for, and close to the whole image scaled down."""
+    whole = Image.radial_gradient("L").resize((480, 320)).convert("RGB")
+    exif = Image.Exif()
+    exif[ORIENTATION_TAG] = 6
+    data, limits = encoded(whole, "JPEG", quality=95, exif=exif), ImageLimits(min_side_px=1)
+    assert count_pixels(data, "a.jpg", limits, about_px) == size[0] * size[1]
+    image = read_image(data, "a.jpg", limits, about_px)
+    assert image.size == size
+    expected = whole.transpose(Image.Transpose.ROTATE_270).resize(size, Image.Resampling.BOX)
+    assert np.abs(pixels(image).astype(int) - pixels(expected).astype(int)).mean() < 6
+
+
+def test_a_jpeg_of_100_megapixels_is_read_within_the_limits_of_what_is_decoded() -> None:
+    data = encoded(Image.new("L", (10_000, 10_000), 128), "JPEG")
+    assert "too large" in reason(data)
+    assert count_pixels(data, "a.jpg", about_px=1024) == 1250**2
+    assert read_image(data, "a.jpg", about_px=1024).size == (1250, 1250)
+
+
+@pytest.mark.parametrize(("form", "options"), [("PNG", {}), ("WEBP", {}), ("JPEG", {"progressive": True})])
+def test_what_must_be_decoded_whole_counts_whole(form: str, options: dict[str, Any]) -> None:
+    data = encoded(picture(), form, **options)
+    assert count_pixels(data, "a", about_px=8) == 48 * 32
+    limits = ImageLimits(max_pixels=1000)
+    with pytest.raises(ImageError, match="too large"):
+        count_pixels(data, "a", limits, about_px=8)
+    with pytest.raises(ImageError, match="too large"):
+        read_image(data, "a", limits, about_px=8)
 
 
 def test_a_jpeg_of_many_scans_is_refused_before_it_takes_hours() -> None:
