@@ -118,7 +118,7 @@ def export(
 @click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--base", default="pocket", show_default=True, help="the base it was trained on")
 @click.option("--trigger", default="", help="the words that call the subject up")
-@click.option("--public", is_flag=True, help="other tenants may generate with it")
+@click.option("--public/--private", default=None, help="whether others may generate with it; else as before")
 @options.storage
 @options.tenant
 @options.as_json
@@ -127,7 +127,7 @@ def import_(
     files: tuple[Path, ...],
     base: str,
     trigger: str,
-    public: bool,
+    public: bool | None,
     storage: str,
     tenant: str,
     as_json: bool,

@@ -38,6 +38,7 @@ SHOWN = {
     "instance_prompt", "class_name", "trigger",
 }  # fmt: skip
 After = Annotated[str | None, Query(max_length=200, description="the last of the page before, `<tenant>/<id>`")]
+Id = Annotated[str, Path(max_length=300)]
 Version = Annotated[str, Path(pattern=r"^[0-9a-f]{6,64}$", description="a version, or a unique prefix of it")]
 
 
@@ -114,7 +115,7 @@ async def upload_adapter(
 
 
 @router.get("/v1/adapters/{id}/versions", responses=ERRORS)
-async def list_versions(request: Request, id: str) -> AdapterVersions:
+async def list_versions(request: Request, id: Id) -> AdapterVersions:
     """All versions of an adapter of the caller, newest first."""
     service = service_of(request)
     tenant = service.tenant(request)
@@ -137,7 +138,7 @@ async def list_versions(request: Request, id: str) -> AdapterVersions:
 
 
 @router.get("/v1/adapters/{id}/versions/{version}", responses=ERRORS)
-async def show_version(request: Request, id: str, version: Version) -> AdapterDetails:
+async def show_version(request: Request, id: Id, version: Version) -> AdapterDetails:
     """One version of an adapter of the caller, with its card."""
     service = service_of(request)
     tenant = service.tenant(request)
@@ -145,7 +146,7 @@ async def show_version(request: Request, id: str, version: Version) -> AdapterDe
 
 
 @router.delete("/v1/adapters/{id}/versions/{version}", responses=ERRORS)
-async def delete_version(request: Request, id: str, version: Version) -> Deleted:
+async def delete_version(request: Request, id: Id, version: Version) -> Deleted:
     """Deletes one version of an adapter of the caller; not the one that is served."""
     service = service_of(request)
     tenant = service.tenant(request)
@@ -155,7 +156,7 @@ async def delete_version(request: Request, id: str, version: Version) -> Deleted
 
 
 @router.get("/v1/adapters/{id}/versions/{version}/files", responses=ERRORS)
-async def list_files(request: Request, id: str, version: Version) -> AdapterFiles:
+async def list_files(request: Request, id: Id, version: Version) -> AdapterFiles:
     """The files of a version of an adapter of the caller: weights, card, samples."""
     service = service_of(request)
     tenant = service.tenant(request)
@@ -169,7 +170,9 @@ async def list_files(request: Request, id: str, version: Version) -> AdapterFile
     response_class=Response,
     responses={200: {"content": {"application/octet-stream": {}}, "description": "the file"}, **ERRORS},
 )
-async def download_file(request: Request, id: str, version: Version, file: str) -> Response:
+async def download_file(
+    request: Request, id: Id, version: Version, file: Annotated[str, Path(max_length=300)]
+) -> Response:
     """One file of a version of an adapter of the caller, such as `adapter.safetensors`."""
     service = service_of(request)
     tenant = service.tenant(request)
@@ -181,7 +184,7 @@ async def download_file(request: Request, id: str, version: Version, file: str) 
 
 
 @router.patch("/v1/adapters/{id}", responses=ERRORS)
-async def change_adapter(request: Request, id: str, change: AdapterChange) -> AdapterDetails:
+async def change_adapter(request: Request, id: Id, change: AdapterChange) -> AdapterDetails:
     """Changes who may see an adapter of the caller, its trigger, or which version is served."""
     service = service_of(request)
     tenant = service.tenant(request)

@@ -72,7 +72,7 @@ class Keys:
         self._lock = threading.Lock()
 
     def find(self, token: str) -> Key | None:
-        """The key that this is, expired or not; None for an unknown or revoked one. Raises NotReady if the file cannot be read."""
+        """The key that this is, expired or not; None for an unknown or revoked one. Raises NotReady."""
         with self._lock:
             self._refresh()
             return self._valid.get(_hash(token))

@@ -204,7 +204,9 @@ class AdapterChange(Closed):
 
     public: bool | None = Field(None, description="other tenants may generate with it, with every version")
     trigger: str | None = Field(None, max_length=1000, description="what its prompts say")
-    version: str | None = Field(None, pattern=r"^[0-9a-f]{6,64}$", description="the version to serve from now on")
+    version: str | None = Field(
+        None, pattern=r"^[0-9a-f]{6,64}$", max_length=64, description="the version to serve from now on"
+    )
 
 
 class Adapters(BaseModel):

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 
-from training.card import MAX_BYTES
+from training.card import MAX_BYTES as MAX_BYTES
 from training.errors import UserError
 from training.storage import content_id
 from training.tensor_file import TensorFileError, read_tensors, write_tensors

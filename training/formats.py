@@ -15,6 +15,7 @@ import torch
 
 from training.adapter import (
     CANONICAL,
+    MAX_BYTES,
     METADATA,
     Adapter,
     AdapterError,
@@ -27,7 +28,6 @@ from training.adapter import (
     some,
     trimmed,
 )
-from training.card import MAX_BYTES
 from training.format_kohya import Label, is_kohya, read_kohya, write_kohya
 from training.format_lora_diffusion import is_lora_diffusion, read_lora_diffusion, write_lora_diffusion
 from training.format_named import is_named, peft_config, read_named
