@@ -15,6 +15,8 @@ UNET_TARGETS = (
     "conv_in", "conv_out", "time_embedding.linear_1", "time_embedding.linear_2",
 )  # fmt: skip
 TEXT_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
+MAX_RANK = 1024
+MAX_WORDS = 256
 
 
 class Limits(Closed):
@@ -43,8 +45,8 @@ class EngineSpec(Closed):
     )
     threads: int | None = Field(default=None, ge=1, description="CPU threads of the compute thread")
     slots: int = Field(default=16, ge=1, le=65536, description="adapters on the device at once")
-    rank: int = Field(default=32, ge=1, le=1024, description="the largest adapter rank served")
-    words: int = Field(default=8, ge=0, le=256, description="textual-inversion vectors that an adapter may bring")
+    rank: int = Field(default=32, ge=1, le=MAX_RANK, description="the largest adapter rank served")
+    words: int = Field(default=8, ge=0, le=MAX_WORDS, description="textual-inversion vectors that an adapter may bring")
     targets: tuple[str, ...] = UNET_TARGETS
     text_encoder_targets: tuple[str, ...] = TEXT_TARGETS
     max_rows: int = Field(default=32, ge=1, description="rows of one forward; an image with guidance takes two")
