@@ -8,6 +8,7 @@ import click
 import uvicorn
 
 from serving.config import EngineSpec, ServeSpec
+from serving.flags import flags
 from serving.local import make_app, make_engine
 from serving.loop import EngineLoop
 from serving.tenants import Keys
@@ -26,27 +27,15 @@ KEYS = click.option(
 @click.option(
     "--keys", envvar="DREAMFLEET_KEYS", default=None, help="File of tenants' keys; without: this machine only."
 )
-@click.option("--slots", default=16, show_default=True, help="Adapters on the device at once.")
-@click.option("--max-rows", default=32, show_default=True, help="Rows of one forward; guidance takes two an image.")
-@click.option("--threads", default=None, type=int, help="CPU threads of the engine.")
+@flags(EngineSpec, "engine")
 @click.pass_context
 def main(
-    context: click.Context,
-    storage: str,
-    base: str,
-    host: str,
-    port: int,
-    keys: str | None,
-    slots: int,
-    max_rows: int,
-    threads: int | None,
+    context: click.Context, storage: str, base: str, host: str, port: int, keys: str | None, engine: EngineSpec
 ) -> None:
     """Serves every adapter of a storage from one base."""
     if context.invoked_subcommand is not None:
         return
-    spec = ServeSpec(
-        base=base, storage=storage, keys=keys, engine=EngineSpec(slots=slots, max_rows=max_rows, threads=threads)
-    )
+    spec = ServeSpec(base=base, storage=storage, keys=keys, engine=engine)
     if keys is None and not is_loopback(host):
         raise UserError(
             f"Without keys the server binds to loopback only, not to {host}: anybody who reaches it could use and "

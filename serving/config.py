@@ -39,7 +39,9 @@ class Limits(Closed):
 class EngineSpec(Closed):
     """Sizes and budgets of one engine."""
 
-    device: str | None = Field(default=None, description="cpu, cuda, cuda:1; by default CUDA where it works")
+    device: str | None = Field(
+        default=None, pattern=r"^(cpu|cuda(:\d+)?)$", description="cpu, cuda, cuda:1; by default CUDA where it works"
+    )
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         default="auto", description="auto: fp32 on a CPU, fp16 on CUDA"
     )
@@ -47,8 +49,8 @@ class EngineSpec(Closed):
     slots: int = Field(default=16, ge=1, le=65536, description="adapters on the device at once")
     rank: int = Field(default=32, ge=1, le=MAX_RANK, description="the largest adapter rank served")
     words: int = Field(default=8, ge=0, le=MAX_WORDS, description="textual-inversion vectors that an adapter may bring")
-    targets: tuple[str, ...] = UNET_TARGETS
-    text_encoder_targets: tuple[str, ...] = TEXT_TARGETS
+    targets: tuple[str, ...] = Field(default=UNET_TARGETS, description="ends of the names of UNet layers adapted")
+    text_encoder_targets: tuple[str, ...] = Field(default=TEXT_TARGETS, description="the same of the text encoder")
     max_rows: int = Field(default=32, ge=1, description="rows of one forward; an image with guidance takes two")
     queue: int = Field(default=256, ge=1, description="images that may wait; beyond it requests get 429")
     decode_rows: int = Field(default=4, ge=1, description="images decoded between two denoising steps")

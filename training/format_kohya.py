@@ -23,15 +23,15 @@ _PREFIXES = ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_")
 _PARTS = {"lora_down.weight": "down", "lora_up.weight": "up", "alpha": "alpha"}
 _V2_WIDTH = 1024  # of the text encoder that Stable Diffusion 2.x reads; 1.x has 768
 
+Architecture = Literal["stable-diffusion-v1", "stable-diffusion-v2-512", "stable-diffusion-v2-768-v"]
+
 
 @dataclass(frozen=True)
 class Label:
     """What user interfaces show about a file: nothing here changes an image."""
 
     name: str = "adapter"
-    architecture: Literal["stable-diffusion-v1", "stable-diffusion-v2-512", "stable-diffusion-v2-768-v"] = (
-        "stable-diffusion-v1"
-    )
+    architecture: Architecture = "stable-diffusion-v1"
     resolution_px: int = 512
     v_prediction: bool = False
 
@@ -40,10 +40,10 @@ def label_of(name: str, folder: Path, resolution_px: int) -> Label:
     """The label of an adapter called `name` for the base in the diffusers `folder`; raises UserError if it is none."""
     scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
     v_prediction = scheduler.get("prediction_type") == "v_prediction"
-    if read_config(folder, "unet").get("cross_attention_dim") != _V2_WIDTH:
-        return Label(name, "stable-diffusion-v1", resolution_px, v_prediction)
-    second = "stable-diffusion-v2-768-v" if v_prediction else "stable-diffusion-v2-512"
-    return Label(name, second, resolution_px, v_prediction)
+    architecture: Architecture = "stable-diffusion-v1"
+    if read_config(folder, "unet").get("cross_attention_dim") == _V2_WIDTH:
+        architecture = "stable-diffusion-v2-768-v" if v_prediction else "stable-diffusion-v2-512"
+    return Label(name, architecture, resolution_px, v_prediction)
 
 
 def is_kohya(keys: Sequence[str]) -> bool:
