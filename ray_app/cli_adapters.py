@@ -178,18 +178,16 @@ def _files_of(folder: Path) -> list[Path]:
 def publish(
     library: "Library", tenant: str, id: str, adapter: "Adapter", *, public: bool = False, trigger: str = ""
 ) -> "Resolved":
-    """Publishes `adapter` whatever its rank; says on stderr which flag a server needs for one above the default."""
+    """Publishes `adapter` whatever its rank; says on stderr which flags a server needs to take it."""
     from serving.config import MAX_RANK, MAX_WORDS, EngineSpec
+    from serving.fit import count_vectors
     from training.adapter import save_adapter
 
     spec = EngineSpec(rank=MAX_RANK, words=MAX_WORDS)
     resolved = library.upload(tenant, id, save_adapter(adapter), spec, public=public, trigger=trigger)
-    if adapter.rank > EngineSpec().rank:
-        click.echo(
-            f"note: rank {adapter.rank}: start the server with --rank {adapter.rank} (the default is "
-            f"{EngineSpec().rank}), or make the adapter smaller with `dreamfleet adapters resize`",
-            err=True,
-        )
+    if needed := EngineSpec().flags_for(adapter.rank, count_vectors(adapter)):
+        smaller = ", or make the adapter smaller with `dreamfleet adapters resize`" if "--rank" in needed else ""
+        click.echo(f"note: a server takes it only if started with {needed}{smaller}", err=True)
     return resolved
 
 

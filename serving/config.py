@@ -62,6 +62,11 @@ class EngineSpec(Closed):
         description="pad every forward to `max_rows`: the same seed gives the same bits in any company, at a price",
     )
 
+    def flags_for(self, rank: int, words: int) -> str:
+        """The flags that a server of these sizes lacks for an adapter of `rank` with `words` vectors; empty if none."""
+        short = {"--rank": (rank, self.rank), "--words": (words, self.words)}
+        return " ".join(f"{flag} {need}" for flag, (need, there) in short.items() if need > there)
+
 
 class ServeSpec(Closed):
     """A whole server."""

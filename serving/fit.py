@@ -13,7 +13,7 @@ def check_fit(adapter: Adapter, spec: EngineSpec) -> None:
             f"{flag('rank')} {adapter.rank}, or make the adapter smaller: `dreamfleet adapters resize ADAPTER --rank "
             f"{spec.rank} --out ID`."
         )
-    vectors = sum(vectors.numel() // vectors.shape[-1] for vectors in adapter.embeddings.values())
+    vectors = count_vectors(adapter)
     if vectors > spec.words:
         raise AdapterError(
             f"The adapter's words take {vectors} vectors; at most {spec.words} are served. Start the server "
@@ -27,3 +27,8 @@ def check_fit(adapter: Adapter, spec: EngineSpec) -> None:
             f"'{min(left)}'. Start it with the ends of their names in {flag('targets')} or "
             f"{flag('text_encoder_targets')} too."
         )
+
+
+def count_vectors(adapter: Adapter) -> int:
+    """How many vectors the words of `adapter` have together."""
+    return sum(vectors.numel() // vectors.shape[-1] for vectors in adapter.embeddings.values())

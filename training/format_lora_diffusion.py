@@ -132,7 +132,7 @@ def _check_positions(adapter: Adapter, order: Sequence[str]) -> None:
     ):
         if names:
             raise AdapterError(
-                f"Format lora_diffusion {problem} {len(names)} modules: {some(names)}. Use diffusers or kohya."
+                f"Format lora_diffusion {problem} {len(names)} modules: {some(names)}. Use diffusers, kohya or peft."
             )
 
 
