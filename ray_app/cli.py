@@ -16,7 +16,7 @@ from ray_app.cli_evaluate import evaluate
 from ray_app.cli_keys import keys
 from ray_app.cli_runs import cancel, logs, retry, status
 from ray_app.cli_server import generate, serve
-from ray_app.cli_shape import fuse, merge, sweep
+from ray_app.cli_shape import fuse, merge, resize, sweep
 from ray_app.cli_storage import gc
 from ray_app.cli_train import drive, train, validate
 from ray_app.silence import silence
@@ -72,7 +72,7 @@ def base(name: str, as_json: bool) -> None:
 
 for command in (validate, train, drive, status, logs, cancel, retry, serve, generate, adapters, gc, evaluate, keys):
     main.add_command(command)
-for command in (merge, fuse, sweep):
+for command in (merge, resize, fuse, sweep):
     adapters.add_command(command)
 
 

@@ -6,6 +6,7 @@ import click
 import uvicorn
 
 from serving.config import EngineSpec, ServeSpec
+from serving.flags import flags
 from serving.guard import is_loopback
 from serving.local import make_app, make_engine
 from serving.loop import EngineLoop
@@ -22,28 +23,12 @@ from training.errors import UserError
     "--keys", envvar="DREAMFLEET_KEYS", default=None, help="File of tenants' keys; without: this machine only."
 )
 @click.option("--cors", multiple=True, help="An origin whose web pages may use the server, https://studio.example.")
-@click.option("--slots", default=16, show_default=True, help="Adapters on the device at once.")
-@click.option("--max-rows", default=32, show_default=True, help="Rows of one forward; guidance takes two an image.")
-@click.option("--threads", default=None, type=int, help="CPU threads of the engine.")
+@flags(EngineSpec, "engine")
 def main(
-    storage: str,
-    base: str,
-    host: str,
-    port: int,
-    keys: str | None,
-    cors: tuple[str, ...],
-    slots: int,
-    max_rows: int,
-    threads: int | None,
+    storage: str, base: str, host: str, port: int, keys: str | None, cors: tuple[str, ...], engine: EngineSpec
 ) -> None:
     """Serves every adapter of a storage from one base."""
-    spec = ServeSpec(
-        base=base,
-        storage=storage,
-        keys=keys,
-        cors=cors,
-        engine=EngineSpec(slots=slots, max_rows=max_rows, threads=threads),
-    )
+    spec = ServeSpec(base=base, storage=storage, keys=keys, cors=cors, engine=engine)
     if keys is None and not is_loopback(host):
         raise UserError(
             f"Without keys the server binds to loopback only, not to {host}: anybody who reaches it could use and "

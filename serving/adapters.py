@@ -15,6 +15,7 @@ import torch
 
 from serving.config import EngineSpec
 from serving.errors import AdapterUnavailable
+from serving.fit import check_fit
 from serving.request import AdapterRef
 from serving.slots import Slots
 from serving.tiers import HostCache
@@ -58,6 +59,7 @@ class Adapters:
         self.swap_seconds = 0.0
         self._text_encoders = base.family.text_encoders
         self._fetch = fetch
+        self._spec = spec
         self._pin = base.device.type == "cuda"
         self._changes_text: dict[AdapterRef, bool] = {}
         self.host = HostCache[AdapterRef, HostRow](
@@ -117,7 +119,9 @@ class Adapters:
             self.host.release(key)
 
     def _lay_out(self, key: AdapterRef) -> HostRow:
-        row = self.bank.pack(self._fetch(key))
+        adapter = self._fetch(key)
+        check_fit(adapter, self._spec)
+        row = self.bank.pack(adapter)
         if not any(row.worn.values()) and not row.words:
             raise AdapterUnavailable(f"Adapter '{key}' changes no layer of this base.")
         if not all(torch.isfinite(part).all() for part in row.parts.values()):

@@ -16,6 +16,8 @@ UNET_TARGETS = (
     "conv_in", "conv_out", "time_embedding.linear_1", "time_embedding.linear_2",
 )  # fmt: skip
 TEXT_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
+MAX_RANK = 1024
+MAX_WORDS = 256
 
 
 class Limits(Closed):
@@ -42,16 +44,18 @@ class Limits(Closed):
 class EngineSpec(Closed):
     """Sizes and budgets of one engine."""
 
-    device: str | None = Field(default=None, description="cpu, cuda, cuda:1; by default CUDA where it works")
+    device: str | None = Field(
+        default=None, pattern=r"^(cpu|cuda(:\d+)?)$", description="cpu, cuda, cuda:1; by default CUDA where it works"
+    )
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         default="auto", description="auto: fp32 on a CPU, fp16 on CUDA"
     )
     threads: int | None = Field(default=None, ge=1, description="CPU threads of the compute thread")
     slots: int = Field(default=16, ge=1, le=65536, description="adapters on the device at once")
-    rank: int = Field(default=32, ge=1, le=1024, description="the largest adapter rank served")
-    words: int = Field(default=8, ge=0, le=256, description="textual-inversion vectors that an adapter may bring")
-    targets: tuple[str, ...] = UNET_TARGETS
-    text_encoder_targets: tuple[str, ...] = TEXT_TARGETS
+    rank: int = Field(default=32, ge=1, le=MAX_RANK, description="the largest adapter rank served")
+    words: int = Field(default=8, ge=0, le=MAX_WORDS, description="textual-inversion vectors that an adapter may bring")
+    targets: tuple[str, ...] = Field(default=UNET_TARGETS, description="ends of the names of UNet layers adapted")
+    text_encoder_targets: tuple[str, ...] = Field(default=TEXT_TARGETS, description="the same of the text encoder")
     max_rows: int = Field(default=32, ge=1, description="rows of one forward; an image with guidance takes two")
     queue: int = Field(default=256, ge=1, description="images that may wait; beyond it requests get 429")
     decode_rows: int = Field(default=4, ge=1, description="images decoded between two denoising steps")
@@ -62,6 +66,11 @@ class EngineSpec(Closed):
         default=False,
         description="pad every forward to `max_rows`: the same seed gives the same bits in any company, at a price",
     )
+
+    def flags_for(self, rank: int, words: int) -> str:
+        """The flags that a server of these sizes lacks for an adapter of `rank` with `words` vectors; empty if none."""
+        short = {"--rank": (rank, self.rank), "--words": (words, self.words)}
+        return " ".join(f"{flag} {need}" for flag, (need, there) in short.items() if need > there)
 
 
 class ServeSpec(Closed):

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from serving.config import EngineSpec, Limits
 from serving.disk import DiskCache
 from serving.errors import QuotaExceeded, Refused
+from serving.fit import check_fit
 from serving.request import AdapterRef, BaseFacts
 from training.adapter import Adapter, AdapterError, check_adapter, load_adapter, save_adapter
 from training.base_folder import hash_base, layer_shapes, read_config
@@ -115,9 +116,9 @@ class Library:
         check_id(id)
         shapes = self.shapes()
         adapter = import_adapter({"adapter.safetensors": data}, shapes.keys())
+        check_fit(adapter, spec)
         check_adapter(adapter, shapes, spec.rank)
-        self._check_words(adapter, spec)
-        _check_targets(adapter, spec)
+        self._check_words(adapter)
         weights = save_adapter(adapter)
         card = self._card(adapter, weights, trigger)
         with self._lock:
@@ -234,15 +235,10 @@ class Library:
             self._tokenizer = CLIPTokenizer.from_pretrained(self._folder / "tokenizer")
         return self._tokenizer
 
-    def _check_words(self, adapter: Adapter, spec: EngineSpec) -> None:
+    def _check_words(self, adapter: Adapter) -> None:
         width = read_config(self._folder, "text_encoder")["hidden_size"]
-        vectors = [vectors.reshape(-1, vectors.shape[-1]) for vectors in adapter.embeddings.values()]
-        if any(one.shape[1] != width for one in vectors):
+        if any(vectors.shape[-1] != width for vectors in adapter.embeddings.values()):
             raise AdapterError(f"The words {', '.join(adapter.embeddings)} need vectors of width {width} on this base.")
-        if sum(map(len, vectors)) > spec.words:
-            raise AdapterError(
-                f"The file's words take {sum(map(len, vectors))} vectors; at most {spec.words} are served."
-            )
 
     def _check_room(self, tenant: str, id: str, size: int, limits: Limits) -> None:
         now = time.monotonic()
@@ -345,14 +341,3 @@ def _ends(adapter: Adapter, *components: str) -> tuple[str, ...]:
     """The last parts of the names of some components' modules, each once: `to_q`, `to_out.0`."""
     names = (name.split(".") for name in adapter.modules if name.partition(".")[0] in components)
     return tuple(sorted({".".join(parts[-2:]) if parts[-1].isdigit() else parts[-1] for parts in names}))
-
-
-def _check_targets(adapter: Adapter, spec: EngineSpec) -> None:
-    """The server's bank lies over some layers only; an adapter must not be served in part."""
-    served = tuple(f".{target}" for target in (*spec.targets, *spec.text_encoder_targets))
-    left = [name for name in adapter.modules if not name.endswith(served)]
-    if left:
-        raise AdapterError(
-            f"{len(left)} of {len(adapter.modules)} modules are layers that this server does not adapt, the first is "
-            f"'{min(left)}'. Ask its operator to add them to `targets`."
-        )

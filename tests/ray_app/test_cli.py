@@ -67,6 +67,13 @@ def test_validate_prints_the_plan(desk: Desk) -> None:
     assert set(plan["adapter_mb"]) == {"rusty", "tabby"}
 
 
+def test_validate_names_the_flag_that_a_server_needs_for_a_high_rank(desk: Desk) -> None:
+    manifest = desk.manifest("rusty", tail="  - {id: high, images: images/rusty, lora: {rank: 64}}\n")
+    warnings = desk.run("validate", manifest, "--json").json["warnings"]
+    assert any("--rank 64" in warning for warning in warnings["high"])
+    assert not any("--rank" in warning for warning in warnings.get("rusty", []))
+
+
 def test_unknown_key_bad_id_and_missing_folder(desk: Desk) -> None:
     manifest = desk.manifest("rusty", tail="  - {id: Bad Id, images: images/rusty, trian: {}}\n")
     for command in ("validate", "train"):
