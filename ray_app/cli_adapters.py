@@ -176,7 +176,7 @@ def _files_of(folder: Path) -> list[Path]:
 
 
 def publish(
-    library: "Library", tenant: str, id: str, adapter: "Adapter", *, public: bool = False, trigger: str = ""
+    library: "Library", tenant: str, id: str, adapter: "Adapter", *, public: bool | None = None, trigger: str = ""
 ) -> "Resolved":
     """Publishes `adapter` whatever its rank; says on stderr which flags a server needs to take it."""
     from serving.config import MAX_RANK, MAX_WORDS, EngineSpec

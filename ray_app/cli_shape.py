@@ -83,7 +83,7 @@ def resize(source: str, rank: int, out: str, base: str | None, storage: str, ten
     else:
         library = open_library(registry, base_for(resolved, base) if resolved else base or "pocket")
         card = resolved.card if resolved else None
-        trigger, public = (card.trigger, card.public) if card else ("", False)
+        trigger, public = (card.trigger, resolved.public) if resolved and card else ("", None)
         made = dict(short(publish(library, tenant, out, smaller, public=public, trigger=trigger)))
     error = relative_error(adapter, smaller)
     if as_json:
