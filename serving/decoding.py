@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from serving.errors import QueueFull
+from serving.errors import NotReady, QueueFull
 from serving.pictures import MAX_PIXELS, count, decode
 
 THREADS = 2
@@ -39,16 +39,20 @@ class Decoding:
     def __init__(self) -> None:
         self._threads = ThreadPoolExecutor(THREADS, "decoding")
         self._lock = threading.Lock()
+        self._closed = False
         self._waiting: OrderedDict[str, deque[_Picture]] = OrderedDict()  # the tenant whose turn is next comes first
         self._running: dict[str, _Picture] = {}
 
     def submit(self, tenant: str, data: bytes, width: int, height: int) -> "Future[Tensor]":
         """`data` as uint8 [3, height, width]; a future that is cancelled in time is not decoded.
 
-        Raises Refused if the header says that it cannot be used, QueueFull if the tenant has too many waiting.
+        Raises Refused if the header says that it cannot be used, QueueFull if the tenant has too many waiting, NotReady
+        after `close`.
         """
         picture = _Picture(tenant, data, width, height, count(data, width, height))
         with self._lock:
+            if self._closed:
+                raise NotReady("The server is shutting down; try again.")
             mine = self._waiting.setdefault(tenant, deque())
             if len(mine) >= WAITING or mine and len(data) + sum(len(one.data) for one in mine) > WAITING_BYTES:
                 raise QueueFull(f"{len(mine)} of your pictures wait to be decoded, and this is one too many.", 1.0)
@@ -59,6 +63,7 @@ class Decoding:
     def close(self) -> None:
         """Lets what runs end; what waits is cancelled."""
         with self._lock:
+            self._closed = True
             for pictures in self._waiting.values():
                 for picture in pictures:
                     picture.decoded.cancel()

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from serving import decoding
 from serving.decoding import PIXELS, WAITING, Decoding
-from serving.errors import QueueFull, Refused
+from serving.errors import NotReady, QueueFull, Refused
 from serving.pictures import MAX_PIXELS, count, decode
 from tests.serving.test_api import World, problem
 from training.base import Base
@@ -143,6 +143,12 @@ def test_a_picture_that_cannot_be_decoded_ends_its_own_request_only(queue: Decod
     with pytest.raises(Refused, match="truncated|corrupt"):
         bad.result(10)
     assert good.result(10).shape == (3, 8, 8)
+
+
+def test_a_closed_queue_refuses(queue: Decoding) -> None:
+    queue.close()
+    with pytest.raises(NotReady):
+        queue.submit("a", encoded(Image.new("L", (9, 9))), 8, 8)
 
 
 # -- looked at before
