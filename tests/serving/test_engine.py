@@ -4,7 +4,7 @@ Every comparison has a positive control: the adapters do change the picture.
 """
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from serving.engine import Engine
 from serving.errors import AdapterUnavailable, DeadlineExceeded, GenerationFailed, QueueFull, Refused
-from serving.job import Failed, Guess
+from serving.job import Failed, Guess, Sample
 from serving.request import GenerateRequest
 from tests.serving.company import (
     ATTENTION,
@@ -139,6 +139,34 @@ def test_one_tenants_flood_leaves_anothers_request_alone(tiny: Base, shelf: Shel
     before = engine.stats.steps
     run(engine, [engine.submit(ask("dog", steps=3, tenant="other"))])
     assert engine.stats.steps - before <= 12
+    engine.close()
+
+
+def test_large_images_step_and_are_decoded_in_small_batches(
+    tiny: Base, shelf: Shelf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No part of a step takes more cells than a full one at the base's own size, 8 x 8: others wait for it."""
+    engine = Engine(tiny, small(max_rows=16, decode_rows=4), shelf)
+    decoded: list[torch.Size] = []
+    stepped: list[int] = []
+    decode, denoise = Base.decode, engine._denoise
+
+    def seen(base: Base, latents_NCHW: Tensor) -> Tensor:
+        decoded.append(latents_NCHW.shape)
+        return decode(base, latents_NCHW)
+
+    def counted(batch: Sequence[Sample]) -> None:
+        stepped.append(len(batch))
+        denoise(batch)
+
+    monkeypatch.setattr(Base, "decode", seen)
+    monkeypatch.setattr(engine, "_denoise", counted)
+    run(engine, [engine.submit(ask(count=6, width=32, height=32, steps=2))])
+    assert stepped == [2] * 6  # an image is 2 rows of 4 times the cells; a step is at most 16 rows
+    run(engine, [engine.submit(ask(count=6, steps=2))])
+    assert stepped[6:] == [6] * 2
+    assert {shape[0] for shape in decoded if shape[2:] == (16, 16)} == {1}
+    assert 4 in {shape[0] for shape in decoded if shape[2:] == (8, 8)}
     engine.close()
 
 
