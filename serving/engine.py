@@ -9,6 +9,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from threading import Event
 
 import torch
@@ -96,9 +97,9 @@ class Engine:
         return not any(sample.ready for job in self.jobs for sample in job.samples)
 
     def snapshot(self) -> EngineStats:
-        """The counters, with the gauges of this moment."""
+        """A copy of the counters, with the gauges of this moment."""
         slots, host = self.adapters.slots, self.adapters.host
-        self.stats.gauges = {
+        gauges = {
             "waiting": self.scheduler.waiting,
             "running_rows": self.scheduler.running_rows,
             "max_rows": self.spec.max_rows,
@@ -108,7 +109,7 @@ class Engine:
             "host_adapters": len(host),
             "host_bytes": host.bytes,
         }
-        self.stats.adapters = {
+        adapters = {
             "slot_hits": slots.hits,
             "slot_loads": slots.loads,
             "slot_evictions": slots.evictions,
@@ -119,8 +120,8 @@ class Engine:
             "prompt_hits": self._prompts.hits,
             "prompt_misses": self._prompts.misses,
         }
-        self.stats.seconds["swap"] = self.adapters.swap_seconds
-        return self.stats
+        seconds = {**self.stats.seconds, "swap": self.adapters.swap_seconds}
+        return replace(self.stats, gauges=gauges, adapters=adapters, seconds=seconds)
 
     # -- one step --
 

@@ -166,18 +166,19 @@ class Scheduler(Generic[T]):
         kind = parts[lead][0].kind
         queues = {name: deque(item for item in items if item.kind == kind) for name, items in own.items()}
         chosen = self._fill(parts[lead], queues)
+        self._charge(chosen, lead, parts)
+        return chosen
+
+    def _charge(self, chosen: Sequence[T], lead: str, parts: Mapping[str, Sequence[T]]) -> None:
         for item in chosen:
             tenant = self._tenants[item.tenant]
             tenant.service += _cost(item)
             self._running[item] += _cost(item)
             tenant.level = max(tenant.level, self._running[item])
         self._level = max(self._level, self._tenants[lead].service)
-        for name in {
-            item.tenant for item in chosen
-        }:  # what it got since there was room is not held against it for long
+        for name, part in parts.items():  # what a tenant got because there was room is not held against it for long
             tenant = self._tenants[name]
-            tenant.service = min(tenant.service, self._level + _cost_of(parts[name]))
-        return chosen
+            tenant.service = min(tenant.service, self._level + _cost_of(part))
 
     def _part(self, items: Sequence[T]) -> list[T]:
         """What a tenant would step next if it were alone. `items` are those of it that run, served least first."""
