@@ -43,7 +43,13 @@ class Engine:
         self.scheduler = Scheduler[Sample](spec.max_rows, spec.queue, spec.max_rows * self._row_cells)
         self.jobs: dict[Job, None] = {}
         self._samplers = Samplers(base.scheduler_config)
-        self._prompts = Prompts(base, self.adapters.bank, empty=self.adapters.empty, capacity=spec.prompt_cache)
+        self._prompts = Prompts(
+            base,
+            self.adapters.bank,
+            empty=self.adapters.empty,
+            capacity=spec.prompt_cache,
+            longest=spec.prompt_tokens,
+        )
         self._forwards: dict[tuple[int, ...], Forward] = {}
         self._finished: deque[Sample] = deque()
         self._outcomes: list[Outcome] = []
@@ -186,22 +192,22 @@ class Engine:
 
     def _encode_prompts(self, samples: Sequence[Sample]) -> None:
         wearing = {sample.job: sample for sample in samples}
-        texts = []
-        for job, sample in wearing.items():
-            worn = [
-                (key, weight, slot)
-                for key, weight, slot in zip(job.keys, job.weights, sample.slots or (), strict=True)
-                if self.adapters.changes_text(key)
-            ]
-            mix = tuple((key, weight) for key, weight, _ in worn)
-            slots = tuple(slot for _, _, slot in worn)
-            texts.append(Text(job.request.prompt, mix, slots))
-            if job.guided:
-                texts.append(Text(job.request.negative_prompt, mix, slots))
         with self._timed("text"):
-            states = iter(self._prompts.encode(texts))
-        for job in wearing:
-            job.states = next(states), next(states) if job.guided else None
+            states = self._prompts.encode([self._texts(job, sample) for job, sample in wearing.items()])
+        for job, (prompt, *negative) in zip(wearing, states, strict=True):
+            job.states = prompt, negative[0] if job.guided else None
+
+    def _texts(self, job: Job, sample: Sample) -> list[Text]:
+        """The prompt and, with guidance, the negative prompt, under those adapters of a job that change the text."""
+        worn = [
+            (key, weight, slot)
+            for key, weight, slot in zip(job.keys, job.weights, sample.slots or (), strict=True)
+            if self.adapters.changes_text(key)
+        ]
+        mix = tuple((key, weight) for key, weight, _ in worn)
+        slots = tuple(slot for _, _, slot in worn)
+        prompts = [job.request.prompt, job.request.negative_prompt] if job.guided else [job.request.prompt]
+        return [Text(prompt, mix, slots) for prompt in prompts]
 
     def _first_latents(self, samples: Sequence[Sample]) -> None:
         channels = self.base.latent_channels
