@@ -56,10 +56,15 @@ class EngineSpec(Closed):
     words: int = Field(default=8, ge=0, le=MAX_WORDS, description="textual-inversion vectors that an adapter may bring")
     targets: tuple[str, ...] = Field(default=UNET_TARGETS, description="ends of the names of UNet layers adapted")
     text_encoder_targets: tuple[str, ...] = Field(default=TEXT_TARGETS, description="the same of the text encoder")
-    max_rows: int = Field(default=32, ge=1, description="rows of one forward; an image with guidance takes two")
+    max_rows: int = Field(
+        default=32,
+        ge=1,
+        description="rows of one forward at the base's own size, fewer of larger images; guidance takes two an image",
+    )
     queue: int = Field(default=256, ge=1, description="images that may wait; beyond it requests get 429")
-    decode_rows: int = Field(default=4, ge=1, description="images decoded between two denoising steps")
+    decode_rows: int = Field(default=4, ge=1, description="images of the base's size decoded between two steps")
     host_bytes: int = Field(default=2 * 2**30, ge=0, description="host memory for adapters that are not on the device")
+    prompt_tokens: int = Field(default=600, ge=1, description="tokens of a prompt; longer ones get 400")
     prompt_cache: int = Field(default=512, ge=0, description="prompt embeddings kept")
     loaders: int = Field(default=4, ge=1, le=64, description="threads that fetch and unpack adapters")
     fixed_rows: bool = Field(

@@ -5,7 +5,7 @@
         ├── QueueFull             too much is waiting: try again after `retry_after_s` (429)
         ├── QuotaExceeded         the tenant has stored as much as it may (429, but no later try helps)
         ├── DeadlineExceeded      it took longer than it may (504)
-        ├── AdapterUnavailable    the adapter is there but cannot be loaded onto this base (409)
+        ├── AdapterUnavailable    the adapter is there but cannot be loaded onto this base (422)
         └── NotReady              the server is starting or draining (503)
     GenerationFailed              a fault of ours while working on one request; its neighbours went on (500)
     Cancelled                     nobody waits for the request any more

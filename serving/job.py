@@ -67,6 +67,15 @@ class Sample:
         return self.job.request.tenant
 
     @property
+    def kind(self) -> tuple[int, ...]:
+        """What a forward has to be alike in: the latents' height and width, and the length of the prompts."""
+        return (*self.size, self.job.states[0].shape[0] if self.job.states else 0)
+
+    @property
+    def cells(self) -> int:
+        return self.size[0] * self.size[1]
+
+    @property
     def rows(self) -> int:
         return 2 if self.job.guided else 1
 

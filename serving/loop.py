@@ -54,6 +54,7 @@ class EngineLoop:
         self._gate = threading.Lock()  # no command slips in after the last look at them
         self._ended = False
         self._broken: BaseException | None = None
+        self._report = engine.snapshot()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -103,7 +104,8 @@ class EngineLoop:
         self._on_thread(lambda: self.engine.adapters.preload(ref))
 
     def stats(self) -> EngineStats:
-        return self.engine.snapshot()
+        """The engine's counters as they were between its last two steps; from any thread, at once, never to change."""
+        return self._report
 
     def close(self, drain_s: float = 0.0) -> None:
         """Takes no new request; waits up to `drain_s` for the running ones, then fails what is left."""
@@ -143,6 +145,7 @@ class EngineLoop:
     def _obey(self) -> None:
         while self._commands:
             self._commands.popleft()()
+        self._report = self.engine.snapshot()
 
     def _submit(self, request: GenerateRequest, pixels_CHW: Tensor | None, listener: _Listener) -> Job:
         if self._closing:

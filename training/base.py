@@ -21,7 +21,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from training.base_folder import find_base, hash_base
 from training.errors import UserError
 from training.family import FAMILIES, Family
-from training.words import Words, replacing, tokenise
+from training.words import Tokenised, Words, replacing, tokenise
 
 
 @dataclass(frozen=True)
@@ -94,14 +94,21 @@ class Base:
     def token_embedding(self) -> torch.nn.Embedding:
         return self.text_encoder.get_input_embeddings()
 
-    def encode_prompts(self, prompts: Sequence[str], words: Sequence[Words] | None = None) -> Tensor:
-        """Prompt embeddings [N, L, C]; differentiable where a bank's route is in use.
+    def encode_prompts(self, prompts: Sequence[str], words: Sequence[Words] | None = None, chunks: int = 1) -> Tensor:
+        """Prompt embeddings [N, chunks x L, C]; differentiable where a bank's route is in use.
 
-        `words[n]`: trained vectors of textual-inversion words in prompt n; differentiable towards them.
+        `words[n]`: trained vectors of textual-inversion words in prompt n; differentiable towards them. A prompt that
+        is longer than the encoder is encoded chunk by chunk, each by itself, as A1111 and Compel do. It is cut after
+        `chunks`, and filled up to it with what the empty prompt is encoded to.
         """
-        made = tokenise(self.tokenizer, prompts, words or [{}] * len(prompts))
-        with self.at_work("text_encoder"), replacing(self.token_embedding, made.places):
-            return self.text_encoder(made.ids.to(self.device))[0]
+        known = words or [{}] * len(prompts)
+        with self.at_work("text_encoder"):
+            made = [self._encode(tokenise(self.tokenizer, prompts, known, chunk)) for chunk in range(chunks)]
+        return torch.cat(made, dim=1)
+
+    def _encode(self, chunk: Tokenised) -> Tensor:
+        with replacing(self.token_embedding, chunk.places):
+            return self.text_encoder(chunk.ids.to(self.device))[0]
 
     @torch.no_grad()
     def encode_images(self, pixels_NCHW: Tensor) -> tuple[Tensor, Tensor]:

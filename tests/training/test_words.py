@@ -11,7 +11,7 @@ from training.base import Base
 from training.errors import UserError
 from training.render import adapter_bank
 from training.sampler import sample
-from training.words import first_vector, tokenise
+from training.words import count_chunks, first_vector, tokenise
 
 WORD = {"tokens": ["<s1>"], "learning_rate": 1e-2, "initial": "cat"}
 
@@ -29,6 +29,27 @@ def test_a_word_that_is_a_known_words_vector_is_that_word(tiny: Base) -> None:
         word = tiny.encode_prompts(["a photo of <s1> on the beach"], [{"<s1>": vector}])
         plain = tiny.encode_prompts(["a photo of dog on the beach"])
     assert torch.equal(word, plain)
+
+
+def test_a_prompt_is_cut_into_chunks_and_nothing_is_lost(tiny: Base) -> None:
+    """Each chunk has the marks of start and end; together they hold every token once, in order."""
+    prompt = "a dog on the beach in the snow on the grass on the water in the snow of the red toy"
+    tokenizer = tiny.tokenizer
+    assert [count_chunks(tokenizer, text, {}) for text in ("", "dog " * 14, "dog " * 15, prompt)] == [1, 1, 2, 2]
+    rows = [tokenise(tokenizer, [prompt], [{}], chunk).ids[0].tolist() for chunk in range(3)]
+    assert all(row[0] == tokenizer.bos_token_id and row[-1] == tokenizer.eos_token_id for row in rows)
+    content = [token for row in rows for token in row[1:-1] if token != tokenizer.eos_token_id]
+    assert content == tokenizer(prompt, add_special_tokens=False).input_ids
+    assert rows[2] == tokenizer("", padding="max_length").input_ids
+
+
+def test_a_trained_word_is_not_split_over_chunks(tiny: Base) -> None:
+    words = {"<s1>": torch.randn(3, 32)}
+    for before, at in ((11, (0, 12)), (12, (1, 1)), (14, (1, 1))):
+        prompt = "dog " * before + "<s1> cat"
+        places = [tokenise(tiny.tokenizer, [prompt], [words], chunk).places[0] for chunk in range(2)]
+        chunk, first = at
+        assert [place for place, _ in places[chunk]] == [first, first + 1, first + 2] and not places[1 - chunk]
 
 
 def test_a_word_belongs_to_its_own_row(tiny: Base) -> None:
