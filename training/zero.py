@@ -222,7 +222,8 @@ class ZeroPack(Pack):
         (member,) = due
         self._shards.step([member.slot], {member.slot: self._rates(member)})
         self._settled = False
-        return [self._finish_step(member, self._shards.norm)]
+        report = self._finish_step(member, self._shards.norm)
+        return [report] if report is not None else []
 
     def _clear_gradient(self, slot: int) -> None:
         """Its gradients end with its engine."""
