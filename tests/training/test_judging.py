@@ -361,3 +361,19 @@ def test_looks_at_one_batch_depend_on_the_subject_alone(tiny: Base) -> None:
         assert not watch.is_due("a", EVERY)
     finally:
         pack.close()
+
+
+def test_a_look_wears_the_words_that_have_been_trained(tiny: Base) -> None:
+    """Under its word a subject's loss is another than under the characters that the word is written with."""
+    one = spec("a", evaluate={"early_stop": True}, words={"tokens": ["<s1>"]}, instance_prompt="a photo of <s1> dog")
+    pack = Pack(tiny, slots=2, rank=2, targets={"unet": ("to_q",)}, words=1)
+    try:
+        for slot in (0, 1):
+            word = {"<s1>": torch.randn(1, 32, generator=stream(slot, "word"))}
+            pack.bank.put(slot, pack.bank.pack(replace(adapter(tiny, 3), embeddings=word)))
+        watch = Watch(tiny)
+        watch.join(one, latents(one.filled_instance_prompt, 5, seed=1))
+        first, second = (watch._look(pack.bank, {"a": (slot, 1.0)})["a"] for slot in (0, 1))
+        assert first != pytest.approx(second, rel=1e-6)
+    finally:
+        pack.close()
