@@ -220,6 +220,13 @@ class SubjectSpec(SubjectSettings):
             raise ValueError("`class` is missing: name the class noun (dog, person, backpack), here or in `defaults`")
         return self
 
+    def calmed(self, factor: float) -> "SubjectSpec":
+        """The same subject, all of its learning rates multiplied by `factor`."""
+        train, words = self.train, self.words
+        rates = {name: getattr(train, name) * factor for name in ("learning_rate", "text_encoder_learning_rate")}
+        slow = words.model_copy(update={"learning_rate": words.learning_rate * factor})
+        return self.model_copy(update={"train": train.model_copy(update=rates), "words": slow})
+
     def fill(self, prompt: str) -> str:
         return prompt.replace("{class}", self.class_ or "")
 

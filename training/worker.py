@@ -43,6 +43,7 @@ class _Held:
     """A leased subject while it is here."""
 
     task: Task
+    spec: SubjectSpec
     since: float
     found: Photos | None = None
     held_out: tuple[Photo, ...] = ()
@@ -99,7 +100,7 @@ class Worker:
             if not tasks:
                 break
             for task in tasks:
-                self._held[task.spec.id] = _Held(task, time.time())
+                self._held[task.spec.id] = _Held(task, task.trained, time.time())
             for task in tasks:
                 try:
                     ready.append(self._prepare(task))
@@ -116,7 +117,7 @@ class Worker:
 
     def _prepare(self, task: Task) -> Subject:
         """Photos, latents, prior and the latest checkpoint of a subject."""
-        spec = task.spec
+        spec = self._held[task.spec.id].spec
         if task.may_spread:
             self._opened.check(spec)
         self.judging.check(spec)
@@ -190,10 +191,10 @@ class Worker:
         if report.failure is not None:
             return
         held.rates[report.step] = self._beat.images_per_second
-        if held.task.spec.train.sample_every and report.step % held.task.spec.train.sample_every == 0:
+        if held.spec.train.sample_every and report.step % held.spec.train.sample_every == 0:
             self._sample(report.id, report.step)
-        every = held.task.spec.train.checkpoint_every
-        if report.step % every == 0 or report.step in _kept_steps(held.task.spec):
+        every = held.spec.train.checkpoint_every
+        if report.step % every == 0 or report.step in _kept_steps(held.spec):
             try:
                 self._checkpoint(report.id)
             except StorageError as error:  # the one before is whole; the next may succeed
@@ -215,7 +216,7 @@ class Worker:
     def _sample(self, id: str, step: int) -> None:
         """Sample images of a subject that is still training, kept with the run."""
         held = self._held[id]
-        held.samples[step] = draw_samples(self.base, held.task.spec, self.pack.bank, *self.pack.slot(id))
+        held.samples[step] = draw_samples(self.base, held.spec, self.pack.bank, *self.pack.slot(id))
         for index, image in enumerate(held.samples[step]):
             key = self.run.subject_key(id, "samples", f"{step:08d}-{index}.png")
             self.storage.put(key, png_bytes(image))
@@ -224,7 +225,7 @@ class Worker:
         state = self.pack.state(id)
         held = self._held[id]
         if state.step > held.saved_step:
-            spec = held.task.spec
+            spec = held.spec
             kept = _kept_steps(spec)
             self.run.save_checkpoint(id, state.step, dump_state(state), spec.train.keep_checkpoints, kept)
             events = event_file(state.history, held.rates, held.samples)
@@ -248,7 +249,7 @@ class Worker:
                 self._end(one.id, kind, one.reason)
         evaluations = self._judge(done)
         for id in done:
-            failed = gate_failure(self._held[id].task.spec, evaluations.get(id))
+            failed = gate_failure(self._held[id].spec, evaluations.get(id))
             if failed is not None:
                 self._end(id, "bad subject", failed)
                 continue
@@ -262,7 +263,7 @@ class Worker:
         for id in ids:
             held, state = self._held[id], self.pack.state(id)
             assert held.found is not None
-            finished.append(Finished(held.task.spec, state.step, state.adapter, held.found, held.held_out))
+            finished.append(Finished(held.spec, state.step, state.adapter, held.found, held.held_out))
 
         def alive(_drawn: int, _wanted: int) -> None:
             self._beat.phase.update(dict.fromkeys(ids, "evaluating"))
@@ -278,11 +279,9 @@ class Worker:
         state = self.pack.state(id)
         if evaluation is not None and evaluation.choice.step != state.step:
             # the slot is free after this anyway; what is published is what is worn
-            self.pack.bank.put(
-                slot, self.pack.bank.pack(self.judging.checkpoint(held.task.spec, evaluation.choice.step))
-            )
+            self.pack.bank.put(slot, self.pack.bank.pack(self.judging.checkpoint(held.spec, evaluation.choice.step)))
         publication = Publication(
-            spec=held.task.spec,
+            spec=held.spec,
             fingerprint=held.task.fingerprint,
             state=state,
             adapter=self.pack.adapter(id),
