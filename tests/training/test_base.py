@@ -1,17 +1,23 @@
 """The base: what it is found by, what it says of itself, and that idle parts leave the device."""
 
 import dataclasses
+import hashlib
+import os
 import shutil
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
 from tests.training.subjects import subject
+from training import file_hash
 from training.base import Base, load_base
 from training.base_folder import find_base, hash_base
 from training.errors import UserError
+from training.file_hash import hash_file
 from training.pack import Pack
 
 
@@ -37,6 +43,62 @@ def test_the_hash_is_of_the_content(tiny_folder: Path, tmp_path: Path) -> None:
     config = copy / "scheduler" / "scheduler_config.json"
     config.write_text(config.read_text().replace("0.012", "0.013"))
     assert hash_base(copy) != hash_base(tiny_folder)
+
+
+class Reads:
+    """The sizes of the files that are read to be hashed. `forget` does what the start of another process does."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+        self.sizes: list[int] = []
+        digest = hashlib.file_digest
+
+        def counted(stream: Any, name: str) -> Any:
+            self.sizes.append(os.fstat(stream.fileno()).st_size)
+            return digest(stream, name)
+
+        monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+        monkeypatch.setattr(hashlib, "file_digest", counted)
+        monkeypatch.setattr(file_hash, "KEPT_BYTES", 1000)
+        monkeypatch.setattr(file_hash, "SETTLED_SECONDS", 0.0)
+
+    def forget(self) -> None:
+        file_hash._known.clear()
+
+
+def test_large_files_are_read_once_between_all_processes(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = tmp_path / "base"
+    shutil.copytree(tiny_folder, copy)
+    reads = Reads(monkeypatch, tmp_path / "cache")
+    first, once = hash_base(copy), len(reads.sizes)
+    assert hash_base(copy) == first and len(reads.sizes) == once
+    reads.forget()
+    assert hash_base(copy) == first
+    assert reads.sizes[once:] == [size for size in reads.sizes[:once] if size < 1000]
+
+
+def test_a_file_of_the_same_size_and_time_is_still_told_from_what_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Reads(monkeypatch, tmp_path / "cache")
+    file = tmp_path / "weights"
+    file.write_bytes(b"a" * 2000)
+    before, times = hash_file(file), (file.stat().st_atime_ns, file.stat().st_mtime_ns)
+    time.sleep(0.02)  # the file system's clock ticks every few milliseconds
+    file.write_bytes(b"b" * 2000)
+    os.utime(file, ns=times)
+    assert hash_file(file) != before
+
+
+def test_a_file_that_was_just_written_is_not_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reads = Reads(monkeypatch, tmp_path / "cache")
+    monkeypatch.setattr(file_hash, "SETTLED_SECONDS", 3600.0)
+    file = tmp_path / "weights"
+    file.write_bytes(b"a" * 2000)
+    hash_file(file)
+    hash_file(file)
+    assert len(reads.sizes) == 2
 
 
 def test_encode_and_decode_use_the_pipelines_scale(tiny: Base) -> None:
