@@ -19,7 +19,7 @@ from training.errors import SubjectFailed, TooLarge, UserError
 from training.evaluate import Evaluation, candidate_steps
 from training.events import NAME as EVENTS, event_file
 from training.fitting import open_pack
-from training.intake import read_files
+from training.intake import fingerprint, read_files
 from training.judging import Finished, Judging, gate_failure, hold_out
 from training.latents import LatentSet, encode_photos, load_latents, photo_prompts, photos_key, save_latents
 from training.manifest import SubjectSpec
@@ -36,6 +36,7 @@ from training.trainer import Ended, Progress, train
 
 log = logging.getLogger(__name__)
 BEAT_SECONDS = 1.0
+CHANGED = "its files have changed since the run looked at them; the same command again trains it on them as they are"
 
 
 @dataclass
@@ -123,8 +124,11 @@ class Worker:
         self.judging.check(spec)
         self._say(spec.id, "reading photos")
         resolution = spec.train.resolution or self.base.resolution
+        files = read_files(spec, self.storage, self.root)
+        if fingerprint(task.spec, self.base.hash, files, self.root) != task.fingerprint:
+            raise UserError(CHANGED)
         found = photos(
-            read_files(spec, self.storage, self.root),
+            files,
             resolution=resolution,
             min_photos=spec.min_images,
             crop=spec.train.cropping,

@@ -24,7 +24,7 @@ from training.choose import choose
 from training.early_stop import EVERY, Watch
 from training.evaluate import Evaluation, Exam, bare_prompt, candidate_steps, evaluate_subjects, prompts_of
 from training.features import BaseFeatures
-from training.intake import fingerprint, read_files
+from training.intake import current_fingerprint
 from training.judges import Judges
 from training.judging import gate_failure, hold_out
 from training.manifest import SubjectSpec, parse_manifest
@@ -245,7 +245,7 @@ class Source:
     def lease(self, count: int) -> Sequence[Task]:
         taken, self._todo = self._todo, []
         root = self.manifest.root
-        return [Task(s, fingerprint(s, self.base.hash, read_files(s, self.storage, root))) for s in taken]
+        return [Task(s, current_fingerprint(s, self.base.hash, self.storage, root)) for s in taken]
 
     def beat(self, beat: Beat) -> Orders:
         self.phases |= {phase.split()[0] for phase in beat.phase.values()}

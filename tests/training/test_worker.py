@@ -15,7 +15,8 @@ from tests.tiny import tiny_images
 from training import prior
 from training.adapter import load_adapter
 from training.base import Base
-from training.intake import fingerprint, read_files
+from training.errors import UserError
+from training.intake import current_fingerprint, fingerprint
 from training.manifest import Manifest, SubjectSpec, parse_manifest
 from training.plan import base_facts, plan_run
 from training.registry import Registry
@@ -68,7 +69,7 @@ class Fleet:
     def fingerprint(self, id: str) -> str:
         spec = next(spec for spec in self.manifest.subjects if spec.id == id)
         try:
-            return fingerprint(spec, self.base.hash, read_files(spec, self.storage, self.manifest.root))
+            return current_fingerprint(spec, self.base.hash, self.storage, self.manifest.root)
         except Exception:
             return "0" * 64
 
@@ -141,6 +142,35 @@ def test_a_corrupt_subject_costs_the_others_nothing(folder: Path, tiny: Base) ->
     }
     assert "0.png" in str(outcomes["b"].reason)
     assert "nowhere" in str(outcomes["none"].reason)
+
+
+class Restless(Fleet):
+    """Photos of `a` are replaced between the look at them, by which the result is known, and their reading."""
+
+    def lease(self, count: int) -> Sequence[Task]:
+        tasks = super().lease(count)
+        if tasks:
+            tiny_images(Path(self.manifest.root, "a"), side=40, seed=99)
+        return tasks
+
+
+def test_photos_that_changed_are_not_published_as_the_old_ones(folder: Path, tiny: Base) -> None:
+    fleet = Restless(folder, tiny, entries("a", "b"))
+    outcomes = fleet.work()
+    assert (outcomes["a"].kind, outcomes["b"].kind) == ("bad subject", "done")
+    assert "have changed since" in str(outcomes["a"].reason)
+    assert Fleet(folder, tiny, entries("a")).work()["a"].kind == "done"
+
+
+def test_other_class_images_are_another_training(folder: Path, tiny: Base) -> None:
+    fleet = Fleet(folder, tiny, [{"id": "a", "images": "a", "prior": {"source": "folder", "folder": "b"}}])
+    (one,) = fleet.manifest.subjects
+    first = fleet.fingerprint("a")
+    assert fleet.fingerprint("a") == first
+    tiny_images(folder / "b", side=40, seed=99)
+    assert fleet.fingerprint("a") != first
+    with pytest.raises(UserError, match="prior.folder 'b' of subject 'a' is no folder"):
+        fingerprint(one, tiny.hash, (), str(folder / "c"))
 
 
 def test_what_this_device_cannot_hold_is_handed_on_if_somebody_takes_it(
