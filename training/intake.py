@@ -22,6 +22,7 @@ _NO_EFFECT: dict[str, Any] = {
     "id": True,
     "images": True,
     "sample_prompts": True,
+    "samples": True,
     "min_images": True,
     "public": True,
     "train": {"keep_checkpoints", "sample_every", "gradient_checkpointing", "strategy", "zero"},

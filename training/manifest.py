@@ -168,6 +168,16 @@ class TrainSpec(Closed):
         return "random" if self.center_crop is False and self.crop == "center" else self.crop
 
 
+class SampleSpec(Closed):
+    """The pictures that are drawn of a subject to be looked at: beside the published adapter, and while it trains."""
+
+    images: int | None = Field(
+        None, ge=0, le=64, description="how many, the sample prompts in turn; 4 by default, or one a prompt; 0: none"
+    )
+    steps: int = Field(20, ge=1, le=1000, description="denoising steps a picture")
+    guidance_scale: float = Field(3.0, ge=0, le=50)
+
+
 class SubjectSettings(Closed):
     """Everything `defaults` may set and a subject may override."""
 
@@ -177,6 +187,7 @@ class SubjectSettings(Closed):
     instance_prompt: str = Field("a photo of sks {class}", min_length=1, max_length=1000)
     class_prompt: str = Field("a photo of {class}", min_length=1, max_length=1000)
     sample_prompts: tuple[str, ...] = Field((), max_length=16, description="what sample images show")
+    samples: SampleSpec = SampleSpec.model_construct()
     negative_prompt: str = Field("", max_length=1000)
     min_images: int = Field(5, ge=1, le=1000)
     public: bool = Field(False, description="other tenants may generate with the adapter")
@@ -214,6 +225,8 @@ class SubjectSpec(SubjectSettings):
                 raise ValueError(
                     f"word {token!r} is not in `instance_prompt` {self.instance_prompt!r}: nothing trains it"
                 )
+        if self.samples.images == 0 and self.train.sample_every is not None:
+            raise ValueError("`samples.images: 0` contradicts `train.sample_every`: leave out one of the two")
         if self.train.strategy == "zero" and self.train.against_zero is not None:
             raise ValueError(f"`strategy: zero` {self.train.against_zero}")
         if self.class_ is None:

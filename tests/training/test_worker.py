@@ -1,5 +1,6 @@
 """The subject loop end to end, without Ray: photos in, published adapters out, whatever goes wrong on the way."""
 
+import pydoc
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,9 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.tiny import tiny_images
-from training import prior
+from training import prior, render
 from training.adapter import load_adapter
+from training.bank import Bank
 from training.base import Base
 from training.errors import UserError
 from training.intake import current_fingerprint, fingerprint
@@ -29,6 +31,7 @@ FAST: dict[str, Any] = {
     "class": "dog",
     "prior": {"images": 4, "steps": 2},
     "train": {"max_steps": 4, "checkpoint_every": 2, "learning_rate": 1e-2},
+    "samples": {"steps": 2},
     "evaluate": {"enabled": False},  # tests/training/test_judging.py has that
 }
 
@@ -83,7 +86,6 @@ class Fleet:
 @pytest.fixture(autouse=True)
 def _every_beat(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("training.worker.BEAT_SECONDS", 0.0)
-    monkeypatch.setattr("training.publish.SAMPLE_STEPS", 2)
 
 
 @pytest.fixture
@@ -142,6 +144,113 @@ def test_a_corrupt_subject_costs_the_others_nothing(folder: Path, tiny: Base) ->
     }
     assert "0.png" in str(outcomes["b"].reason)
     assert "nowhere" in str(outcomes["none"].reason)
+
+
+def refuse(monkeypatch: pytest.MonkeyPatch, faults: dict[str, tuple[str, Callable[..., str]]]) -> None:
+    """Makes each function fail, as no code expects, for the subject of its name; for others it does its work."""
+
+    def broken(victim: str, of: Callable[..., str], real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*given: Any, **named: Any) -> Any:
+            if of(*given) == victim:
+                raise ZeroDivisionError("planted")
+            return real(*given, **named)
+
+        return call
+
+    for victim, (path, of) in faults.items():
+        monkeypatch.setattr(path, broken(victim, of, pydoc.locate(path)))  # type: ignore[arg-type]
+
+
+def test_any_error_of_one_subject_is_its_result_alone(
+    folder: Path, tiny: Base, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Law 8: the others, in the same pack and at the same step, are published as if nothing had been."""
+    faults: dict[str, tuple[str, Callable[..., str]]] = {
+        "joining": ("training.pack.Pack._initial", lambda pack, spec: spec.id),
+        "judging": ("training.judging.Judging._exam", lambda judging, subject: subject.spec.id),
+        "gate": ("training.worker.gate_failure", lambda spec, evaluation: spec.id),
+        "publishing": ("training.worker.publish_subject", lambda registry, base, publication: publication.spec.id),
+    }
+    refuse(monkeypatch, faults)
+    judged = {"steps": 1, "candidates": 1, "likeness_model": "base", "fidelity_model": "base", "hold_out": 0}
+    subjects = [{"id": id, "images": "a"} for id in (*faults, "fine")]
+    outcomes = Fleet(folder, tiny, subjects, evaluate=judged, samples={"images": 0}).work()
+    kinds = {id: outcome.kind for id, outcome in outcomes.items()}
+    assert kinds == dict.fromkeys(faults, "unknown") | {"fine": "done"}
+    assert all("ZeroDivisionError: planted" in str(outcomes[id].reason) for id in faults)
+
+
+def test_what_a_subject_can_do_without_costs_nobody_the_adapter(
+    folder: Path, tiny: Base, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    faults: dict[str, tuple[str, Callable[..., str]]] = {
+        "sampling": ("training.samples._shots", lambda one: one.spec.id),
+        "checkpoint": ("training.run.RunStore.save_checkpoint", lambda run, id, *_: id),
+        "look": ("training.early_stop.Watch._has_settled", lambda watch, fixed: fixed.spec.id),
+    }
+    refuse(monkeypatch, faults)
+    monkeypatch.setattr("training.early_stop.EVERY", 2)
+    notes: list[str] = []
+
+    def listen(beat: Beat) -> Orders:
+        notes.extend(beat.notes)
+        return Orders()
+
+    fleet = Fleet(
+        folder,
+        tiny,
+        [{"id": id, "images": "a"} for id in (*faults, "fine")],
+        train={**FAST["train"], "sample_every": 2},
+        samples={"images": 1, "steps": 1},
+        evaluate={"enabled": False, "early_stop": True},
+    )
+    fleet.orders = listen
+    assert {outcome.kind for outcome in fleet.work().values()} == {"done"}
+    assert {note.split(":")[0] for note in notes if "planted" in note} == set(faults)
+    registry = Registry(fleet.storage)
+    without = [id for id in fleet.outcomes if "samples/0.png" not in registry.files(registry.resolve(f"default/{id}"))]
+    assert without == ["sampling"]
+
+
+def test_on_the_way_out_one_that_cannot_be_kept_costs_no_other_its_checkpoint(
+    folder: Path, tiny: Base, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refuse(monkeypatch, {"b": ("training.run.RunStore.save_checkpoint", lambda run, id, *_: id)})
+    fleet = Fleet(folder, tiny, entries("b", "a"))
+    fleet.orders = lambda beat: Orders(stop=beat.steps.get("a", 0) >= 1)
+    with pytest.raises(ZeroDivisionError):  # not kept to itself either
+        fleet.work()
+    assert fleet.run.checkpoints("a") == [1]
+    assert not any(module._forward_hooks for module in tiny.unet.modules())
+
+
+def test_samples_are_as_many_as_asked_for_and_drawn_together(
+    folder: Path, tiny: Base, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[int] = []
+    draw = render._draw
+
+    def counted(base: Base, bank: Bank, batch: Sequence[render.Shot], look: render.Look) -> list[Image.Image]:
+        drawn.append(len(batch))
+        return draw(base, bank, batch, look)
+
+    monkeypatch.setattr(render, "_draw", counted)
+    prompts = [f"a photo of sks dog {place}" for place in ("on grass", "in snow", "in water", "on beach", "in red")]
+    subjects = [
+        {"id": "a", "images": "a", "samples": {"images": 2}},
+        {"id": "b", "images": "b", "sample_prompts": prompts},
+        {"id": "c", "images": "c", "samples": {"images": 0}},
+    ]
+    fleet = Fleet(folder, tiny, subjects)
+    fleet.work()
+    assert drawn == [2 + 5]
+    registry = Registry(fleet.storage)
+    found = {id: registry.files(registry.resolve(f"default/{id}")) for id in "abc"}
+    assert {id: sum(name.startswith("samples/") for name in files) for id, files in found.items()} == {
+        "a": 2,
+        "b": 5,
+        "c": 0,
+    }
 
 
 class Restless(Fleet):
