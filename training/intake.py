@@ -12,7 +12,7 @@ from typing import Any
 from training.errors import UserError
 from training.file_hash import hash_file
 from training.manifest import SubjectSpec
-from training.photos import PhotoFile, list_photo_files
+from training.photos import Photo, PhotoFile, list_photo_files
 from training.storage import open_storage
 from training.storage_base import Storage
 
@@ -44,6 +44,19 @@ def _read_keys(storage: Storage, prefix: str, shown: str) -> tuple[PhotoFile, ..
         raise UserError(f"images '{shown}' holds no files. Put the subject's photos there.")
     start = len(prefix) + 1 if prefix else 0
     return tuple(PhotoFile(key[start:], storage.get(key)) for key in keys if "/" not in key[start:])
+
+
+def check_words(subject: SubjectSpec, photos: Sequence[Photo]) -> None:
+    """Raises UserError for textual-inversion words that would not train: the captions leave them out, all of them."""
+    prompts = {photo.caption or subject.filled_instance_prompt for photo in photos}
+    if subject.train.backgrounds and any(photo.mask is not None for photo in photos):
+        prompts.add(subject.filled_instance_prompt)  # where the background is replaced, the caption is not used
+    lost = [word for word in subject.words.tokens if not any(word in prompt for prompt in prompts)]
+    if lost:
+        raise UserError(
+            f"Word '{lost[0]}' of `words.tokens` is in none of the photos' captions, so nothing would train it. Write "
+            "it into captions, or leave a photo without one: that photo takes the `instance_prompt`."
+        )
 
 
 def current_fingerprint(subject: SubjectSpec, base_hash: str, storage: Storage, root: str = ".") -> str:

@@ -20,7 +20,7 @@ from training.evaluate import Evaluation, candidate_steps
 from training.events import NAME as EVENTS, event_file
 from training.fault import apart, kind_of, reason_of, together
 from training.fitting import open_pack
-from training.intake import fingerprint, read_files
+from training.intake import check_words, fingerprint, read_files
 from training.judging import Finished, Judging, gate_failure, hold_out
 from training.latents import LatentSet, encode_photos, load_latents, photo_prompts, photos_key, save_latents
 from training.manifest import SubjectSpec
@@ -128,6 +128,7 @@ class Worker:
             backgrounds=spec.train.backgrounds,
         )
         found, held_out = hold_out(spec, found)
+        check_words(spec, found.good)
         self._held[id].found, self._held[id].held_out = found, held_out
         instance = self._latents(spec, found)
         self._watch.join(spec, instance)

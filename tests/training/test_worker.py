@@ -360,6 +360,17 @@ def test_captions_and_a_class_folder_are_used(folder: Path, tiny: Base) -> None:
     assert Fleet(folder / "a", tiny, [{"id": "a", "images": str(folder / "a")}]).work()["a"].version != captioned
 
 
+def test_words_that_no_caption_has_are_refused(folder: Path, tiny: Base) -> None:
+    """Nothing would train them; a single photo that shows the word is enough."""
+    for index in range(5):
+        (folder / "a" / f"{index}.txt").write_text("a photo of sks dog on the grass")
+    words = {"words": {"tokens": ["<s1>"]}, "instance_prompt": "a photo of <s1> dog"}
+    outcome = Fleet(folder, tiny, [{"id": "a", "images": "a", **words}]).work()["a"]
+    assert outcome.kind == "bad subject" and "'<s1>' of `words.tokens` is in none of the" in str(outcome.reason)
+    (folder / "a" / "2.txt").write_text("a photo of <s1> dog on the grass")
+    assert Fleet(folder, tiny, [{"id": "a", "images": "a", **words}]).work()["a"].kind == "done"
+
+
 def test_a_prior_is_made_once_and_shared(folder: Path, tiny: Base, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[range] = []
     generate = prior._generate
