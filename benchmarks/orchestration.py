@@ -82,13 +82,13 @@ def plain(manifest: Path, storage: Path) -> float:
 
     submission = submit(manifest, open_storage(str(storage)))
     specs = submission.manifest.subjects
-    storage, root = submission.store.storage, submission.manifest.root
-    marks = [current_fingerprint(spec, submission.record.base_hash, storage, root) for spec in specs]
+    held, root = submission.store.storage, submission.manifest.root
+    marks = [current_fingerprint(spec, submission.record.base_hash, held, root) for spec in specs]
     source = ListSource([Task(spec, mark) for spec, mark in zip(specs, marks, strict=True)])
     (pack,) = plan_run(submission.manifest, base_facts(submission.record.base)).packs
     dtype = precision(pack.profile.mixed_precision, best_device())
     base = load_base(submission.record.base, dtype=dtype)
-    store = RunStore(storage, submission.record.run)
+    store = RunStore(held, submission.record.run)
     work(base, pack, source, store, tenant="default", root=root)
     assert source.published == len(specs)
     return time.perf_counter() - source.began

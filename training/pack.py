@@ -156,7 +156,6 @@ class Pack:
             loss_scale=state.loss_scale if state else (FP16_SCALE if fp16 else 1.0),
             history=[tuple(row) for row in state.history.tolist()] if state else [],
         )
-        self._place_text_encoder()
 
     def leave(self, id: str) -> Subject:
         """Frees a subject's slot and answers the subject as it stands, ready to join again."""
@@ -166,7 +165,6 @@ class Pack:
         self.bank.clear(member.slot)
         self._clear_gradient(member.slot)
         del self._members[member.slot]
-        self._place_text_encoder()
         return subject
 
     def state(self, id: str) -> SubjectState:
@@ -400,12 +398,6 @@ class Pack:
         return [*rates, (self.bank.columns(Bank.WORDS), member.spec.words.learning_rate * factor)]
 
     # -- pieces --
-
-    def _place_text_encoder(self) -> None:
-        """It is on the device while somebody trains it; cached embeddings need it only for a moment."""
-        trained = any(m.spec.lora.text_encoder or m.spec.words.tokens for m in self._members.values())
-        for component in self.base.family.text_encoders:
-            self.base.send(component, to_work=trained)
 
     def _member(self, id: str) -> Member:
         return next(member for member in self._members.values() if member.spec.id == id)

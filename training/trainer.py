@@ -7,6 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
@@ -98,12 +99,16 @@ def _join(pack: Pack, waiting: deque[Subject], room: int) -> tuple[tuple[str, ..
     while waiting and len(joined) < room:
         subject = waiting.popleft()
         id = subject.spec.id
-        if not apart([id], lambda _, one=subject: pack.join(one), refused):
+        if not apart([id], partial(_take_in, pack, subject), refused):
             continue
         joined.append(id)
         if subject.state is not None and subject.state.step >= subject.spec.train.max_steps:
             ended.append(Ended(id))  # its last checkpoint was its end
     return tuple(joined), ended
+
+
+def _take_in(pack: Pack, subject: Subject, id: str) -> None:
+    pack.join(subject)
 
 
 def _end(pack: Pack, report: Report) -> Ended | None:

@@ -73,7 +73,7 @@ def test_a_gang_that_can_never_be_had_is_refused() -> None:
 
 def rates(settings: Closed, path: str = "") -> dict[str, float]:
     """Every learning rate that settings have, wherever it stands."""
-    found = {}
+    found: dict[str, float] = {}
     for name, value in settings:
         if isinstance(value, Closed):
             found |= rates(value, f"{path}{name}.")
@@ -85,7 +85,7 @@ def rates(settings: Closed, path: str = "") -> dict[str, float]:
 def test_after_a_divergence_every_learning_rate_is_lower() -> None:
     one = spec("a", words={"tokens": ["<s1>"]}, instance_prompt="a photo of <s1> dog")
     source = QueueSource(None, 0, {"a": one})
-    task = source._task(Lease(id="a", fingerprint="f", rate_factor=CALMER))
+    task = source._task(Lease(id="a", fingerprint="f", rate_factor=CALMER, may_spread=False))
     before, after = rates(task.spec), rates(task.trained)
     assert set(before) == {"train.learning_rate", "train.text_encoder_learning_rate", "words.learning_rate"}
     assert after == {name: pytest.approx(CALMER * rate) for name, rate in before.items()}

@@ -1,6 +1,5 @@
-"""The base: what it is found by, what it says of itself, and that idle parts leave the device."""
+"""The base: what it is found by, and what it says of itself."""
 
-import dataclasses
 import hashlib
 import os
 import shutil
@@ -12,13 +11,11 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
-from tests.training.subjects import subject
 from training import file_hash
 from training.base import Base, load_base
 from training.base_folder import find_base, hash_base
 from training.errors import UserError
 from training.file_hash import hash_file
-from training.pack import Pack
 
 
 def test_the_embedded_base_is_found_and_is_a_plain_pipeline() -> None:
@@ -108,19 +105,3 @@ def test_encode_and_decode_use_the_pipelines_scale(tiny: Base) -> None:
         expected = tiny.vae.encode(pixels).latent_dist.mean * tiny.vae.config.scaling_factor
     assert torch.equal(mean, expected)
     assert tiny.decode(mean).shape == pixels.shape
-
-
-def test_parts_that_nobody_needs_are_at_rest(tiny: Base, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where a device is short of memory. The meta device cannot compute, so resting there is really being away."""
-    moves: list[tuple[str, str]] = []
-    base = dataclasses.replace(tiny, rest=torch.device("meta"))
-    monkeypatch.setattr(tiny.text_encoder, "to", lambda device: moves.append(("text_encoder", str(device))))
-    pack = Pack(base, slots=2, rank=8, targets={"unet": ("to_q",), "text_encoder": ("q_proj",)})
-    pack.join(subject("frozen", lora={"text_encoder": False, "targets": ["to_q"]}))
-    assert moves[-1] == ("text_encoder", "meta")
-    trains = {"targets": ["to_q"], "text_encoder_targets": ["q_proj"]}
-    pack.join(subject("trained", lora=trains))
-    assert moves[-1] == ("text_encoder", "cpu")
-    pack.leave("trained")
-    assert moves[-1] == ("text_encoder", "meta")
-    pack.close()

@@ -83,9 +83,8 @@ def test_a_row_that_wears_nothing_has_nobodys_words(tiny: Base) -> None:
     """Slot -1 is no slot: the last slot's words are not read by the base's own rows."""
     one = subject("a", words=WORD, instance_prompt="a photo of <s1> dog")
     bank = adapter_bank(tiny, [run(tiny, [one]).adapters["a"]])
-    prompt, options = ["a photo of <s1> dog"], {"seeds": [1], "steps": 1, "guidance_scale": 1.0}
-    plain = sample(tiny, prompt, **options)
+    plain = sample(tiny, ["a photo of <s1> dog"], seeds=[1], steps=1)
     bank.inject()
-    bare = sample(tiny, prompt, **options, bank=bank, slots=[-1], scales=[1.0])
+    bare = sample(tiny, ["a photo of <s1> dog"], seeds=[1], steps=1, bank=bank, slots=[-1], scales=[1.0])
     bank.eject()
     assert torch.equal(bare, plain)

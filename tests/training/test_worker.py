@@ -236,7 +236,7 @@ def test_samples_are_as_many_as_asked_for_and_drawn_together(
 
     monkeypatch.setattr(render, "_draw", counted)
     prompts = [f"a photo of sks dog {place}" for place in ("on grass", "in snow", "in water", "on beach", "in red")]
-    subjects = [
+    subjects: list[dict[str, Any]] = [
         {"id": "a", "images": "a", "samples": {"images": 2}},
         {"id": "b", "images": "b", "sample_prompts": prompts},
         {"id": "c", "images": "c", "samples": {"images": 0}},
