@@ -20,6 +20,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from training.base_folder import find_base, hash_base
 from training.errors import UserError
 from training.family import FAMILIES, Family
+from training.footprint import images_at_once
 from training.words import Words, replacing, tokenise
 
 
@@ -54,6 +55,10 @@ class Base:
         """The side in pixels the base was made for."""
         return int(self.unet.config.sample_size) * self.vae_scale
 
+    def cells(self, resolution: int | None = None) -> int:
+        """Cells of a square picture's latent; of the base's own resolution by default."""
+        return ((resolution or self.resolution) // self.vae_scale) ** 2
+
     @property
     def latent_channels(self) -> int:
         return int(self.unet.config.in_channels)
@@ -84,15 +89,18 @@ class Base:
     @torch.no_grad()
     def encode_images(self, pixels_NCHW: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and std of the posterior of images in [-1, 1], scaled: two tensors [N, C, h, w] on the CPU."""
-        posterior = self.vae.encode(pixels_NCHW.to(self.device, self.vae.dtype)).latent_dist
         scale = self.vae.config.scaling_factor
-        return (posterior.mean * scale).cpu(), (posterior.std * scale).cpu()
+        parts = pixels_NCHW.split(images_at_once(pixels_NCHW[0, 0].numel()))
+        found = [self.vae.encode(part.to(self.device, self.vae.dtype)).latent_dist for part in parts]
+        mean, std = torch.cat([part.mean for part in found]), torch.cat([part.std for part in found])
+        return (mean * scale).cpu(), (std * scale).cpu()
 
     @torch.no_grad()
     def decode(self, latents_NCHW: Tensor) -> Tensor:
         """Images in [-1, 1], [N, 3, H, W], from scaled latents."""
         latents = latents_NCHW.to(self.device, self.vae.dtype) / self.vae.config.scaling_factor
-        return self.vae.decode(latents).sample.clamp(-1, 1)
+        parts = latents.split(images_at_once(latents[0, 0].numel() * self.vae_scale**2))
+        return torch.cat([self.vae.decode(part).sample.clamp(-1, 1) for part in parts])
 
 
 def load_base(

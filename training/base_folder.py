@@ -9,6 +9,7 @@ import struct
 import subprocess
 import sys
 from collections.abc import Iterator
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -68,13 +69,24 @@ def _download(name: str) -> Path:
 
 def layer_shapes(folder: Path, component: str) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Name and weight shape of every layer of a component, from the safetensors headers alone."""
+    for name, shape in _tensor_shapes(folder, component):
+        if name.endswith(".weight"):
+            yield name.removesuffix(".weight"), shape
+
+
+def count_parameters(folder: Path, component: str) -> int:
+    """Of a whole component, from the safetensors headers alone."""
+    return sum(prod(shape) for _, shape in _tensor_shapes(folder, component))
+
+
+def _tensor_shapes(folder: Path, component: str) -> Iterator[tuple[str, tuple[int, ...]]]:
     for file in sorted((folder / component).glob("*.safetensors")):
         with file.open("rb") as stream:
             (length,) = struct.unpack("<Q", stream.read(8))
             header = json.loads(stream.read(length))
         for name, tensor in header.items():
-            if name.endswith(".weight"):
-                yield name.removesuffix(".weight"), tuple(tensor["shape"])
+            if name != "__metadata__":
+                yield name, tuple(tensor["shape"])
 
 
 def read_config(folder: Path, component: str) -> dict[str, Any]:

@@ -23,6 +23,7 @@ Model = TypeVar("Model", bound=BaseModel)
 # the C parser is ten times faster; it is absent only where libyaml is
 Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
+USUAL_SAMPLES = 4
 LR_SCHEDULERS = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
 
 
@@ -242,6 +243,12 @@ class SubjectSpec(SubjectSettings):
 
     def fill(self, prompt: str) -> str:
         return prompt.replace("{class}", self.class_ or "")
+
+    @property
+    def sample_seeds(self) -> range:
+        """The seeds of its sample pictures: one a picture."""
+        usual = max(USUAL_SAMPLES, len(self.sample_prompts))
+        return range(usual if self.samples.images is None else self.samples.images)
 
     @property
     def filled_instance_prompt(self) -> str:

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from training.base import Base
+from training.footprint import pictures_at_once
 from training.intake import class_folder
 from training.latents import (
     LatentSet,
@@ -80,9 +81,10 @@ def _make(
 ) -> Iterator[int]:
     """Generates and keeps the prior, as long as this worker has the lead. Yields how many images there are."""
     wanted, made = subject.prior.images, []
-    for start in range(0, wanted, BATCH):
+    size = min(BATCH, pictures_at_once(base.cells(subject.train.resolution)))
+    for start in range(0, wanted, size):
         lead.renew()
-        made.append(_generate(base, subject, prompts, range(start, min(start + BATCH, wanted))))
+        made.append(_generate(base, subject, prompts, range(start, min(start + size, wanted))))
         yield start + len(made[-1])
     mean = torch.cat(made)
     save_latents(storage, key, posteriors(mean, torch.zeros_like(mean)))

@@ -10,8 +10,6 @@ from training.base import Base
 from training.manifest import SubjectSpec
 from training.render import Look, Shot, render
 
-USUAL = 4
-
 
 class Worn(NamedTuple):
     """A subject, its slot and its scale."""
@@ -31,6 +29,5 @@ def draw_samples(base: Base, bank: Bank, subjects: Sequence[Worn]) -> list[list[
 def _shots(one: Worn) -> list[Shot]:
     spec, asked = one.spec, one.spec.samples
     prompts = [spec.fill(prompt) for prompt in spec.sample_prompts] or [spec.filled_instance_prompt]
-    count = max(USUAL, len(prompts)) if asked.images is None else asked.images
     look = Look(asked.steps, asked.guidance_scale, spec.train.resolution, spec.negative_prompt)
-    return [Shot(one.slot, one.scale, prompts[seed % len(prompts)], seed, look) for seed in range(count)]
+    return [Shot(one.slot, one.scale, prompts[seed % len(prompts)], seed, look) for seed in spec.sample_seeds]

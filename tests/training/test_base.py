@@ -105,3 +105,20 @@ def test_encode_and_decode_use_the_pipelines_scale(tiny: Base) -> None:
         expected = tiny.vae.encode(pixels).latent_dist.mean * tiny.vae.config.scaling_factor
     assert torch.equal(mean, expected)
     assert tiny.decode(mean).shape == pixels.shape
+
+
+def test_many_images_go_through_the_vae_a_few_at_a_time(tiny: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+    pixels = torch.rand(5, 3, 16, 16) * 2 - 1
+    (mean, std), whole = tiny.encode_images(pixels), tiny.decode(torch.ones(5, 4, 8, 8))
+    sizes: list[int] = []
+    for layer in (tiny.vae.encoder, tiny.vae.decoder):
+        layer.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    monkeypatch.setattr("training.footprint.VAE_PIXELS", 2 * 16 * 16)
+    try:
+        found, spread = tiny.encode_images(pixels)
+        assert torch.allclose(found, mean, atol=1e-5) and torch.allclose(spread, std, atol=1e-5)
+        assert torch.allclose(tiny.decode(torch.ones(5, 4, 8, 8)), whole, atol=1e-5)
+    finally:
+        for layer in (tiny.vae.encoder, tiny.vae.decoder):
+            layer._forward_pre_hooks.clear()
+    assert sizes == [2, 2, 1, 2, 2, 1]

@@ -111,6 +111,24 @@ def test_rendering_goes_on_with_fewer_rows_when_memory_is_out(tiny: Base, monkey
     assert sizes == [5, 2, 2, 1]
 
 
+def test_large_pictures_are_drawn_few_at_a_time(tiny: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many are asked for, drawing holds no more memory than was planned."""
+    from training import render as module
+
+    sizes: list[int] = []
+    draw = module._draw
+
+    def counted(base: Base, bank: Any, batch: Sequence[Shot], look: Look) -> list[Image.Image]:
+        sizes.append(len(batch))
+        return draw(base, bank, batch, look)
+
+    monkeypatch.setattr(module, "_draw", counted)
+    monkeypatch.setattr("training.footprint.PICTURE_CELLS", 2 * tiny.cells())
+    shots = [Shot(-1, 1.0, "a dog", seed, Look(1, 1.0, None)) for seed in range(5)]
+    assert len(render(tiny, adapter_bank(tiny, []), shots)) == 5
+    assert sizes == [2, 2, 1]
+
+
 # -- evaluation --
 
 
