@@ -4,7 +4,7 @@ What a network holds grows with its width and with the cells (pixels, for the VA
 those of 16 bit, measured with SD 1.x at 256 px in bf16 on a CPU.
 """
 
-PROCESS_BYTES = 0.8e9  # Python, torch, diffusers, transformers
+PROCESS_BYTES = 1.1e9  # Python, torch, diffusers, transformers, and what the allocator does not give back
 # weight, gradient and Adam's two moments of a trained parameter, in fp32
 STATE_BYTES = 16
 # per width and cell: a row that trains (of it 0.87 are saved for backward), one that draws, a pixel in the VAE
