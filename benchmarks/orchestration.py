@@ -25,6 +25,7 @@ from ray_app.cluster import LOCAL, Limits, connect
 from ray_app.drive import drive_run
 from ray_app.submission import submit
 from training.base import best_device, load_base
+from training.intake import current_fingerprint
 from training.plan import base_facts, plan_run
 from training.run import RunStore
 from training.source import Beat, Orders, Outcome, Task
@@ -81,12 +82,14 @@ def plain(manifest: Path, storage: Path) -> float:
 
     submission = submit(manifest, open_storage(str(storage)))
     specs = submission.manifest.subjects
-    source = ListSource([Task(spec, f"{index:064x}") for index, spec in enumerate(specs)])
+    held, root = submission.store.storage, submission.manifest.root
+    marks = [current_fingerprint(spec, submission.record.base_hash, held, root) for spec in specs]
+    source = ListSource([Task(spec, mark) for spec, mark in zip(specs, marks, strict=True)])
     (pack,) = plan_run(submission.manifest, base_facts(submission.record.base)).packs
     dtype = precision(pack.profile.mixed_precision, best_device())
     base = load_base(submission.record.base, dtype=dtype)
-    store = RunStore(submission.store.storage, submission.record.run)
-    work(base, pack, source, store, tenant="default", root=submission.manifest.root)
+    store = RunStore(held, submission.record.run)
+    work(base, pack, source, store, tenant="default", root=root)
     assert source.published == len(specs)
     return time.perf_counter() - source.began
 

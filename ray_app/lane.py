@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 IDLE_SECONDS = 1.0  # how long an empty answer of the queue holds while the pack is busy
 QUEUE_TIMEOUT_S = 60.0
 STORAGE_REST_S = 10.0  # before a lane tries a storage again that did not answer
-LEARNING_RATES = ("learning_rate", "text_encoder_learning_rate")
 _ORDERS = TypeAdapter(Orders)
 
 log = logging.getLogger(__name__)
@@ -70,12 +69,7 @@ class QueueSource:
         return [self._task(Lease.model_validate(lease)) for lease in leases]
 
     def _task(self, lease: Lease) -> Task:
-        spec = self._specs[lease.id]
-        if lease.rate_factor != 1.0:
-            train = spec.train
-            rates = {name: getattr(train, name) * lease.rate_factor for name in LEARNING_RATES}
-            spec = spec.model_copy(update={"train": train.model_copy(update=rates)})
-        return Task(spec, lease.fingerprint, lease.may_spread)
+        return Task(self._specs[lease.id], lease.fingerprint, lease.may_spread, lease.rate_factor)
 
     def beat(self, beat: Beat) -> Orders:
         return _ORDERS.validate_python(self._ask("beat", asdict(beat)))

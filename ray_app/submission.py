@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from training.base_folder import find_base, hash_base
 from training.errors import UserError
-from training.intake import UPLOADED, fingerprint, read_files
+from training.intake import UPLOADED, check_words, current_fingerprint, read_files
 from training.manifest import Manifest, SubjectSpec, load_manifest
 from training.photos import PhotoFile, list_photo_files, photos
 from training.plan import BaseFacts, base_facts, unmatched_targets
@@ -127,6 +127,7 @@ def photo_report(manifest: Manifest, facts: BaseFacts) -> tuple[dict[str, str], 
                 crop=train.cropping,
                 backgrounds=train.backgrounds,
             )
+            check_words(subject, found.good)
         except UserError as error:
             return subject.id, str(error), []
         refused = [f"{file.name} is not used: {file.reason}" for file in found.rejected]
@@ -165,10 +166,9 @@ def _problems(manifest: Manifest, facts: BaseFacts) -> Iterator[str]:
 
 def _find(subject: SubjectSpec, record: RunRecord, manifest: Manifest, storage: Storage) -> Found:
     try:
-        files = read_files(subject, storage, manifest.root)
+        return Found(current_fingerprint(subject, record.base_hash, storage, manifest.root), None)
     except UserError as error:
         return Found(None, str(error))
-    return Found(fingerprint(subject, record.base_hash, files), None)
 
 
 def _state(

@@ -95,6 +95,8 @@ class Adapters:
             host_row = loads[key].result()
             self.bank.put(slot, host_row.row)
             self._changes_text[key] = host_row.changes_text
+        if placement.fresh:  # what was evicted for them is forgotten
+            self._changes_text = {key: changes for key, changes in self._changes_text.items() if key in self.slots}
         self.swap_seconds += time.perf_counter() - began
         return placement.slots
 
@@ -103,7 +105,7 @@ class Adapters:
         self.slots.release(keys)
 
     def changes_text(self, key: AdapterRef) -> bool:
-        """Whether an adapter that has been in a slot changes the text encoder."""
+        """Whether an adapter that is in a slot changes the text encoder."""
         return self._changes_text[key]
 
     def forget(self, key: AdapterRef) -> None:

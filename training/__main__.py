@@ -14,7 +14,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 from training.base import best_device, load_base
 from training.errors import UserError
-from training.intake import fingerprint, read_files
+from training.intake import current_fingerprint
 from training.manifest import Manifest, load_manifest
 from training.plan import PackPlan, base_facts, plan_run
 from training.registry import Registry
@@ -41,11 +41,10 @@ class LocalSource:
         while self._todo and len(tasks) < count:
             subject = self._todo.pop(0)
             try:
-                files = read_files(subject, self._storage, self._manifest.root)
+                mark = current_fingerprint(subject, self._base_hash, self._storage, self._manifest.root)
             except UserError as error:
                 self.ended(Outcome(subject.id, "bad subject", str(error)))
                 continue
-            mark = fingerprint(subject, self._base_hash, files)
             version = Registry(self._storage).find(self._manifest.tenant, subject.id, mark)
             if version is not None:
                 print(f"{subject.id}: reused {version[:12]}")

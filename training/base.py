@@ -5,8 +5,7 @@ rest needs. Nothing in it is ever changed; adapters lie over it in a bank.
 """
 
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +20,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from training.base_folder import find_base, hash_base
 from training.errors import UserError
 from training.family import FAMILIES, Family
+from training.footprint import images_at_once
 from training.words import Tokenised, Words, replacing, tokenise
 
 
@@ -39,27 +39,6 @@ class Base:
     scheduler_config: dict[str, Any]
     device: torch.device
     dtype: torch.dtype
-    # where VAE and text encoder wait while nobody needs them; None: they stay on the device
-    rest: torch.device | None = None
-
-    @contextmanager
-    def at_work(self, component: str) -> Iterator[None]:
-        """The component is on the device inside, and back at rest afterwards."""
-        model: torch.nn.Module = getattr(self, component)
-        if self.rest is None:
-            yield
-            return
-        before = next(model.parameters()).device
-        model.to(self.device)
-        try:
-            yield
-        finally:
-            model.to(before)
-
-    def send(self, component: str, *, to_work: bool) -> None:
-        """Brings a component to the device, or to rest, until the next call."""
-        if self.rest is not None:
-            getattr(self, component).to(self.device if to_work else self.rest)
 
     @property
     def models(self) -> dict[str, torch.nn.Module]:
@@ -75,6 +54,10 @@ class Base:
     def resolution(self) -> int:
         """The side in pixels the base was made for."""
         return int(self.unet.config.sample_size) * self.vae_scale
+
+    def cells(self, resolution: int | None = None) -> int:
+        """Cells of a square picture's latent; of the base's own resolution by default."""
+        return ((resolution or self.resolution) // self.vae_scale) ** 2
 
     @property
     def latent_channels(self) -> int:
@@ -102,8 +85,7 @@ class Base:
         `chunks`, and filled up to it with what the empty prompt is encoded to.
         """
         known = words or [{}] * len(prompts)
-        with self.at_work("text_encoder"):
-            made = [self._encode(tokenise(self.tokenizer, prompts, known, chunk)) for chunk in range(chunks)]
+        made = [self._encode(tokenise(self.tokenizer, prompts, known, chunk)) for chunk in range(chunks)]
         return torch.cat(made, dim=1)
 
     def _encode(self, chunk: Tokenised) -> Tensor:
@@ -113,17 +95,18 @@ class Base:
     @torch.no_grad()
     def encode_images(self, pixels_NCHW: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and std of the posterior of images in [-1, 1], scaled: two tensors [N, C, h, w] on the CPU."""
-        with self.at_work("vae"):
-            posterior = self.vae.encode(pixels_NCHW.to(self.device, self.vae.dtype)).latent_dist
         scale = self.vae.config.scaling_factor
-        return (posterior.mean * scale).cpu(), (posterior.std * scale).cpu()
+        parts = pixels_NCHW.split(images_at_once(pixels_NCHW[0, 0].numel()))
+        found = [self.vae.encode(part.to(self.device, self.vae.dtype)).latent_dist for part in parts]
+        mean, std = torch.cat([part.mean for part in found]), torch.cat([part.std for part in found])
+        return (mean * scale).cpu(), (std * scale).cpu()
 
     @torch.no_grad()
     def decode(self, latents_NCHW: Tensor) -> Tensor:
         """Images in [-1, 1], [N, 3, H, W], from scaled latents."""
         latents = latents_NCHW.to(self.device, self.vae.dtype) / self.vae.config.scaling_factor
-        with self.at_work("vae"):
-            return self.vae.decode(latents).sample.clamp(-1, 1)
+        parts = latents.split(images_at_once(latents[0, 0].numel() * self.vae_scale**2))
+        return torch.cat([self.vae.decode(part).sample.clamp(-1, 1) for part in parts])
 
 
 def load_base(
@@ -132,13 +115,11 @@ def load_base(
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.float32,
     root: str = ".",
-    rest: torch.device | str | None = None,
 ) -> Base:
     """Loads a base, frozen and in eval mode.
 
-    `name`: `pocket`, a diffusers folder or a hub id; `root`: where relative folders start; `rest`: where VAE and text
-    encoder wait while nobody needs them (default: they stay on the device). Raises UserError if it cannot be found or
-    is of a family that is not supported.
+    `name`: `pocket`, a diffusers folder or a hub id; `root`: where relative folders start. Raises UserError if it is
+    not found, or of a family that is not supported.
     """
     folder = find_base(name, root)
     index = json.loads((folder / "model_index.json").read_text())
@@ -152,9 +133,8 @@ def load_base(
         "vae": AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=dtype),
         "text_encoder": text_encoder,
     }
-    for component, model in models.items():
-        away = rest is not None and component != family.denoiser
-        model.requires_grad_(False).eval().to(rest if away else target)
+    for model in models.values():
+        model.requires_grad_(False).eval().to(target)
     if target.type == "cpu" and dtype == torch.bfloat16:
         # fused attention's backward is slow on a CPU in bf16: plain attention makes a pack 1.6 times as fast
         models["unet"].set_attn_processor(AttnProcessor())
@@ -167,7 +147,6 @@ def load_base(
         scheduler_config=json.loads((folder / "scheduler" / "scheduler_config.json").read_text()),
         device=target,
         dtype=dtype,
-        rest=torch.device(rest) if rest is not None else None,
         **models,
     )
 

@@ -5,15 +5,16 @@
 
 import hashlib
 import json
-import os
 import struct
 import subprocess
 import sys
 from collections.abc import Iterator
+from math import prod
 from pathlib import Path
 from typing import Any
 
 from training.errors import UserError
+from training.file_hash import cache_folder, hash_file
 
 EMBEDDED = Path(__file__).parent / "bases"
 
@@ -40,10 +41,7 @@ def find_base(name: str, root: str | Path = ".") -> Path:
 
 def _converted(file: Path) -> Path:
     """The diffusers folder of a checkpoint in one file, made once a content and kept in the user's cache."""
-    with file.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-    folder = cache / "dreamfleet" / "bases" / f"{file.stem}-{digest[:16]}"
+    folder = cache_folder() / "bases" / f"{file.stem}-{hash_file(file)[:16]}"
     if not (folder / "model_index.json").is_file():
         # a process of its own, so that planning needs no torch
         command = [sys.executable, "-m", "training.single_file", str(file), str(folder)]
@@ -71,13 +69,24 @@ def _download(name: str) -> Path:
 
 def layer_shapes(folder: Path, component: str) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Name and weight shape of every layer of a component, from the safetensors headers alone."""
+    for name, shape in _tensor_shapes(folder, component):
+        if name.endswith(".weight"):
+            yield name.removesuffix(".weight"), shape
+
+
+def count_parameters(folder: Path, component: str) -> int:
+    """Of a whole component, from the safetensors headers alone."""
+    return sum(prod(shape) for _, shape in _tensor_shapes(folder, component))
+
+
+def _tensor_shapes(folder: Path, component: str) -> Iterator[tuple[str, tuple[int, ...]]]:
     for file in sorted((folder / component).glob("*.safetensors")):
         with file.open("rb") as stream:
             (length,) = struct.unpack("<Q", stream.read(8))
             header = json.loads(stream.read(length))
         for name, tensor in header.items():
-            if name.endswith(".weight"):
-                yield name.removesuffix(".weight"), tuple(tensor["shape"])
+            if name != "__metadata__":
+                yield name, tuple(tensor["shape"])
 
 
 def read_config(folder: Path, component: str) -> dict[str, Any]:
@@ -95,6 +104,5 @@ def hash_base(folder: Path) -> str:
     for file in sorted(folder.rglob("*")):
         if file.suffix in (".json", ".safetensors", ".txt") and file.is_file():
             digest.update(f"{file.relative_to(folder).as_posix()}\0".encode())
-            with file.open("rb") as stream:
-                digest.update(hashlib.file_digest(stream, "sha256").digest())
+            digest.update(bytes.fromhex(hash_file(file)))
     return digest.hexdigest()

@@ -93,7 +93,8 @@ class Watch:
         alphas = base.alphas_cumprod[timesteps].to(base.device, wide)
         goal = target(base.prediction_type, latents, noise, alphas)
         with bank.using(*(bank.route(component, slots, scales, base.dtype) for component in bank.sites)):
-            embeddings = base.encode_prompts([batch.prompts[place] for _, batch, place in rows])
+            words = [bank.words(slot) for (slot, _), _, _ in rows]
+            embeddings = base.encode_prompts([batch.prompts[place] for _, batch, place in rows], words)
             noisy = add_noise(latents, noise, alphas).to(base.dtype)
             said = base.unet(noisy, timesteps.to(base.device), encoder_hidden_states=embeddings).sample
         return row_losses(said, goal)

@@ -78,6 +78,10 @@ class Member:
     def train(self) -> TrainSpec:
         return self.subject.spec.train
 
+    def restart(self) -> None:
+        """Forgets the micro-batches of the step under way."""
+        self.micro, self.instance_loss, self.prior_loss = 0, 0.0, 0.0
+
     def trains(self, prompt: str) -> bool:
         """Whether the prompt's embedding changes as the subject learns."""
         return self.spec.lora.text_encoder or any(word in prompt for word in self.spec.words.tokens)
@@ -152,7 +156,6 @@ class Pack:
             loss_scale=state.loss_scale if state else (FP16_SCALE if fp16 else 1.0),
             history=[tuple(row) for row in state.history.tolist()] if state else [],
         )
-        self._place_text_encoder()
 
     def leave(self, id: str) -> Subject:
         """Frees a subject's slot and answers the subject as it stands, ready to join again."""
@@ -162,7 +165,6 @@ class Pack:
         self.bank.clear(member.slot)
         self._clear_gradient(member.slot)
         del self._members[member.slot]
-        self._place_text_encoder()
         return subject
 
     def state(self, id: str) -> SubjectState:
@@ -211,12 +213,15 @@ class Pack:
         """Forgets the micro-batches of the step under way, for everyone: it starts over, with the same draws."""
         self._gradient().zero_()
         for member in self._members.values():
-            member.micro, member.instance_loss, member.prior_loss = 0, 0.0, 0.0
+            member.restart()
 
     # -- the fused step --
 
     def step(self) -> list[Report]:
-        """One micro-batch of every subject; answers those that completed an optimizer step, or failed, in it."""
+        """One micro-batch of every subject; answers those that completed an optimizer step, or failed, in it.
+
+        A step whose gradient overflows in fp16 is not complete: it is repeated at half the loss scale.
+        """
         members = [self._members[slot] for slot in sorted(self._members)]
         instance_M, prior_M = self._forward_backward(members)
         failed = []
@@ -343,22 +348,25 @@ class Pack:
             these = [member for member in ready if member.train.optimizer == name]
             self._optimizer(name).step([m.slot for m in these], {m.slot: self._rates(m) for m in these})
         gradient_SP[slots] = 0
-        return [self._finish_step(member, norm) for member, norm in zip(due, norms, strict=True)]
+        finished = [self._finish_step(member, norm) for member, norm in zip(due, norms, strict=True)]
+        return [report for report in finished if report is not None]
 
-    def _finish_step(self, member: Member, norm: float) -> Report:
+    def _finish_step(self, member: Member, norm: float) -> Report | None:
+        """The report of a step that is done or failed; None where an overflow has it repeated at a smaller scale."""
         if not math.isfinite(norm):
             if self.base.dtype != torch.float16 or member.loss_scale <= 1:
                 return self._failure(member, "gradient")
-            member.loss_scale, member.good_steps = member.loss_scale / 2, 0  # the step is repeated
+            member.loss_scale, member.good_steps = member.loss_scale / 2, 0
+            member.restart()
+            return None
         prior = member.spec.prior.weight * member.prior_loss
         rate = member.train.learning_rate * member.rate(member.step)
         loss = member.instance_loss + prior
         report = Report(member.spec.id, member.step + 1, loss, member.instance_loss, member.prior_loss, rate, norm)
-        member.micro, member.instance_loss, member.prior_loss = 0, 0.0, 0.0
-        if math.isfinite(norm):
-            member.step += 1
-            member.history.append(tuple(float(value) for value in report[1:7]))
-            self._grow_scale(member)
+        member.restart()
+        member.step += 1
+        member.history.append(tuple(float(value) for value in report[1:7]))
+        self._grow_scale(member)
         return report
 
     def _grow_scale(self, member: Member) -> None:
@@ -390,12 +398,6 @@ class Pack:
         return [*rates, (self.bank.columns(Bank.WORDS), member.spec.words.learning_rate * factor)]
 
     # -- pieces --
-
-    def _place_text_encoder(self) -> None:
-        """It is on the device while somebody trains it; cached embeddings need it only for a moment."""
-        trained = any(m.spec.lora.text_encoder or m.spec.words.tokens for m in self._members.values())
-        for component in self.base.family.text_encoders:
-            self.base.send(component, to_work=trained)
 
     def _member(self, id: str) -> Member:
         return next(member for member in self._members.values() if member.spec.id == id)

@@ -8,15 +8,12 @@ from collections.abc import Iterable, Sequence
 from math import ceil, prod
 from typing import Literal
 
-from training.base_folder import find_base, layer_shapes, read_config
+from training.base_folder import count_parameters, find_base, layer_shapes, read_config
+from training.footprint import MOST_PICTURES, PROCESS_BYTES, STATE_BYTES, drawing_bytes, training_bytes, vae_bytes
 from training.manifest import Closed, Manifest, SubjectSpec, ZeroSpec
 
 MAX_ROWS = 32  # rows of one fused batch: throughput has flattened by there
 ADAPTER_LIMIT_MB = 6.0
-# fp32 weight, gradient and Adam's two moments
-STATE_BYTES = 16
-# measured on SD 1.x at 512 px in 16 bit without checkpointing: 0.97 GiB of saved activations a row
-ACTIVATION_BYTES = 0.97 * 2**30 / (320 * 64 * 64)
 
 
 class Profile(Closed):
@@ -34,7 +31,7 @@ class PackPlan(Closed):
     """Subjects that train on one device: `slots` at once, the rest follow as slots become free.
 
     `rows` of the fused batch and textual-inversion `words` are the most that one of them takes; `state_bytes` is
-    weights, gradients and moments of all slots. `memory_mb` is per device.
+    weights, gradients and moments of all slots. `memory_mb` is the most that a worker holds, all in all, per device.
     """
 
     profile: Profile
@@ -63,12 +60,13 @@ class Plan(Closed):
 
 
 class BaseFacts(Closed):
-    """What planning needs to know of a base: its name, native resolution, width, and its layers' shapes."""
+    """What planning needs to know of a base: its name, native resolution, widths, size, and its layers' shapes."""
 
     name: str
     resolution: int
     latent_side: int
     width: int
+    vae_width: int
     parameters: int
     layers: dict[str, dict[str, tuple[int, ...]]]
 
@@ -83,7 +81,8 @@ def base_facts(name: str, root: str = ".") -> BaseFacts:
         resolution=unet["sample_size"] * 2 ** (len(vae["block_out_channels"]) - 1),
         latent_side=unet["sample_size"],
         width=unet["block_out_channels"][0],
-        parameters=sum(prod(shape) for found in layers.values() for shape in found.values()),
+        vae_width=vae["block_out_channels"][0],
+        parameters=sum(count_parameters(folder, component) for component in (*layers, "vae")),
         layers=layers,
     )
 
@@ -136,7 +135,7 @@ def _packs(
             rows=rows,
             words=max(len(subject.words.tokens) for subject in subjects),
             state_bytes=state,
-            memory_mb=_memory_mb(profile, state, slots * rows, base),
+            memory_mb=_memory_mb(profile, state, slots * rows, max(map(_pictures, group)) * slots, base),
         )
 
 
@@ -185,18 +184,28 @@ def adapter_bytes(subject: SubjectSpec, base: BaseFacts) -> int:
     return 2 * adapter_parameters(subject, base)
 
 
-def _memory_mb(profile: Profile, state_bytes: int, rows: int, base: BaseFacts) -> float:
-    """Of one device: its share of the state and of the rows."""
+def _pictures(subject: SubjectSpec) -> int:
+    """How many pictures are drawn of a subject, or for it, about together."""
+    if subject.evaluate.enabled or (subject.prior.enabled and subject.prior.source == "generate"):
+        return MOST_PICTURES
+    return len(subject.sample_seeds)
+
+
+def _memory_mb(profile: Profile, state_bytes: int, rows: int, pictures: int, base: BaseFacts) -> float:
+    """Of one device: the process, the base, its share of the state, and the greediest of what it does in turn.
+
+    A lane measures the activations before it starts.
+    """
     workers = profile.zero.workers if profile.zero else 1
-    return (state_bytes / workers + _activation_bytes(profile, ceil(rows / workers), base)) / 1e6
-
-
-def _activation_bytes(profile: Profile, rows: int, base: BaseFacts) -> float:
-    """An estimate of the frozen base and what the forward of all rows saves; a lane measures before it starts."""
     wide = 4 if profile.mixed_precision == "no" else 2
-    side = base.latent_side * profile.resolution / base.resolution
-    saved = 0.15 if profile.gradient_checkpointing is True else 1.0
-    return wide * base.parameters + rows * saved * ACTIVATION_BYTES * base.width * side**2 * wide / 2
+    cells = round(base.latent_side * profile.resolution / base.resolution) ** 2
+    recompute = profile.gradient_checkpointing is True
+    busy = max(
+        training_bytes(ceil(rows / workers), cells, base.width, recompute=recompute),
+        drawing_bytes(pictures, cells, base.width),
+        vae_bytes(profile.resolution**2, base.vae_width),
+    )
+    return (PROCESS_BYTES + wide * base.parameters + state_bytes / workers + wide / 2 * busy) / 1e6
 
 
 def unmatched_targets(subject: SubjectSpec, base: BaseFacts) -> list[str]:

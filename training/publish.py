@@ -9,7 +9,6 @@ from pathlib import Path
 from PIL import Image
 
 from training.adapter import Adapter, save_adapter, version_of
-from training.bank import Bank
 from training.base import Base
 from training.card import Card, Chosen
 from training.checkpoint import HISTORY, SubjectState
@@ -19,18 +18,17 @@ from training.loss_plot import plot_losses
 from training.manifest import SubjectSpec
 from training.photos import Photos
 from training.registry import Registry
-from training.sampler import sample, to_pixels
 
-SAMPLES = 4
-SAMPLE_STEPS = 20
-SAMPLE_GUIDANCE = 3.0
 # what decides nothing about the weights, or names a place on one machine
 _NOT_SETTINGS = {"id", "images", "public", "min_images"}
 
 
 @dataclass(frozen=True)
 class Publication:
-    """A finished subject, with all that its card tells. `adapter` is the chosen step's, its scale folded in."""
+    """A finished subject, with all that its card tells. `adapter` is the chosen step's, its scale folded in.
+
+    `pictures` are its samples; `samples` those that were drawn while it trained, by step.
+    """
 
     spec: SubjectSpec
     fingerprint: str
@@ -42,6 +40,7 @@ class Publication:
     rates: Mapping[int, float] = field(default_factory=dict)
     samples: Mapping[int, Sequence[Image.Image]] = field(default_factory=dict)
     evaluation: Evaluation | None = None
+    pictures: Sequence[Image.Image] = ()
 
     @property
     def chosen(self) -> Chosen:
@@ -50,10 +49,8 @@ class Publication:
         return Chosen(step=self.evaluation.choice.step, reason=self.evaluation.choice.reason)
 
 
-def publish_subject(
-    registry: Registry, base: Base, publication: Publication, bank: Bank, slot: int, scale: float
-) -> str:
-    """Publishes a subject, which still sits in `slot` of `bank`, and answers its version."""
+def publish_subject(registry: Registry, base: Base, publication: Publication) -> str:
+    """Publishes a subject and returns its version."""
     spec, history = publication.spec, publication.state.history
     named = Adapter(
         modules=publication.adapter.modules,
@@ -66,31 +63,11 @@ def publish_subject(
         },
     )
     weights = save_adapter(named)
-    drawn = draw_samples(base, spec, bank, slot, scale)
-    extras = {f"samples/{index}.png": png_bytes(image) for index, image in enumerate(drawn)}
+    extras = {f"samples/{index}.png": png_bytes(image) for index, image in enumerate(publication.pictures)}
     extras["loss.png"] = plot_losses(history, spec.id)
     extras[f"events/{EVENTS}"] = event_file(history, publication.rates, publication.samples)
     card = make_card(base, publication, weights)
     return registry.publish(publication.tenant, spec.id, weights, card, extras).version
-
-
-def draw_samples(base: Base, spec: SubjectSpec, bank: Bank, slot: int, scale: float) -> list[Image.Image]:
-    """The subject's sample prompts with fixed seeds: what a person looks at first."""
-    prompts = [spec.fill(prompt) for prompt in spec.sample_prompts] or [spec.filled_instance_prompt]
-    prompts = [prompts[index % len(prompts)] for index in range(max(SAMPLES, len(prompts)))]
-    latents = sample(
-        base,
-        prompts,
-        seeds=range(len(prompts)),
-        steps=SAMPLE_STEPS,
-        guidance_scale=SAMPLE_GUIDANCE,
-        negative_prompt=spec.negative_prompt,
-        resolution=spec.train.resolution,
-        bank=bank,
-        slots=[slot] * len(prompts),
-        scales=[scale] * len(prompts),
-    )
-    return [Image.fromarray(pixels.numpy()) for pixels in to_pixels(base.decode(latents))]
 
 
 def png_bytes(image: Image.Image) -> bytes:

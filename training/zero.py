@@ -22,7 +22,7 @@ from training.adapter import Adapter
 from training.bank import Bank
 from training.base import Base
 from training.checkpoint import SubjectState
-from training.errors import SubjectFailed, UserError
+from training.errors import GangBroken, SubjectFailed, UserError
 from training.manifest import TrainSpec, ZeroSpec
 from training.optimizer import OptimizerState
 from training.pack import Member, Pack, Report, Subject
@@ -33,10 +33,6 @@ PATIENCE = timedelta(days=2)
 # stage 3 keeps tensors of fewer elements whole: gathering them costs more than they take
 SMALL = 100_000
 MOMENTS = ("exp_avg", "exp_avg_sq")
-
-
-class GangBroken(Exception):
-    """A process of the gang failed in the middle of what all do together: the gang has to be started again."""
 
 
 class _Order(NamedTuple):
@@ -222,7 +218,8 @@ class ZeroPack(Pack):
         (member,) = due
         self._shards.step([member.slot], {member.slot: self._rates(member)})
         self._settled = False
-        return [self._finish_step(member, self._shards.norm)]
+        report = self._finish_step(member, self._shards.norm)
+        return [report] if report is not None else []
 
     def _clear_gradient(self, slot: int) -> None:
         """Its gradients end with its engine."""

@@ -3,11 +3,11 @@
 import json
 import subprocess
 import sys
-import time
 
 import pytest
 
 from tests.ray_app.conftest import Desk, Result
+from tests.tiny import tiny_images
 from training.run import RunRecord, RunStore, SubjectRecord
 from training.storage import open_storage
 
@@ -44,17 +44,16 @@ def test_help_names_every_command(desk: Desk) -> None:
         assert desk.run(command, "--help").status == 0
 
 
-def test_validate_and_help_are_quick_and_import_neither_torch_nor_ray(desk: Desk) -> None:
+def test_validate_and_help_import_neither_torch_nor_ray(desk: Desk) -> None:
+    """What makes them answer at once."""
     manifest = desk.manifest("rusty")
     code = (
         "import sys; from ray_app.cli import main; main(sys.argv[1:], standalone_mode=False);"
         "print([m for m in ('torch', 'ray', 'diffusers', 'transformers') if m in sys.modules], file=sys.stderr)"
     )
     for arguments in (["--help"], ["validate", str(manifest)]):
-        began = time.perf_counter()
         done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
         assert done.stderr.splitlines()[-1] == "[]", done.stderr
-        assert time.perf_counter() - began < 5  # about 0.4 s on an idle machine
 
 
 def test_validate_prints_the_plan(desk: Desk) -> None:
@@ -89,11 +88,15 @@ def test_targets_that_no_layer_has(desk: Desk) -> None:
     refused(desk.run("validate", manifest), "subject 'bolt'", "'to_qq'", "Use names such as")
 
 
-def test_a_corrupt_photo_is_seen_by_validate(desk: Desk) -> None:
-    manifest = desk.manifest("rusty", "tabby")
+def test_photos_that_cannot_be_trained_on_are_seen_by_validate(desk: Desk) -> None:
+    words = "words: {tokens: [<s1>]}, instance_prompt: 'a photo of <s1>'"
+    manifest = desk.manifest("rusty", "tabby", tail=f"  - {{id: bolt, images: images/bolt, {words}}}\n")
     (desk.folder / "images/tabby/0.png").write_bytes(b"no picture")
+    tiny_images(desk.folder / "images/bolt")
+    (desk.folder / "images/bolt/captions.txt").write_text("".join(f"{n}.png: a photo of a dog\n" for n in range(5)))
     result = desk.run("validate", manifest)
     assert result.status == 2 and "subject 'tabby'" in result.err and "0.png" in result.err
+    assert "subject 'bolt'" in result.err and "'<s1>'" in result.err  # a word that no caption has
 
 
 @pytest.mark.parametrize(

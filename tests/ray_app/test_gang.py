@@ -13,6 +13,7 @@ from tests.training.test_pack import distance
 from training.adapter import Adapter
 from training.base import Base
 from training.checkpoint import load_state
+from training.intake import current_fingerprint
 from training.manifest import load_manifest
 from training.plan import base_facts, plan_run
 from training.registry import Registry
@@ -44,13 +45,13 @@ class OneDevice:
     def __init__(self, manifest: Path, base: Base, storage: Storage) -> None:
         self._manifest = load_manifest(manifest)
         self._todo = list(self._manifest.subjects)
+        self._base, self._storage, self._root = base, storage, str(manifest.parent)
         (plan,) = plan_run(self._manifest, base_facts(self._manifest.base)).packs
-        root = str(manifest.parent)
-        work(base, plan, self, RunStore(storage, "plain-1"), tenant="default", root=root)
+        work(base, plan, self, RunStore(storage, "plain-1"), tenant="default", root=self._root)
 
     def lease(self, count: int) -> Sequence[Task]:
         taken, self._todo = self._todo[:count], self._todo[count:]
-        return [Task(spec, spec.id.encode().hex().zfill(64)) for spec in taken]
+        return [Task(s, current_fingerprint(s, self._base.hash, self._storage, self._root)) for s in taken]
 
     def beat(self, beat: Beat) -> Orders:
         return Orders()

@@ -2,10 +2,14 @@
 
 from typing import Any
 
+import pytest
+
 from ray_app.cluster import Cluster, Limits
+from ray_app.lane import QueueSource
 from ray_app.lanes import Lanes, _Lane
-from ray_app.subject_queue import View
-from training.manifest import ZeroSpec
+from ray_app.subject_queue import CALMER, Lease, View
+from tests.training.subjects import spec
+from training.manifest import Closed, ZeroSpec
 from training.plan import PackPlan, Profile
 
 
@@ -65,3 +69,23 @@ def test_a_gang_that_can_never_be_had_is_refused() -> None:
     lanes = Counted(pack(slots=1, workers=4), pack(), gpus=2)
     assert lanes.see(p0=1, p1=1) == [(1, 1)] and lanes.refused == [0]
     assert Counted(pack(slots=1, workers=4), gpus=2, limits=Limits(gpus=4)).see(p0=1) == [(0, 1)]
+
+
+def rates(settings: Closed, path: str = "") -> dict[str, float]:
+    """Every learning rate that settings have, wherever it stands."""
+    found: dict[str, float] = {}
+    for name, value in settings:
+        if isinstance(value, Closed):
+            found |= rates(value, f"{path}{name}.")
+        elif name.endswith("learning_rate"):
+            found[path + name] = value
+    return found
+
+
+def test_after_a_divergence_every_learning_rate_is_lower() -> None:
+    one = spec("a", words={"tokens": ["<s1>"]}, instance_prompt="a photo of <s1> dog")
+    source = QueueSource(None, 0, {"a": one})
+    task = source._task(Lease(id="a", fingerprint="f", rate_factor=CALMER, may_spread=False))
+    before, after = rates(task.spec), rates(task.trained)
+    assert set(before) == {"train.learning_rate", "train.text_encoder_learning_rate", "words.learning_rate"}
+    assert after == {name: pytest.approx(CALMER * rate) for name, rate in before.items()}

@@ -507,6 +507,7 @@ def test_churn_two_slots_fifty_adapters_eight_at_once(tiny: Base) -> None:
             ends[index] = outcome.pixels
             del flying[index]
     assert engine.adapters.slots.evictions >= 40 and engine.adapters.host.evictions > 0
+    assert set(engine.adapters._changes_text) == set(engine.adapters.slots.loaded())  # nothing is kept of the others
     for index, end in ends.items():
         assert int((end.int() - expected[index][0].int()).abs().max()) <= 1
     assert len({end.numpy().tobytes() for end in ends.values()}) == 60  # each its own picture

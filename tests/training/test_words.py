@@ -98,3 +98,14 @@ def test_words_are_worn_where_adapters_are_looked_at(tiny: Base) -> None:
         drawn.append(sample(tiny, ["a photo of <s1> dog"], seeds=[1], steps=2, bank=bank, slots=[0], scales=[1.0]))
         bank.eject()
     assert (drawn[0] - drawn[1]).abs().max() > 1e-4
+
+
+def test_a_row_that_wears_nothing_has_nobodys_words(tiny: Base) -> None:
+    """Slot -1 is no slot: the last slot's words are not read by the base's own rows."""
+    one = subject("a", words=WORD, instance_prompt="a photo of <s1> dog")
+    bank = adapter_bank(tiny, [run(tiny, [one]).adapters["a"]])
+    plain = sample(tiny, ["a photo of <s1> dog"], seeds=[1], steps=1)
+    bank.inject()
+    bare = sample(tiny, ["a photo of <s1> dog"], seeds=[1], steps=1, bank=bank, slots=[-1], scales=[1.0])
+    bank.eject()
+    assert torch.equal(bare, plain)
