@@ -26,6 +26,8 @@ from training.source import Beat, Orders, Outcome, Task
 from training.storage import StorageUnavailable, open_storage
 
 if TYPE_CHECKING:
+    from ray.train.torch import TorchConfig
+
     from training.base import Base
 
 IDLE_SECONDS = 1.0  # how long an empty answer of the queue holds while the pack is busy
@@ -179,16 +181,15 @@ def run_lane(payload: dict[str, Any]) -> None:
     order = Order.model_validate(payload)
     import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
     on_gpus = order.resources.get("GPU", 0) > 0
     # Train's own notes of the run; checkpoints go to the storage, subject by subject
     notes = tempfile.mkdtemp(prefix="dreamfleet-lane-", dir=os.environ.get("RAY_TMPDIR"))
-    trainer = TorchTrainer(
+    trainer = DataParallelTrainer(
         lane_worker,
         train_loop_config=payload,
-        # said outright: with logical GPUs on a CPU machine Ray would choose nccl
-        torch_config=TorchConfig(backend="nccl" if _has_cuda() else "gloo"),
+        backend_config=_process_group(order.plan.workers),
         scaling_config=ScalingConfig(
             num_workers=order.plan.workers,
             use_gpu=on_gpus,
@@ -212,7 +213,12 @@ def run_lane(payload: dict[str, Any]) -> None:
         shutil.rmtree(notes, ignore_errors=True)
 
 
-def _has_cuda() -> bool:
+def _process_group(workers: int) -> "TorchConfig | None":
+    """How the workers of a gang find each other. One alone needs nobody, and torch's store would listen everywhere."""
+    if workers == 1:
+        return None
     import torch
+    from ray.train.torch import TorchConfig
 
-    return torch.cuda.is_available()
+    # said outright: with logical GPUs on a CPU machine Ray would choose nccl
+    return TorchConfig(backend="nccl" if torch.cuda.is_available() else "gloo")
