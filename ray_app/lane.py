@@ -187,8 +187,8 @@ def run_lane(payload: dict[str, Any]) -> None:
     # Train's own notes of the run; checkpoints go to the storage, subject by subject
     notes = tempfile.mkdtemp(prefix="dreamfleet-lane-", dir=os.environ.get("RAY_TMPDIR"))
     trainer = DataParallelTrainer(
-        lane_worker,
-        train_loop_config=payload,
+        # not as `train_loop_config`, which Ray may show in its dashboard: the storage's URI may hold credentials
+        lambda: lane_worker(payload),
         backend_config=_process_group(order.plan.workers),
         scaling_config=ScalingConfig(
             num_workers=order.plan.workers,

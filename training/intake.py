@@ -13,7 +13,7 @@ from training.errors import UserError
 from training.manifest import SubjectSpec
 from training.photos import PhotoFile, list_photo_files
 from training.storage import open_storage
-from training.storage_base import Storage
+from training.storage_base import Storage, masked
 
 UPLOADED = "storage:"
 # these decide what is kept or shown, not what is learned
@@ -32,7 +32,7 @@ def read_files(subject: SubjectSpec, storage: Storage, root: str = ".") -> tuple
     if subject.images.startswith(UPLOADED):
         return _read_keys(storage, subject.images.removeprefix(UPLOADED), subject.images)
     if "://" in subject.images:
-        return _read_keys(open_storage(subject.images), "", subject.images)
+        return _read_keys(open_storage(subject.images), "", masked(subject.images))
     return list_photo_files(Path(root, subject.images).expanduser())
 
 
