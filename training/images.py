@@ -1,8 +1,10 @@
 """One image file in: the bytes of a JPEG, PNG or WebP become an upright RGB image on white, or an `ImageError`.
 
 Bytes are hostile until read: their count, the size and frames a header declares and the passes a JPEG asks for are all
-bounded before anything is decoded. The largest image allowed takes up to 1 GB (WebP; others 0.7) and 5 s to read. Knows
-nothing about subjects, folders or training (`photos.py` does).
+bounded before anything is decoded. A JPEG that is too large to be taken whole (phones make them with up to 200
+megapixels) is decoded at a half, a quarter or an eighth of its sides. The largest image allowed takes up to 1 GB (WebP
+and progressive JPEGs; others 0.7) and 5 s to read. Knows nothing about subjects, folders or training (`photos.py`
+does).
 """
 
 import io
@@ -13,13 +15,16 @@ from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageCms
+from PIL.JpegImagePlugin import JpegImageFile
 
+from training import jpeg
 from training.errors import UserError
 
-FORMATS = ("JPEG", "PNG", "WEBP")
 MIB = 2**20
 # Real progressive JPEGs have about 10 scans. Each scan walks the whole image, so thousands of empty ones cost hours.
 MAX_JPEG_SCANS = 100
+MAX_JPEG_SCANNED_PIXELS = 4_000_000_000  # pixels times scans
+MAX_JPEG_HELD_BYTES = 640 * MIB
 MAX_ICC_BYTES = 4 * MIB
 ORIENTATION_TAG = 0x0112
 
@@ -65,14 +70,23 @@ class ImageError(UserError):
 class ImageLimits:
     """What is taken: the shorter side is at least `min_side_px`, the longer at most `max_side_px`.
 
+    A JPEG beyond `max_side_px` or `max_pixels` is read scaled down into them, if it has at most `max_jpeg_pixels`.
     `max_aspect` (longer through shorter side) keeps slivers out, which resized by their shorter side would be huge.
     """
 
     min_side_px: int = 16
     max_side_px: int = 8192
     max_pixels: int = 40_000_000
-    max_bytes: int = 64 * MIB
+    max_jpeg_pixels: int = 250_000_000
+    max_bytes: int = 128 * MIB
     max_aspect: float = 8
+
+    def reduction(self, size: tuple[int, int]) -> int:
+        """By how much the sides of a JPEG of this size are divided as it is read: 1, 2, 4 or 8."""
+        for factor in (1, 2, 4):
+            if max(size) <= self.max_side_px * factor and size[0] * size[1] <= self.max_pixels * factor**2:
+                return factor
+        return 8
 
 
 class Picture(NamedTuple):
@@ -103,8 +117,11 @@ def read_picture(data: bytes, name: str, limits: ImageLimits = DEFAULT_LIMITS) -
         # Pillow warns about odd metadata; what matters is whether pixels come out.
         warnings.simplefilter("ignore")
         image = _open(data, name)
-        _check_size(image.size, name, limits)
+        scalable = isinstance(image, JpegImageFile)
+        _check_size(image.size, name, limits, scalable=scalable)
         _check_work(image, data, name)
+        if scalable and (factor := limits.reduction(image.size)) > 1:
+            image.draft(None, (image.width // factor, image.height // factor))
         return _decode(image, name)
 
 
@@ -141,7 +158,9 @@ def thumbnail(image: Image.Image, size_px: int = 96) -> bytes:
 def _open(data: bytes, name: str) -> Image.Image:
     """The file's header read, nothing decoded."""
     try:
-        return Image.open(io.BytesIO(data), formats=FORMATS)
+        if data.startswith(jpeg.MAGIC):  # `Image.open` refuses what is too large to be decoded whole
+            return JpegImageFile(io.BytesIO(data))
+        return Image.open(io.BytesIO(data), formats=("PNG", "WEBP"))
     except Image.DecompressionBombError:
         raise ImageError(name, "decompression bomb: declares more than 170 million pixels") from None
     except Exception:  # parsers of hostile bytes raise whatever they stumble over; all of it means the same
@@ -153,33 +172,48 @@ def _unopened(data: bytes) -> str:
     for offset, magic, kind in OTHER_KINDS:
         if data[offset : offset + len(magic)] == magic:
             return f"{kind}, not one of JPEG, PNG, WebP"
-    if data[:3] == b"\xff\xd8\xff" or data[:4] == b"\x89PNG" or (data[:4] == b"RIFF" and data[8:12] == b"WEBP"):
+    if data.startswith(jpeg.MAGIC) or data[:4] == b"\x89PNG" or (data[:4] == b"RIFF" and data[8:12] == b"WEBP"):
         return "corrupt or truncated: its header cannot be read"
     return "not an image: neither JPEG, PNG nor WebP"
 
 
-def _check_size(size: tuple[int, int], name: str, limits: ImageLimits) -> None:
+def _check_size(size: tuple[int, int], name: str, limits: ImageLimits, *, scalable: bool = False) -> None:
+    """`scalable`: a JPEG, which is measured by what it may have before it is scaled down."""
     width, height = size
     if min(size) < limits.min_side_px:
         raise ImageError(name, f"too small: {width}x{height} px, at least {limits.min_side_px} px a side")
-    if max(size) > limits.max_side_px or width * height > limits.max_pixels:
+    most = f"{limits.max_jpeg_pixels / 1e6:g} megapixels"
+    if scalable and width * height > limits.max_jpeg_pixels:
+        raise ImageError(name, f"too large (decompression bomb?): {width}x{height} px, at most {most}")
+    if not scalable and (max(size) > limits.max_side_px or width * height > limits.max_pixels):
         allowed = f"at most {limits.max_side_px} px a side and {limits.max_pixels / 1e6:g} megapixels"
-        raise ImageError(name, f"too large (decompression bomb?): {width}x{height} px, {allowed}")
+        hint = f"; a JPEG may have {most}, it is read scaled down"
+        raise ImageError(name, f"too large (decompression bomb?): {width}x{height} px, {allowed}{hint}")
     if max(size) > limits.max_aspect * min(size):
         raise ImageError(name, f"too narrow: {width}x{height} px, at most {limits.max_aspect:g} times as long as wide")
 
 
 def _check_work(image: Image.Image, data: bytes, name: str) -> None:
-    """Raises for animations and for JPEGs that would take hours.
+    """Raises for animations, and for JPEGs that would take hours or more memory than there may be.
 
-    MPO, which many phones write, is a JPEG with a preview or a depth map behind it: one photo, however many frames.
+    MPO, which many phones write, is a JPEG with a preview or a depth map behind it: its first image is the photo.
     """
-    frames = int(getattr(image, "n_frames", 1))
-    if image.format in ("PNG", "WEBP") and frames > 1:
-        raise ImageError(name, f"animated: {frames} frames, at most 1")
-    scans = data.count(b"\xff\xda") if image.format in ("JPEG", "MPO") else 0
-    if scans > MAX_JPEG_SCANS:
-        raise ImageError(name, f"too many JPEG scans: {scans}, at most {MAX_JPEG_SCANS}")
+    if not isinstance(image, JpegImageFile):
+        frames = int(getattr(image, "n_frames", 1))
+        if frames > 1:
+            raise ImageError(name, f"animated: {frames} frames, at most 1")
+        return
+    most = min(MAX_JPEG_SCANS, MAX_JPEG_SCANNED_PIXELS // (image.width * image.height))
+    scans = jpeg.count_scans(data)
+    if scans > most:
+        raise ImageError(name, f"too many JPEG scans: {scans}, at most {most}")
+    held = jpeg.held_bytes(image, data)
+    if held > MAX_JPEG_HELD_BYTES:
+        raise ImageError(
+            name,
+            f"too large for a progressive JPEG: {image.width}x{image.height} px take {held // MIB} MiB to decode, at "
+            f"most {MAX_JPEG_HELD_BYTES // MIB}; save it as a baseline JPEG",
+        )
 
 
 def _decode(image: Image.Image, name: str) -> Picture:

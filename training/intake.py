@@ -11,7 +11,7 @@ from typing import Any
 
 from training.errors import UserError
 from training.manifest import SubjectSpec
-from training.photos import PhotoFile, list_photo_files
+from training.photos import PhotoFile, list_photo_files, subfolders
 from training.storage import open_storage
 from training.storage_base import Storage, masked
 
@@ -41,7 +41,9 @@ def _read_keys(storage: Storage, prefix: str, shown: str) -> tuple[PhotoFile, ..
     if not keys:
         raise UserError(f"images '{shown}' holds no files. Put the subject's photos there.")
     start = len(prefix) + 1 if prefix else 0
-    return tuple(PhotoFile(key[start:], storage.get(key)) for key in keys if "/" not in key[start:])
+    names = [key[start:] for key in keys]
+    files = (PhotoFile(name, storage.get(key)) for name, key in zip(names, keys, strict=True) if "/" not in name)
+    return (*files, *subfolders(name for name in names if "/" in name))
 
 
 def fingerprint(subject: SubjectSpec, base_hash: str, files: Sequence[PhotoFile]) -> str:
@@ -49,6 +51,6 @@ def fingerprint(subject: SubjectSpec, base_hash: str, files: Sequence[PhotoFile]
     digest = hashlib.sha256()
     digest.update(f"dreamfleet-subject-1\n{base_hash}\n".encode())
     digest.update(subject.model_dump_json(by_alias=True, exclude=_NO_EFFECT).encode())
-    for file in sorted(files, key=lambda file: file.name):
+    for file in sorted((file for file in files if not file.is_folder), key=lambda file: file.name):
         digest.update(f"\n{file.name} {hashlib.sha256(file.data).hexdigest()}".encode())
     return digest.hexdigest()

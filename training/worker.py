@@ -299,7 +299,9 @@ class Worker:
     def _end(self, id: str, kind: Kind, reason: str | None = None, version: str | None = None) -> None:
         held = self._held.pop(id)
         self._watch.leave(id)
-        warnings = tuple(f"{', '.join(w.names)}: {w.message}" for w in held.found.warnings) if held.found else ()
+        found = held.found
+        warned = (f"{', '.join(w.names)}: {w.message}" for w in found.warnings) if found else ()
+        warnings = (*(found.refusals if found else ()), *warned)
         outcome = Outcome(
             id=id,
             kind=kind,
