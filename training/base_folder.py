@@ -6,13 +6,13 @@
 import hashlib
 import json
 import os
-import struct
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from training.base_weights import checkpoint_version, find_weights, read_header
 from training.errors import UserError
 
 EMBEDDED = Path(__file__).parent / "bases"
@@ -40,6 +40,7 @@ def find_base(name: str, root: str | Path = ".") -> Path:
 
 def _converted(file: Path) -> Path:
     """The diffusers folder of a checkpoint in one file, made once a content and kept in the user's cache."""
+    checkpoint_version(file)  # said before gigabytes are hashed
     with file.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
@@ -71,21 +72,23 @@ def _download(name: str) -> Path:
 
 def layer_shapes(folder: Path, component: str) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Name and weight shape of every layer of a component, from the safetensors headers alone."""
-    for file in sorted((folder / component).glob("*.safetensors")):
-        with file.open("rb") as stream:
-            (length,) = struct.unpack("<Q", stream.read(8))
-            header = json.loads(stream.read(length))
-        for name, tensor in header.items():
+    for file in find_weights(folder, component).files:
+        for name, tensor in read_header(file).items():
             if name.endswith(".weight"):
                 yield name.removesuffix(".weight"), tuple(tensor["shape"])
 
 
 def read_config(folder: Path, component: str) -> dict[str, Any]:
-    """A component's config. Raises UserError if it is missing."""
+    """A component's config. Raises UserError if it is missing or no JSON object."""
     file = folder / component / "config.json"
     if not file.is_file():
         raise UserError(f"Base folder '{folder}' has no {component}/config.json.")
-    config: dict[str, Any] = json.loads(file.read_text())
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        config = None
+    if not isinstance(config, dict):
+        raise UserError(f"Base file '{file}' is no JSON object. Download it again.")
     return config
 
 

@@ -9,6 +9,7 @@ from diffusers import StableDiffusionPipeline
 from training.adapter import Adapter
 from training.bank import find_sites
 from training.base import load_base
+from training.base_weights import find_weights
 from training.errors import UserError
 
 
@@ -34,7 +35,11 @@ def fuse_base(base_name: str, parts: Sequence[tuple[Adapter, float]], out: Path,
                 layers[key].weight += weight * low.delta().to(layers[key].weight)
             changed.add(key)
     pipeline = StableDiffusionPipeline.from_pretrained(
-        base.folder, unet=base.unet, text_encoder=base.text_encoder, vae=base.vae
+        base.folder,
+        unet=base.unet,
+        text_encoder=base.text_encoder,
+        vae=base.vae,
+        variant=find_weights(base.folder, "unet").variant,
     )
     pipeline.to(torch.float16).save_pretrained(out)
     return len(changed)
