@@ -55,10 +55,10 @@ class Order(Closed):
 class QueueSource:
     """The subject queue as the subject loop sees it: every call goes to the queue's actor."""
 
-    def __init__(self, queue: Any, lane: int, specs: Mapping[str, SubjectSpec]) -> None:
+    def __init__(self, queue: Any, lane: int) -> None:
+        self.specs: Mapping[str, SubjectSpec] = {}  # of all subjects that may be leased
         self._queue = queue
         self._lane = lane
-        self._specs = specs
         self._held: set[str] = set()
         self._empty_until = 0.0
 
@@ -72,7 +72,7 @@ class QueueSource:
         return [self._task(Lease.model_validate(lease)) for lease in leases]
 
     def _task(self, lease: Lease) -> Task:
-        spec = self._specs[lease.id]
+        spec = self.specs[lease.id]
         if lease.rate_factor != 1.0:
             train = spec.train
             rates = {name: getattr(train, name) * lease.rate_factor for name in LEARNING_RATES}
@@ -111,39 +111,40 @@ def lane_worker(payload: dict[str, Any]) -> None:
     import ray
     from ray.train import get_context
 
-    run = RunStore(open_storage(order.storage), order.run)
-    record = run.record()
-    if get_context().get_world_rank() > 0:
-        return _follow(order, record)
-    specs = {subject.id: subject for subject in record.manifest.subjects}
-    source = QueueSource(ray.get_actor(order.queue), order.lane, specs)
-    if not _all_begin(order, source.enter(order.profile, ray.get_runtime_context().get_node_id())):
+    first = get_context().get_world_rank() == 0
+    source = QueueSource(ray.get_actor(order.queue), order.lane)
+    node = ray.get_runtime_context().get_node_id()
+    if not _all_begin(order, first and source.enter(order.profile, node)):
         return  # one more try would end like those before; `run_lane` asks why
     try:
-        _work(order, record, run, source)
+        _work(order, source, first)
     except StorageUnavailable as error:
         # nobody's fault but the store's; what is on it is whole
         source.leave(str(error), "preempted")
         time.sleep(STORAGE_REST_S)
         raise
     except Exception as error:
-        source.leave(f"{type(error).__name__}: {error}", "lost")
+        # in its own words, whichever worker of a gang it is: Ray restarts them all, and tells nobody why
+        source.leave(in_words(error), "lost")
         raise
-    source.leave("the run was stopped", "stopped")
+    if first:
+        source.leave("the run was stopped", "stopped")
 
 
-def _work(order: Order, record: RunRecord, run: RunStore, source: QueueSource) -> None:
-    from training.worker import work
+def _work(order: Order, source: QueueSource, first: bool) -> None:
+    """What a worker does; all of a gang but its first follow that one."""
+    run = RunStore(open_storage(order.storage), order.run)
+    record = run.record()
+    base = _base(order, record)
+    if first:
+        from training.worker import work
 
-    work(_base(order, record), order.plan, source, run, tenant=record.tenant, root=record.manifest.root)
+        source.specs = {subject.id: subject for subject in record.manifest.subjects}
+        work(base, order.plan, source, run, tenant=record.tenant, root=record.manifest.root)
+    else:
+        from training.fitting import follow_pack
 
-
-def _follow(order: Order, record: RunRecord) -> None:
-    """What the workers of a gang do but for its first."""
-    from training.fitting import follow_pack
-
-    if _all_begin(order, False):
-        follow_pack(_base(order, record), order.plan)
+        follow_pack(base, order.plan)
 
 
 def _all_begin(order: Order, first_begins: bool) -> bool:
@@ -173,6 +174,12 @@ def _base(order: Order, record: RunRecord) -> "Base":
             f"({base.hash[:12]} instead of {record.base_hash[:12]}). Put the same files on every node."
         )
     return base
+
+
+def in_words(error: BaseException) -> str:
+    """What an error says: what is meant for users as it is, anything else with the kind of error before it."""
+    text = str(error).strip()
+    return text if text and isinstance(error, UserError) else f"{type(error).__name__}: {text}"
 
 
 def run_lane(payload: dict[str, Any]) -> None:
@@ -206,9 +213,9 @@ def run_lane(payload: dict[str, Any]) -> None:
     )
     try:
         trainer.fit()
-        trouble = QueueSource(ray.get_actor(order.queue), order.lane, {}).trouble()
+        trouble = QueueSource(ray.get_actor(order.queue), order.lane).trouble()
         if trouble is not None:
-            raise RuntimeError(trouble)
+            raise UserError(trouble)
     finally:
         shutil.rmtree(notes, ignore_errors=True)
 

@@ -2,9 +2,14 @@
 
 from typing import Any
 
+import pytest
+from ray.exceptions import RayTaskError
+
 from ray_app.cluster import Cluster, Limits
-from ray_app.lanes import Lanes, _Lane
+from ray_app.lane import in_words
+from ray_app.lanes import Lanes, _cause, _Lane
 from ray_app.subject_queue import View
+from training.errors import UserError
 from training.manifest import ZeroSpec
 from training.plan import PackPlan, Profile
 
@@ -65,3 +70,18 @@ def test_a_gang_that_can_never_be_had_is_refused() -> None:
     lanes = Counted(pack(slots=1, workers=4), pack(), gpus=2)
     assert lanes.see(p0=1, p1=1) == [(1, 1)] and lanes.refused == [0]
     assert Counted(pack(slots=1, workers=4), gpus=2, limits=Limits(gpus=4)).see(p0=1) == [(0, 1)]
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (UserError("Base 'x' is another one.\nPut the same files on every node."), None),
+        (ValueError("no such layer"), "ValueError: no such layer"),
+        (KeyError(), "KeyError: "),
+    ],
+)
+def test_what_a_lane_raises_is_told_in_its_own_words(error: Exception, words: str | None) -> None:
+    """However often Ray has wrapped it, and all of its lines."""
+    wrapped = RayTaskError("run_lane", "Traceback ...\n  File ...", error)
+    for one in (error, wrapped, wrapped.as_instanceof_cause(), RayTaskError("outer", "Traceback ...", wrapped)):
+        assert in_words(_cause(one)) == (words or str(error))
