@@ -121,7 +121,8 @@ def as_variant(folder: Path, variant: str) -> None:
 def in_shards(folder: Path) -> None:
     for stem in WEIGHTS:
         plain = folder / f"{stem}.safetensors"
-        tensors, place = load_file(plain), {}
+        tensors = load_file(plain)
+        place: dict[str, str] = {}
         for number, names in enumerate((sorted(tensors)[::2], sorted(tensors)[1::2]), start=1):
             shard = f"{Path(stem).name}-{number:05d}-of-00002.safetensors"
             save_file({name: tensors[name] for name in names}, plain.parent / shard, {"format": "pt"})
