@@ -7,7 +7,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from training.base_folder import read_config
 from training.base_weights import check_channels, find_weights, read_header
 from training.errors import UserError
 from training.family import FAMILIES, Family
@@ -22,14 +21,33 @@ _TOKENIZERS = (("tokenizer/tokenizer.json",), ("tokenizer/vocab.json", "tokenize
 
 def check_base(name: str, folder: Path) -> Family:
     """The family of the base in a diffusers folder. Raises UserError saying why it cannot be trained."""
-    family = _family(name, folder)
-    configs = {component: read_config(folder, component) for component in _COMPONENTS}
-    _check_configs(name, configs)
+    family = check_configs(name, folder)
     for component in _COMPONENTS:
         for file in find_weights(folder, component).files:
             read_header(file)
+    return family
+
+
+def check_configs(name: str, folder: Path) -> Family:
+    """`check_base` without the weights, which may not be there yet."""
+    family = _family(name, folder)
+    _check_components(name, {component: read_config(folder, component) for component in _COMPONENTS})
     _check_rest(name, folder)
     return family
+
+
+def read_config(folder: Path, component: str) -> dict[str, Any]:
+    """A component's config. Raises UserError if it is missing or no JSON object."""
+    file = folder / component / "config.json"
+    if not file.is_file():
+        raise UserError(f"Base folder '{folder}' has no {component}/config.json.")
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        config = None
+    if not isinstance(config, dict):
+        raise UserError(f"Base file '{file}' is no JSON object. Download it again.")
+    return config
 
 
 def _check_rest(name: str, folder: Path) -> None:
@@ -55,7 +73,7 @@ def _family(name: str, folder: Path) -> Family:
     return family
 
 
-def _check_configs(name: str, configs: dict[str, dict[str, Any]]) -> None:
+def _check_components(name: str, configs: dict[str, dict[str, Any]]) -> None:
     unet, vae, text = configs["unet"], configs["vae"], configs["text_encoder"]
     for component, wanted in _CLASSES.items():
         found = configs[component].get("_class_name", wanted)

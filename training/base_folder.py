@@ -4,14 +4,13 @@
 """
 
 import hashlib
-import json
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
+from training.base_check import check_configs
 from training.base_weights import checkpoint_version, find_weights, read_header
 from training.errors import UserError
 
@@ -56,13 +55,14 @@ def _converted(file: Path) -> Path:
 
 
 def _download(name: str) -> Path:
-    """A hub id's files, from the local hub cache where they are there already."""
+    """A hub id's files, from the local hub cache where they are there already; weights only if the configs are good."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
-    patterns = ["*.json", "*.txt", "*/*.json", "*/*.txt", "*/*.safetensors"]
+    small = ["*.json", "*.txt", "*/*.json", "*/*.txt"]
     try:
-        return Path(snapshot_download(name, allow_patterns=patterns))
+        check_configs(name, Path(snapshot_download(name, allow_patterns=small)))
+        return Path(snapshot_download(name, allow_patterns=[*small, "*/*.safetensors"]))
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError, ValueError) as error:
         raise UserError(
             f"Base '{name}' is no folder here, and the hub does not give it: {error}. Check the name, the network, "
@@ -76,20 +76,6 @@ def layer_shapes(folder: Path, component: str) -> Iterator[tuple[str, tuple[int,
         for name, tensor in read_header(file).items():
             if name.endswith(".weight"):
                 yield name.removesuffix(".weight"), tuple(tensor["shape"])
-
-
-def read_config(folder: Path, component: str) -> dict[str, Any]:
-    """A component's config. Raises UserError if it is missing or no JSON object."""
-    file = folder / component / "config.json"
-    if not file.is_file():
-        raise UserError(f"Base folder '{folder}' has no {component}/config.json.")
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError:
-        config = None
-    if not isinstance(config, dict):
-        raise UserError(f"Base file '{file}' is no JSON object. Download it again.")
-    return config
 
 
 def hash_base(folder: Path) -> str:

@@ -5,13 +5,14 @@ Weights are safetensors, whole or in shards, also as a variant (`diffusion_pytor
 """
 
 import json
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from training.errors import UserError
 
-STEMS = ("diffusion_pytorch_model", "model")
 MAX_HEADER_BYTES = 100 * 2**20
+_SHARD = re.compile(r"-\d+-of-\d+$")
 _PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 # by these keys the original programs' checkpoints are told apart
 _VERSION_KEYS = {
@@ -40,12 +41,11 @@ def find_weights(folder: Path, component: str) -> Weights:
 
     Raises UserError if there are none, saying whether it has pickles instead.
     """
-    place = folder / component
-    for variant in (None, "fp16", *_variants(place)):
-        for stem in STEMS:
-            files = _files(place, stem, variant)
-            if files:
-                return Weights(files, variant)
+    place, stem = folder / component, _stem(component)
+    for variant in (None, "fp16", *_variants(place, stem)):
+        files = _files(place, stem, variant)
+        if files:
+            return Weights(files, variant)
     pickles = sorted(path.name for path in place.glob("*") if path.suffix in _PICKLES)
     if pickles:
         raise UserError(
@@ -54,8 +54,8 @@ def find_weights(folder: Path, component: str) -> Weights:
             "`DiffusionPipeline.from_pretrained(folder).save_pretrained(new_folder)` of diffusers."
         )
     raise UserError(
-        f"Base folder '{folder}': {component}/ has no weights. It needs a file such as {STEMS[0]}.safetensors, "
-        f"{STEMS[0]}.fp16.safetensors or {STEMS[1]}.safetensors."
+        f"Base folder '{folder}': {component}/ has no weights. It needs {stem}.safetensors, or a variant such as "
+        f"{stem}.fp16.safetensors."
     )
 
 
@@ -108,11 +108,15 @@ def check_channels(name: str, channels: int, latents: int) -> None:
         )
 
 
-def _variants(place: Path) -> list[str]:
-    """The variants among a component's files: `non_ema` of `model.non_ema.safetensors`."""
-    names = [path.name for path in place.glob("*.safetensors")]
-    parts = [name.removesuffix(".safetensors").partition(".") for name in names]
-    return sorted({variant for stem, _, variant in parts if stem in STEMS and variant})
+def _stem(component: str) -> str:
+    """What the files of a component begin with: transformers' way, or diffusers'."""
+    return "model" if component.startswith("text_encoder") else "diffusion_pytorch_model"
+
+
+def _variants(place: Path, stem: str) -> list[str]:
+    """The variants among a component's files: `non_ema` of `model.non_ema.safetensors`, whole or in shards."""
+    names = [path.name.removesuffix(".safetensors") for path in place.glob(f"{stem}.*.safetensors")]
+    return sorted({_SHARD.sub("", name.removeprefix(f"{stem}.")) for name in names})
 
 
 def _files(place: Path, stem: str, variant: str | None) -> tuple[Path, ...]:

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Sequence
 from math import ceil, prod
 from typing import Literal
 
-from training.base_check import check_base
-from training.base_folder import find_base, layer_shapes, read_config
+from training.base_check import check_base, read_config
+from training.base_folder import find_base, layer_shapes
 from training.manifest import Closed, Manifest, SubjectSpec, ZeroSpec
 
 MAX_ROWS = 32  # rows of one fused batch: throughput has flattened by there

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -118,22 +119,25 @@ def as_variant(folder: Path, variant: str) -> None:
         plain.unlink()
 
 
-def in_shards(folder: Path) -> None:
+def in_shards(folder: Path, variant: str = "") -> None:
+    """As diffusers and transformers write large models, also those of a variant."""
     for stem in WEIGHTS:
         plain = folder / f"{stem}.safetensors"
         tensors = load_file(plain)
         place: dict[str, str] = {}
         for number, names in enumerate((sorted(tensors)[::2], sorted(tensors)[1::2]), start=1):
-            shard = f"{Path(stem).name}-{number:05d}-of-00002.safetensors"
+            shard = f"{Path(stem).name}{variant}-{number:05d}-of-00002.safetensors"
             save_file({name: tensors[name] for name in names}, plain.parent / shard, {"format": "pt"})
             place |= dict.fromkeys(names, shard)
         index = {"metadata": {"total_size": plain.stat().st_size}, "weight_map": place}
-        (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index))
+        (folder / f"{stem}.safetensors.index{variant}.json").write_text(json.dumps(index))
         plain.unlink()
 
 
 @pytest.mark.parametrize(
-    "rename", [lambda f: as_variant(f, "fp16"), lambda f: as_variant(f, "non_ema"), in_shards], ids=str
+    "rename",
+    [lambda f: as_variant(f, "fp16"), lambda f: as_variant(f, "non_ema"), in_shards, lambda f: in_shards(f, ".bf16")],
+    ids=["fp16", "non_ema", "shards", "shards of bf16"],
 )
 def test_weights_by_other_names_are_the_same_base(rename: Callable[[Path], None], folder: Path, tiny: Base) -> None:
     rename(folder)
@@ -151,6 +155,22 @@ def test_plain_weights_go_before_variants(folder: Path) -> None:
     plain = folder / "unet/diffusion_pytorch_model.safetensors"
     shutil.copy(plain, plain.with_name("diffusion_pytorch_model.fp16.safetensors"))
     assert find_weights(folder, "unet") == ((plain,), None)
+
+
+def test_a_hub_id_is_refused_before_its_weights_are_fetched(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def fetch(name: str, allow_patterns: list[str]) -> str:
+        asked.extend(allow_patterns)
+        return str(folder)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    assert find_base("owner/model") == folder and "*/*.safetensors" in asked
+    asked.clear()
+    inpainting(folder)
+    with pytest.raises(UserError, match="'owner/model' is an inpainting model"):
+        find_base("owner/model")
+    assert asked and not any("safetensors" in pattern for pattern in asked)
 
 
 # -- one file
