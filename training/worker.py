@@ -129,6 +129,7 @@ class Worker:
             crop=spec.train.cropping,
             backgrounds=spec.train.backgrounds,
         )
+        self._beat.notes += [f"{spec.id}: {refusal}" for refusal in found.refusals]
         found, held_out = hold_out(spec, found)
         self._held[spec.id].found, self._held[spec.id].held_out = found, held_out
         instance = self._latents(spec, found)
