@@ -26,7 +26,7 @@ from serving.guard import is_loopback
 from serving.request import AdapterRef, Closed, GenerateRequest
 from training.base_folder import EMBEDDED
 from training.errors import UserError
-from training.storage import open_storage
+from training.storage import masked, open_storage
 
 APP = "dreamfleet"
 # how soon autoscaling sees waiting requests; Serve's own 10 s are added to every cold start
@@ -215,7 +215,7 @@ def serve_forever(
     server = start_server(storage, address, host, port, base, keys, deployment)
     before = {one: signal.signal(one, stop) for one in (signal.SIGINT, signal.SIGTERM)}
     try:
-        print(f"serving {base} with the adapters of {storage} on {server.url}; Ctrl-C stops it", flush=True)  # noqa: T201
+        print(f"serving {base} with the adapters of {masked(storage)} on {server.url}; Ctrl-C stops it", flush=True)  # noqa: T201
         while not over.wait(1):
             pass
     finally:

@@ -130,8 +130,8 @@ def photo_report(manifest: Manifest, facts: BaseFacts) -> tuple[dict[str, str], 
             check_words(subject, found.good)
         except UserError as error:
             return subject.id, str(error), []
-        refused = [f"{file.name} is not used: {file.reason}" for file in found.rejected]
-        return subject.id, None, refused + [f"{warning.message} {warning.advice}" for warning in found.warnings]
+        warned = [f"{warning.message} {warning.advice}" for warning in found.warnings]
+        return subject.id, None, [*found.refusals, *warned]
 
     local = [s for s in manifest.subjects if "://" not in s.images and not s.images.startswith(UPLOADED)]
     with ThreadPoolExecutor(READERS) as pool:

@@ -19,7 +19,8 @@ from serving.errors import QuotaExceeded, Refused
 from serving.fit import check_fit
 from serving.request import AdapterRef, BaseFacts
 from training.adapter import Adapter, AdapterError, check_adapter, load_adapter, save_adapter
-from training.base_folder import hash_base, layer_shapes, read_config
+from training.base_check import read_config
+from training.base_folder import hash_base, layer_shapes
 from training.card import Card
 from training.family import STABLE_DIFFUSION, canonical
 from training.formats import import_adapter

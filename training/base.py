@@ -17,9 +17,10 @@ from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from training.base_check import check_base
 from training.base_folder import find_base, hash_base
-from training.errors import UserError
-from training.family import FAMILIES, Family
+from training.base_weights import find_weights
+from training.family import Family
 from training.footprint import images_at_once
 from training.words import Tokenised, Words, replacing, tokenise
 
@@ -122,17 +123,10 @@ def load_base(
     not found, or of a family that is not supported.
     """
     folder = find_base(name, root)
-    index = json.loads((folder / "model_index.json").read_text())
-    family = FAMILIES.get(index["_class_name"])
-    if family is None:
-        raise UserError(f"Base '{name}' is a {index['_class_name']}; supported are {', '.join(FAMILIES)}.")
+    family = check_base(name, folder)
     target = torch.device(device) if device is not None else best_device()
-    text_encoder = CLIPTextModel.from_pretrained(folder / "text_encoder", torch_dtype=dtype)
-    models = {
-        "unet": UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=dtype),
-        "vae": AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=dtype),
-        "text_encoder": text_encoder,
-    }
+    kinds = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}
+    models = {component: _load(kind, folder, component, dtype) for component, kind in kinds.items()}
     for model in models.values():
         model.requires_grad_(False).eval().to(target)
     if target.type == "cpu" and dtype == torch.bfloat16:
@@ -149,6 +143,12 @@ def load_base(
         dtype=dtype,
         **models,
     )
+
+
+def _load(kind: Any, folder: Path, component: str, dtype: torch.dtype) -> Any:
+    """A component from its safetensors files, whichever variant they are; never from a pickle."""
+    variant = find_weights(folder, component).variant
+    return kind.from_pretrained(folder / component, torch_dtype=dtype, variant=variant, use_safetensors=True)
 
 
 def best_device() -> torch.device:

@@ -4,15 +4,14 @@
 """
 
 import hashlib
-import json
-import struct
 import subprocess
 import sys
 from collections.abc import Iterator
 from math import prod
 from pathlib import Path
-from typing import Any
 
+from training.base_check import check_configs
+from training.base_weights import checkpoint_version, find_weights, read_header
 from training.errors import UserError
 from training.file_hash import cache_folder, hash_file
 
@@ -41,6 +40,7 @@ def find_base(name: str, root: str | Path = ".") -> Path:
 
 def _converted(file: Path) -> Path:
     """The diffusers folder of a checkpoint in one file, made once a content and kept in the user's cache."""
+    checkpoint_version(file)  # said before gigabytes are hashed
     folder = cache_folder() / "bases" / f"{file.stem}-{hash_file(file)[:16]}"
     if not (folder / "model_index.json").is_file():
         # a process of its own, so that planning needs no torch
@@ -53,13 +53,14 @@ def _converted(file: Path) -> Path:
 
 
 def _download(name: str) -> Path:
-    """A hub id's files, from the local hub cache where they are there already."""
+    """A hub id's files, from the local hub cache where they are there already; weights only if the configs are good."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
-    patterns = ["*.json", "*.txt", "*/*.json", "*/*.txt", "*/*.safetensors"]
+    small = ["*.json", "*.txt", "*/*.json", "*/*.txt"]
     try:
-        return Path(snapshot_download(name, allow_patterns=patterns))
+        check_configs(name, Path(snapshot_download(name, allow_patterns=small)))
+        return Path(snapshot_download(name, allow_patterns=[*small, "*/*.safetensors"]))
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError, ValueError) as error:
         raise UserError(
             f"Base '{name}' is no folder here, and the hub does not give it: {error}. Check the name, the network, "
@@ -80,22 +81,10 @@ def count_parameters(folder: Path, component: str) -> int:
 
 
 def _tensor_shapes(folder: Path, component: str) -> Iterator[tuple[str, tuple[int, ...]]]:
-    for file in sorted((folder / component).glob("*.safetensors")):
-        with file.open("rb") as stream:
-            (length,) = struct.unpack("<Q", stream.read(8))
-            header = json.loads(stream.read(length))
-        for name, tensor in header.items():
+    for file in find_weights(folder, component).files:
+        for name, tensor in read_header(file).items():
             if name != "__metadata__":
                 yield name, tuple(tensor["shape"])
-
-
-def read_config(folder: Path, component: str) -> dict[str, Any]:
-    """A component's config. Raises UserError if it is missing."""
-    file = folder / component / "config.json"
-    if not file.is_file():
-        raise UserError(f"Base folder '{folder}' has no {component}/config.json.")
-    config: dict[str, Any] = json.loads(file.read_text())
-    return config
 
 
 def hash_base(folder: Path) -> str:

@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 
 from training.adapter import Adapter, AdapterError, padded, padding_note
-from training.base_folder import read_config
+from training.base_check import read_config
 from training.format_parts import Parts, Source, halves, own_metadata
 from training.tensor_file import write_tensors
 

@@ -10,6 +10,7 @@ from diffusers import StableDiffusionPipeline
 from training.adapter import Adapter
 from training.bank import find_sites
 from training.base import Base, load_base
+from training.base_weights import find_weights
 from training.delivery import delivered
 from training.errors import UserError
 from training.merge import merge_adapters
@@ -35,7 +36,11 @@ def fuse_base(base_name: str, parts: Sequence[tuple[Adapter, float]], out: Path,
     base = load_base(base_name, device="cpu", root=root)
     _add_deltas(base, adapter)
     pipeline = StableDiffusionPipeline.from_pretrained(
-        base.folder, unet=base.unet, text_encoder=base.text_encoder, vae=base.vae
+        base.folder,
+        unet=base.unet,
+        text_encoder=base.text_encoder,
+        vae=base.vae,
+        variant=find_weights(base.folder, "unet").variant,
     )
     words = {word: _add_word(pipeline, word, adapter.embeddings[word]) for word in sorted(adapter.embeddings)}
     with delivered(out) as folder:

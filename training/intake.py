@@ -12,9 +12,9 @@ from typing import Any
 from training.errors import UserError
 from training.file_hash import hash_file
 from training.manifest import SubjectSpec
-from training.photos import Photo, PhotoFile, list_photo_files
+from training.photos import Photo, PhotoFile, list_photo_files, subfolders
 from training.storage import open_storage
-from training.storage_base import Storage
+from training.storage_base import Storage, masked
 
 UPLOADED = "storage:"
 # these decide what is kept or shown, not what is learned
@@ -34,7 +34,7 @@ def read_files(subject: SubjectSpec, storage: Storage, root: str = ".") -> tuple
     if subject.images.startswith(UPLOADED):
         return _read_keys(storage, subject.images.removeprefix(UPLOADED), subject.images)
     if "://" in subject.images:
-        return _read_keys(open_storage(subject.images), "", subject.images)
+        return _read_keys(open_storage(subject.images), "", masked(subject.images))
     return list_photo_files(Path(root, subject.images).expanduser())
 
 
@@ -43,7 +43,9 @@ def _read_keys(storage: Storage, prefix: str, shown: str) -> tuple[PhotoFile, ..
     if not keys:
         raise UserError(f"images '{shown}' holds no files. Put the subject's photos there.")
     start = len(prefix) + 1 if prefix else 0
-    return tuple(PhotoFile(key[start:], storage.get(key)) for key in keys if "/" not in key[start:])
+    names = [key[start:] for key in keys]
+    files = (PhotoFile(name, storage.get(key)) for name, key in zip(names, keys, strict=True) if "/" not in name)
+    return (*files, *subfolders(name for name in names if "/" in name))
 
 
 def check_words(subject: SubjectSpec, photos: Sequence[Photo]) -> None:

@@ -8,7 +8,8 @@ from collections.abc import Iterable, Sequence
 from math import ceil, prod
 from typing import Literal
 
-from training.base_folder import count_parameters, find_base, layer_shapes, read_config
+from training.base_check import check_base, read_config
+from training.base_folder import count_parameters, find_base, layer_shapes
 from training.footprint import MOST_PICTURES, PROCESS_BYTES, STATE_BYTES, drawing_bytes, training_bytes, vae_bytes
 from training.manifest import Closed, Manifest, SubjectSpec, ZeroSpec
 
@@ -72,8 +73,12 @@ class BaseFacts(Closed):
 
 
 def base_facts(name: str, root: str = ".") -> BaseFacts:
-    """Reads the facts from configs and file headers; no weights are loaded. Raises UserError for an unknown base."""
+    """Reads the facts from configs and file headers; no weights are loaded.
+
+    Raises UserError for a base that is unknown or cannot be trained.
+    """
     folder = find_base(name, root)
+    check_base(name, folder)
     unet, vae = read_config(folder, "unet"), read_config(folder, "vae")
     layers = {component: dict(layer_shapes(folder, component)) for component in ("unet", "text_encoder")}
     return BaseFacts(

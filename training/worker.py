@@ -127,6 +127,7 @@ class Worker:
             crop=spec.train.cropping,
             backgrounds=spec.train.backgrounds,
         )
+        self._beat.notes += [f"{spec.id}: {refusal}" for refusal in found.refusals]
         found, held_out = hold_out(spec, found)
         check_words(spec, found.good)
         self._held[id].found, self._held[id].held_out = found, held_out
@@ -334,7 +335,9 @@ class Worker:
     def _end(self, id: str, kind: Kind, reason: str | None = None, version: str | None = None) -> None:
         held = self._held.pop(id)
         self._watch.leave(id)
-        warnings = tuple(f"{', '.join(w.names)}: {w.message}" for w in held.found.warnings) if held.found else ()
+        found = held.found
+        warned = (f"{', '.join(w.names)}: {w.message}" for w in found.warnings) if found else ()
+        warnings = (*(found.refusals if found else ()), *warned)
         outcome = Outcome(
             id=id,
             kind=kind,

@@ -3,12 +3,14 @@
 from typing import Any
 
 import pytest
+from ray.exceptions import RayTaskError
 
 from ray_app.cluster import Cluster, Limits
-from ray_app.lane import QueueSource
-from ray_app.lanes import Lanes, _Lane
+from ray_app.lane import QueueSource, in_words
+from ray_app.lanes import Lanes, _cause, _Lane
 from ray_app.subject_queue import CALMER, Lease, View
 from tests.training.subjects import spec
+from training.errors import UserError
 from training.manifest import Closed, ZeroSpec
 from training.plan import PackPlan, Profile
 
@@ -84,8 +86,24 @@ def rates(settings: Closed, path: str = "") -> dict[str, float]:
 
 def test_after_a_divergence_every_learning_rate_is_lower() -> None:
     one = spec("a", words={"tokens": ["<s1>"]}, instance_prompt="a photo of <s1> dog")
-    source = QueueSource(None, 0, {"a": one})
+    source = QueueSource(None, 0)
+    source.specs = {"a": one}
     task = source._task(Lease(id="a", fingerprint="f", rate_factor=CALMER, may_spread=False))
     before, after = rates(task.spec), rates(task.trained)
     assert set(before) == {"train.learning_rate", "train.text_encoder_learning_rate", "words.learning_rate"}
     assert after == {name: pytest.approx(CALMER * rate) for name, rate in before.items()}
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (UserError("Base 'x' is another one.\nPut the same files on every node."), None),
+        (ValueError("no such layer"), "ValueError: no such layer"),
+        (KeyError(), "KeyError: "),
+    ],
+)
+def test_what_a_lane_raises_is_told_in_its_own_words(error: Exception, words: str | None) -> None:
+    """However often Ray has wrapped it, and all of its lines."""
+    wrapped = RayTaskError("run_lane", "Traceback ...\n  File ...", error)
+    for one in (error, wrapped, wrapped.as_instanceof_cause(), RayTaskError("outer", "Traceback ...", wrapped)):
+        assert in_words(_cause(one)) == (words or str(error))

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import grpc
 import httpx
 import numpy
 import psutil
@@ -19,6 +20,7 @@ from PIL import Image
 
 from ray_app.serve import Deployment, Server, start_server
 from serving.config import EngineSpec, Limits, ServeSpec
+from tests.ray_app.conftest import open_ports
 from tests.serving.company import random_adapter
 from training.adapter import save_adapter
 from training.base import Base
@@ -202,6 +204,21 @@ def test_a_replica_that_dies_costs_no_request(client: Client) -> None:
         assert abs(pixels(answer.json()["data"][0]["b64_json"]) - pixels(image)).max() <= 1
     until(lambda: len(client.metric("slots")) == 2)  # Serve has replaced it
     assert client.call("GET", "/healthz").json()["status"] == "ok"
+
+
+@pytest.mark.ray
+def test_what_listens_beyond_loopback_asks_for_the_token(client: Client) -> None:
+    from ray.serve.generated import serve_pb2, serve_pb2_grpc
+
+    found = open_ports(os.getpid())
+    assert len(found) == 3 and all("ServeReplica:dreamfleet" in title for title in found.values())
+    for port in found:
+        with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+            for sent in ([], [("authorization", "Bearer " + "0" * 64)]):
+                with pytest.raises(grpc.RpcError) as refused:
+                    stub = serve_pb2_grpc.ASGIServiceStub(channel)
+                    stub.HandleRequest(serve_pb2.ASGIRequest(), metadata=sent, timeout=20)
+                assert refused.value.code() == grpc.StatusCode.UNAUTHENTICATED
 
 
 @pytest.mark.ray

@@ -203,6 +203,17 @@ def test_a_lane_whose_workers_never_begin_is_given_up() -> None:
     assert (record(made, "a").state, record(made, "a").reason) == ("failed", "no lane can work")
 
 
+def test_a_lane_that_cannot_load_is_heard_in_its_own_words() -> None:
+    """Its worker says what is wrong and dies of it; that it died is no news then."""
+    made = queue(entry("a"))
+    for goes_on in (True, True, False):
+        made.release(0, "the base on this node is another one")
+        made.release(0, "a second worker of its gang lost the connection")
+        assert made.enter(0, 0) == goes_on
+    assert made.trouble(0) == "the base on this node is another one"
+    assert made.view().notes == ("pack 0: the base on this node is another one",) * 3
+
+
 def test_cancelling_waits_for_the_lane_only_where_one_holds_the_subject() -> None:
     made = queue(entry("a"), entry("b"), entry("c"))
     ids(made, count=1)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.ray_app.conftest import Desk
+from tests.ray_app.conftest import Desk, open_ports
 from training.run import RunStore, list_runs
 from training.storage import open_storage
 
@@ -76,6 +76,7 @@ def test_a_killed_driver_then_a_stopped_one_then_to_the_end(desk: Desk) -> None:
     manifest = desk.manifest("rusty", "tabby", steps=600, every=20)
     with desk.start("train", manifest) as driver:
         wait_for_step(desk, "tabby", 40)
+        assert open_ports(driver.pid) == {}
         os.kill(driver.pid, signal.SIGKILL)
     store = only_run(desk)
     saved = {id: max(store.checkpoints(id)) for id in ("rusty", "tabby")}

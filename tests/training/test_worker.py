@@ -115,6 +115,24 @@ def test_subjects_are_published_with_everything_a_person_looks_for(folder: Path,
         assert str(folder) not in card and str(tiny.folder) not in card
 
 
+def test_files_and_subfolders_that_are_not_used_are_said(folder: Path, tiny: Base) -> None:
+    (folder / "a/9.png").write_bytes(b"no picture")
+    tiny_images(folder / "a/trip", count=2)
+    fleet = Fleet(folder, tiny, entries("a"))
+    notes: list[str] = []
+
+    def listen(beat: Beat) -> Orders:
+        notes.extend(beat.notes)
+        return Orders()
+
+    fleet.orders = listen
+    outcome = fleet.work()["a"]
+    assert outcome.kind == "done"
+    for said in ("9.png is not used: not an image", "trip/ is not used: a subfolder"):
+        assert any(note.startswith(f"a: {said}") for note in notes)
+        assert any(warning.startswith(said) for warning in outcome.warnings)
+
+
 def test_the_published_file_draws_in_diffusers_what_the_bank_draws(folder: Path, tiny: Base, tiny_folder: Path) -> None:
     fleet = Fleet(folder, tiny, entries("a"))
     version = fleet.work()["a"].version

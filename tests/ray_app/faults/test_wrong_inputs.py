@@ -1,6 +1,9 @@
 """Subjects and states that go wrong by themselves: they end with their reason and cost the others nothing."""
 
+import json
+import shutil
 import subprocess
+from pathlib import Path
 
 import psutil
 import pytest
@@ -50,6 +53,23 @@ def test_a_subject_that_needs_more_memory_than_there_is_goes_on_with_fewer_rows(
 
 def _others(driver: "subprocess.Popen[str]", worker: psutil.Process) -> list[psutil.Process]:
     return [other for other in processes(driver, "ray::RayTrainWorker") if other.pid != worker.pid]
+
+
+def test_a_base_that_no_lane_can_load_is_told_in_the_words_of_who_tried(desk: Desk) -> None:
+    """Its configs and headers are good, so it is not found out beforehand; its weights are of other shapes."""
+    base = Path(shutil.copytree(desk.base, desk.folder / "base"))
+    config = base / "unet/config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "block_out_channels": [16, 64]}))
+    desk = Desk(desk.folder, base)
+    manifest = desk.manifest("rusty")
+    assert desk.run("validate", manifest).status == 0
+    result = desk.run("train", manifest, "--json")
+    assert result.status == 1, result.err
+    reason = result.json["subjects"][0]["reason"]
+    assert reason.startswith("no lane can work: ") and "shape" in reason and "worker died" not in result.err
+    assert "shape" in result.err.partition("lane 0 failed")[0]  # at once, before anybody gives up
+    log = [line["text"] for line in desk.run("logs", result.json["run"], "--json").json["lines"]]
+    assert any(text.startswith("pack 0: ") and "shape" in text for text in log)
 
 
 def test_retry_takes_up_only_what_failed(desk: Desk) -> None:
