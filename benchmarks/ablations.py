@@ -11,11 +11,11 @@ from pathlib import Path
 
 import yaml
 
-from training.compare import standard_error
-from training.record import Record, load_record
-from training.registry import Registry
-from training.run import RunStore, list_runs
-from training.storage import open_storage
+from training.evaluation.compare import standard_error
+from training.evaluation.record import Record, load_record
+from training.run.run import RunStore, list_runs
+from training.storage.registry import Registry
+from training.storage.storage import open_storage
 
 DEMO = Path(__file__).parents[1] / "manifests" / "demo"
 SUBJECTS = {"clover": "rabbit", "scout": "backpack", "rusty": "dog"}

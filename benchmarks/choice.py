@@ -16,20 +16,20 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
-from training.base import load_base
-from training.checkpoint import load_state
-from training.compare import standard_error
-from training.evaluate import Evaluation, Exam, evaluate_subjects
-from training.features import PocketJudge
-from training.intake import read_files
-from training.judge import load_judge
-from training.judges import Judges
-from training.manifest import SubjectSpec
-from training.photos import photos
-from training.record import Record, load_record
-from training.run import RunStore, list_runs
-from training.storage import open_storage
-from training.variants import variants
+from training.base.base import load_base
+from training.evaluation.compare import standard_error
+from training.evaluation.evaluate import Evaluation, Exam, evaluate_subjects
+from training.evaluation.judges.box import Judges
+from training.evaluation.judges.features import PocketJudge
+from training.evaluation.judges.pocket import load_judge
+from training.evaluation.record import Record, load_record
+from training.manifest.manifest import SubjectSpec
+from training.photos.intake import read_files
+from training.photos.photos import photos
+from training.photos.variants import variants
+from training.run.run import RunStore, list_runs
+from training.storage.storage import open_storage
+from training.trainer.checkpoint import load_state
 
 PROMPTS = (" in the desert", " in the water", " in the clouds", " in front of a brick wall")
 SEED = 1000

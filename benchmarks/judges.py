@@ -13,9 +13,9 @@ import torch
 from PIL import Image, ImageEnhance, ImageOps
 from torch import Tensor
 
-from training import scores
-from training.evaluate import COPYING_LIMITS, limit_above
-from training.features import EfficientNetLite0
+from training.evaluation import scores
+from training.evaluation.evaluate import COPYING_LIMITS, limit_above
+from training.evaluation.judges.features import EfficientNetLite0
 
 COPIES = ("mirrored", "88 % crop", "75 % crop", "turned 4 degrees", "jpeg 50 and colour")
 

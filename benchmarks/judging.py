@@ -12,13 +12,13 @@ from pathlib import Path
 
 import torch
 
-from training.base import load_base
-from training.evaluate import Exam, evaluate_subjects
-from training.judges import JudgeBox
-from training.latents import LatentSet, encode_photos
-from training.manifest import SubjectSpec, load_manifest
-from training.pack import Pack, Subject
-from training.photos import Photo, list_photo_files, photos
+from training.base.base import load_base
+from training.evaluation.evaluate import Exam, evaluate_subjects
+from training.evaluation.judges.box import JudgeBox
+from training.manifest.manifest import SubjectSpec, load_manifest
+from training.photos.photos import Photo, list_photo_files, photos
+from training.trainer.latents import LatentSet, encode_photos
+from training.trainer.pack import Pack, Subject
 
 DEMO = Path(__file__).parents[1] / "manifests" / "demo" / "manifest.yaml"
 MEASURED_STEPS = 12

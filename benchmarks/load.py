@@ -41,11 +41,11 @@ import torch
 from PIL import Image
 
 from benchmarks.serving import ATTENTION, engine_over, markdown, random_adapter, ref, shelf
-from serving.engine import Engine
-from serving.job import Done, Failed, Job
-from serving.request import AdapterUse, GenerateRequest
-from training.adapter import save_adapter
-from training.base import load_base
+from serving.engine.engine import Engine
+from serving.engine.job import Done, Failed, Job
+from serving.engine.request import AdapterUse, GenerateRequest
+from training.adapters.adapter import save_adapter
+from training.base.base import load_base
 
 RESULT = Path(__file__).with_suffix(".md")
 ADAPTERS, GUIDANCE, LIGHT_SIDE = 6, 4.0, 64

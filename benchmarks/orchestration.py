@@ -21,15 +21,15 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as the command line has it
 
 from rich.console import Console
 
-from ray_app.cluster import LOCAL, Limits, connect
-from ray_app.drive import drive_run
-from ray_app.submission import submit
-from training.base import best_device, load_base
-from training.intake import current_fingerprint
-from training.plan import base_facts, plan_run
-from training.run import RunStore
-from training.source import Beat, Orders, Outcome, Task
-from training.storage import open_storage
+from ray_app.train.cluster import LOCAL, Limits, connect
+from ray_app.train.drive import drive_run
+from training.base.base import best_device, load_base
+from training.manifest.plan import base_facts, plan_run
+from training.photos.intake import current_fingerprint
+from training.run.run import RunStore
+from training.run.source import Beat, Orders, Outcome, Task
+from training.run.submission import submit
+from training.storage.storage import open_storage
 
 PHOTOS = Path(__file__).resolve().parents[1] / "manifests" / "demo" / "images" / "rusty"
 
@@ -78,7 +78,7 @@ def write_manifest(folder: Path, base: str, subjects: int, **train: int) -> Path
 
 def plain(manifest: Path, storage: Path) -> float:
     """Seconds of the subject loop alone, from its first lease to its end."""
-    from training.worker import precision, work
+    from training.trainer.worker.worker import precision, work
 
     submission = submit(manifest, open_storage(str(storage)))
     specs = submission.manifest.subjects
@@ -107,7 +107,7 @@ def through_ray(manifest: Path, storage: Path, lanes: int = 1) -> tuple[float, f
 
 
 def _first_lease(store: RunStore) -> float:
-    from ray_app.runlog import read_log
+    from training.run.log import read_log
 
     return next(when for when, text in read_log(store) if ": preparing" in text)
 

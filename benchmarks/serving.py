@@ -33,15 +33,15 @@ from diffusers.utils import logging as diffusers_logging
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 
-from serving.adapters import Adapters
 from serving.config import EngineSpec
-from serving.engine import Engine
-from serving.job import Done, Failed, Job
-from serving.prompts import make_routes
-from serving.request import AdapterRef, AdapterUse, GenerateRequest
-from training.adapter import Adapter, LowRank, save_adapter
-from training.bank import find_sites
-from training.base import Base, load_base
+from serving.engine.adapters import Adapters
+from serving.engine.engine import Engine
+from serving.engine.job import Done, Failed, Job
+from serving.engine.prompts import make_routes
+from serving.engine.request import AdapterRef, AdapterUse, GenerateRequest
+from training.adapters.adapter import Adapter, LowRank, save_adapter
+from training.adapters.bank import find_sites
+from training.base.base import Base, load_base
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 WIDE = (*ATTENTION, "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out", "conv1", "conv2")

@@ -2,7 +2,7 @@
 
     python -m benchmarks.simulation [--subjects 10000] [--gpus 64] [--write]
 
-What is real: `ray_app.subject_queue.SubjectQueue` decides everything, on the simulation's clock. What is measured: the
+What is real: `training.run.subject_queue.SubjectQueue` decides everything, on the simulation's clock. What is measured: the
 seconds of a fused step by how many subjects share it (`benchmarks/training.md`), 15 s from a device to its first
 lease (`benchmarks/orchestration.md`), 0.8 s to prepare and publish a subject (most of it draws its samples). What is
 assumed: a node lives for an exponential time with a mean of 30 minutes and its successor comes after two minutes;
@@ -21,9 +21,9 @@ from pathlib import Path
 
 import simpy
 
-from ray_app.subject_queue import Entry, SubjectQueue
-from training.run import SubjectRecord
-from training.source import Beat, Outcome
+from training.run.run import SubjectRecord
+from training.run.source import Beat, Outcome
+from training.run.subject_queue import Entry, SubjectQueue
 
 # images a second of packs of so many, one row a subject: bf16, 2 CPU cores, benchmarks/training.md
 RATES = {1: 24.5, 2: 43.2, 4: 69.1, 8: 97.0, 16: 133.3, 32: 154.3}

@@ -30,12 +30,12 @@ import torch
 from diffusers import DDPMScheduler
 from peft import LoraConfig, inject_adapter_in_model
 
-from training.adapter import Adapter
-from training.base import Base, load_base
-from training.latents import LatentSet, posteriors
-from training.manifest import SubjectSpec, parse_manifest
-from training.pack import Pack, Subject
-from training.words import tokenise
+from training.adapters.adapter import Adapter
+from training.base.base import Base, load_base
+from training.base.words import tokenise
+from training.manifest.manifest import SubjectSpec, parse_manifest
+from training.trainer.latents import LatentSet, posteriors
+from training.trainer.pack import Pack, Subject
 
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -216,7 +216,7 @@ class UsualLoop:
 
 def start_up(base: str) -> float:
     """Seconds that a process of its own needs before its first step: interpreter, imports, base."""
-    code = f"from training.base import load_base; import peft; load_base({base!r})"
+    code = f"from training.base.base import load_base; import peft; load_base({base!r})"
     started = time.perf_counter()
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
     return time.perf_counter() - started

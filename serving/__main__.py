@@ -6,11 +6,11 @@ import click
 import uvicorn
 
 from serving.config import EngineSpec, ServeSpec
+from serving.engine.loop import EngineLoop
 from serving.flags import flags
-from serving.guard import is_loopback
+from serving.http.guard import is_loopback
+from serving.http.timeouts import TimedProtocol
 from serving.local import make_app, make_engine
-from serving.loop import EngineLoop
-from serving.timeouts import TimedProtocol
 from training.errors import UserError
 
 

@@ -7,8 +7,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, StringConstraints
 
-from serving.request import Closed, SamplerName
-from training.card import MAX_BYTES
+from serving.engine.request import Closed, SamplerName
+from training.storage.card import MAX_BYTES
 
 UNET_TARGETS = (
     "to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out",

@@ -10,7 +10,7 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from serving.request import Closed
+from serving.engine.request import Closed
 from training.errors import UserError
 
 Command = TypeVar("Command", bound=Callable[..., Any])

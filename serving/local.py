@@ -8,18 +8,18 @@ from pathlib import Path
 import torch
 from fastapi import FastAPI
 
-from serving.api import create_app, open_keys
 from serving.config import EngineSpec, ServeSpec
-from serving.disk import DiskCache
-from serving.engine import Engine
-from serving.job import EngineStats
-from serving.library import Fetcher, Library
-from serving.loop import EngineLoop
-from serving.request import AdapterRef, read_facts
-from training.base import best_device, load_base
-from training.base_folder import find_base
-from training.registry import Registry
-from training.storage import LocalStorage, open_storage
+from serving.engine.engine import Engine
+from serving.engine.job import EngineStats
+from serving.engine.loop import EngineLoop
+from serving.engine.request import AdapterRef, read_facts
+from serving.http.app import create_app, open_keys
+from serving.http.disk import DiskCache
+from serving.http.library import Fetcher, Library
+from training.base.base import best_device, load_base
+from training.base.folder import find_base
+from training.storage.registry import Registry
+from training.storage.storage import LocalStorage, open_storage
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -12,7 +12,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 
 from tests.tiny import tiny_base
-from training.base import Base, load_base
+from training.base.base import Base, load_base
 
 # a shell starts background jobs with Ctrl-C ignored, and what they start inherits it
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from training.gate import EvaluateSpec
-from training.manifest import (
+from training.manifest.gate import EvaluateSpec
+from training.manifest.manifest import (
     LoraSpec,
     PriorSpec,
     SubjectSpec,
@@ -16,8 +16,8 @@ from training.manifest import (
     load_manifest,
     parse_manifest,
 )
-from training.photos import list_photo_files, photos
-from training.plan import base_facts, plan_run, unmatched_targets
+from training.manifest.plan import base_facts, plan_run, unmatched_targets
+from training.photos.photos import list_photo_files, photos
 
 MANIFESTS = Path(__file__).parents[1] / "manifests"
 RUNS = [path for path in MANIFESTS.rglob("manifest*.yaml") if "images" not in path.parts]

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from ray_app.cli import main
-from training.manifest import parse_manifest
+from ray_app.cli.main import main
+from training.manifest.manifest import parse_manifest
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -12,17 +12,17 @@ from collections.abc import Sequence
 # threads that spin long make busy cores crawl, those that never spin halve idle ones; torch's OpenMP reads this once
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
-from training.base import best_device, load_base
+from training.base.base import best_device, load_base
 from training.errors import UserError
-from training.intake import current_fingerprint
-from training.manifest import Manifest, load_manifest
-from training.plan import PackPlan, base_facts, plan_run
-from training.registry import Registry
-from training.report import write_report
-from training.run import RunRecord, RunStore, State, SubjectRecord, digest_of, find_unfinished, new_run_id
-from training.source import Beat, Orders, Outcome, Task
-from training.storage import Storage, open_storage
-from training.worker import precision, work
+from training.evaluation.report import write_report
+from training.manifest.manifest import Manifest, load_manifest
+from training.manifest.plan import PackPlan, base_facts, plan_run
+from training.photos.intake import current_fingerprint
+from training.run.run import RunRecord, RunStore, State, SubjectRecord, digest_of, find_unfinished, new_run_id
+from training.run.source import Beat, Orders, Outcome, Task
+from training.storage.registry import Registry
+from training.storage.storage import Storage, open_storage
+from training.trainer.worker.worker import precision, work
 
 
 class LocalSource:

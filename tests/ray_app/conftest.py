@@ -73,7 +73,7 @@ class Desk:
         return path
 
     def start(self, *arguments: str | Path) -> "subprocess.Popen[str]":
-        command = [sys.executable, "-m", "ray_app.cli", *map(str, arguments)]
+        command = [sys.executable, "-m", "ray_app.cli.main", *map(str, arguments)]
         environment = {**os.environ, "DREAMFLEET_STORAGE": str(self.storage), "OMP_NUM_THREADS": "1"}
         return subprocess.Popen(
             command,

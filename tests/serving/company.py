@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 
 from serving.config import EngineSpec
-from serving.engine import Engine
-from serving.job import Done, Failed, Job
-from serving.request import AdapterRef, AdapterUse, GenerateRequest
-from training.adapter import Adapter, LowRank
-from training.bank import find_sites
-from training.base import Base
+from serving.engine.engine import Engine
+from serving.engine.job import Done, Failed, Job
+from serving.engine.request import AdapterRef, AdapterUse, GenerateRequest
+from training.adapters.adapter import Adapter, LowRank
+from training.adapters.bank import find_sites
+from training.base.base import Base
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 WIDE = (*ATTENTION, "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out", "conv1", "conv2", "time_emb_proj")

@@ -28,8 +28,8 @@ from tools.pocket.dreambooth import (
 from tools.pocket.likeness import can_tell, hue_share, weigh
 from tools.pocket.recipe import BASE, DEMO_IMAGES
 from tools.pocket.subjects import MAGENTA, MINT, SUBJECTS, VIOLET, YELLOW, Subject, picture
-from training.manifest import load_manifest
-from training.prior import class_prompts
+from training.manifest.manifest import load_manifest
+from training.trainer.prior import class_prompts
 
 needs_drawings = pytest.mark.skipif(
     any(path_of(subject.drawing) is None for subject in SUBJECTS),

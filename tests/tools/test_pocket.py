@@ -18,7 +18,7 @@ from tools.pocket.recipe import BASE
 from tools.pocket.sampler import generate
 from tools.pocket.subjects import SUBJECTS
 from tools.pocket.vae import build, fold
-from training.judge import Judge, JudgeConfig, load_judge, save_judge
+from training.evaluation.judges.pocket import Judge, JudgeConfig, load_judge, save_judge
 
 
 def sprite() -> np.ndarray:

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 import yaml
 
-from training.latents import LatentSet, Posterior, posteriors
-from training.manifest import SubjectSpec, parse_manifest
-from training.pack import Subject
+from training.manifest.manifest import SubjectSpec, parse_manifest
+from training.trainer.latents import LatentSet, Posterior, posteriors
+from training.trainer.pack import Subject
 
 
 def spec(id: str, **settings: Any) -> SubjectSpec:

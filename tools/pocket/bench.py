@@ -33,8 +33,8 @@ from tools.pocket.figures import sheet
 from tools.pocket.likeness import Worth, weigh
 from tools.pocket.recipe import BASE, DOCS
 from tools.pocket.subjects import SUBJECTS, Subject, picture
-from training.base_folder import hash_base
-from training.compare import standard_error
+from training.base.folder import hash_base
+from training.evaluation.compare import standard_error
 
 log = logging.getLogger(__name__)
 

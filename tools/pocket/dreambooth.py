@@ -24,16 +24,16 @@ from tools.pocket.composite import Bytes
 from tools.pocket.places import PLACE_NAMES, PLACES
 from tools.pocket.recipe import DEMO_IMAGES, IMAGE_PX, WORK
 from tools.pocket.subjects import SUBJECTS, Subject, picture
-from training.adapter import Adapter
-from training.base import Base, load_base
-from training.latents import LatentSet, encode_photos
-from training.manifest import SubjectSpec, parse_manifest
-from training.pack import Pack, Subject as Learner
-from training.photos import Photo
-from training.prior import prepare_prior
-from training.render import BARE, Look, Shot, adapter_bank, render
-from training.storage import open_storage
-from training.worker import precision
+from training.adapters.adapter import Adapter
+from training.base.base import Base, load_base
+from training.manifest.manifest import SubjectSpec, parse_manifest
+from training.photos.photos import Photo
+from training.sampling.render import BARE, Look, Shot, adapter_bank, render
+from training.storage.storage import open_storage
+from training.trainer.latents import LatentSet, encode_photos
+from training.trainer.pack import Pack, Subject as Learner
+from training.trainer.prior import prepare_prior
+from training.trainer.worker.worker import precision
 
 log = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ import torch
 from tools.pocket.dreambooth import REFERENCE, STEPS, learn, learner, open_base
 from tools.pocket.recipe import DEMO_IMAGES
 from tools.pocket.subjects import SUBJECTS, Subject
-from training.manifest import load_manifest
+from training.manifest.manifest import load_manifest
 
 THREADS = 2
 

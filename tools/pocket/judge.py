@@ -20,7 +20,7 @@ from tools.pocket.pool import UNSEEN
 from tools.pocket.recipe import JUDGE, SEED
 from tools.pocket.subjects import SUBJECTS, picture
 from tools.pocket.vae import to_tensor
-from training.judge import Judge, JudgeConfig, load_judge, save_judge
+from training.evaluation.judges.pocket import Judge, JudgeConfig, load_judge, save_judge
 
 log = logging.getLogger(__name__)
 

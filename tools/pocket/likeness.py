@@ -17,10 +17,10 @@ from tools.pocket.composite import Bytes
 from tools.pocket.dreambooth import ASKS, PHOTOGRAPHED, Ask
 from tools.pocket.places import paint
 from tools.pocket.subjects import Subject, picture
-from training.compare import standard_error
-from training.features import PocketJudge
-from training.judge import load_judge
-from training.scores import diversity, likeness, mutual_likeness, share
+from training.evaluation.compare import standard_error
+from training.evaluation.judges.features import PocketJudge
+from training.evaluation.judges.pocket import load_judge
+from training.evaluation.scores import diversity, likeness, mutual_likeness, share
 
 HUE_WITHIN = 22 / 360
 LEAST_SATURATION, LEAST_VALUE = 0.35, 0.2

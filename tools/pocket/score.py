@@ -22,7 +22,7 @@ from tools.pocket.drawings import CLASSES
 from tools.pocket.places import PLACE_NAMES
 from tools.pocket.recipe import IMAGE_PX, UNET, WORK
 from tools.pocket.sampler import generate, pipeline
-from training.judge import load_judge
+from training.evaluation.judges.pocket import load_judge
 
 log = logging.getLogger(__name__)
 

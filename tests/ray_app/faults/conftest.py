@@ -13,12 +13,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from ray_app.runlog import read_log
 from tests.ray_app.conftest import Desk
-from training.checkpoint import load_state
-from training.registry import Registry
-from training.run import RunStore, list_runs
-from training.storage import open_storage
+from training.run.log import read_log
+from training.run.run import RunStore, list_runs
+from training.storage.registry import Registry
+from training.storage.storage import open_storage
+from training.trainer.checkpoint import load_state
 
 
 @pytest.fixture(autouse=True)

@@ -8,12 +8,12 @@ import time
 import ray
 from rich.console import Console
 
-from ray_app.cluster import AUTO, Limits
-from ray_app.drive import drive_run
-from ray_app.submission import submit
+from ray_app.train.cluster import AUTO, Limits
+from ray_app.train.drive import drive_run
 from tests.ray_app.nodes import cluster_of
-from training.run import RunStore
-from training.storage import open_storage
+from training.run.run import RunStore
+from training.run.submission import submit
+from training.storage.storage import open_storage
 
 
 def main() -> None:

@@ -136,7 +136,7 @@ def test_nodes_come_for_a_run_and_go_after_it(desk: Desk) -> None:
     ):
         wait_until(nodes.seen, "the cluster answers")
         assert max(nodes.seen()) == 0
-        command = [sys.executable, "-m", "ray_app.cli", "train", str(manifest), "--address", f"127.0.0.1:{PORT}"]
+        command = [sys.executable, "-m", "ray_app.cli.main", "train", str(manifest), "--address", f"127.0.0.1:{PORT}"]
         command += ["--max-gpus", str(NODES_ALLOWED), "--storage", str(desk.storage), "--json"]
         began = time.monotonic()
         with subprocess.Popen(

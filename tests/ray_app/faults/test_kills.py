@@ -22,8 +22,8 @@ from tests.ray_app.faults.conftest import (
     wait_until,
 )
 from tests.tiny import tiny_images
-from training.registry import Registry
-from training.storage import open_storage
+from training.storage.registry import Registry
+from training.storage.storage import open_storage
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 PETS = ("rusty", "tabby", "bolt")
@@ -87,7 +87,7 @@ def test_killed_around_the_commit_of_a_publication(desk: Desk, after: bool) -> N
     manifest = desk.manifest("rusty", "tabby")
     code = f"""
 import os, sys
-from training.ledger import Ledger
+from training.storage.ledger import Ledger
 real = Ledger.commit
 def commit(self, fingerprint, mine):
     answer = real(self, fingerprint, mine) if {after} else None

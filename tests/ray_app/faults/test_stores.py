@@ -15,9 +15,9 @@ import pytest
 
 from tests.ray_app.conftest import Desk
 from tests.ray_app.faults.conftest import kill_all, only_run, step_of, wait_until
-from tests.training.test_storage import BUCKET, Faults
-from training.registry import Registry
-from training.storage import open_storage
+from tests.training.storage.test_storage import BUCKET, Faults
+from training.storage.registry import Registry
+from training.storage.storage import open_storage
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 

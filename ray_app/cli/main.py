@@ -1,0 +1,89 @@
+"""The command line. Parses, calls, prints; what it calls is imported inside the commands, so that help is instant.
+
+Exit status: 0 all done, 1 some subject failed, 2 bad input or usage, 130 stopped by Ctrl-C.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ray_app.cli.adapters import adapters
+from ray_app.cli.evaluate import evaluate
+from ray_app.cli.keys import keys
+from ray_app.cli.runs import cancel, logs, retry, status
+from ray_app.cli.server import generate, serve
+from ray_app.cli.shape import fuse, merge, resize, sweep
+from ray_app.cli.storage import gc
+from ray_app.cli.train import drive, train, validate
+from ray_app.silence import silence
+from training.errors import UserError
+
+
+class Commands(click.Group):
+    """A group whose UserErrors are one message and exit status 2."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except UserError as error:
+            click.echo(f"dreamfleet: {error}", err=True)
+            ctx.exit(2)
+        except KeyboardInterrupt:
+            ctx.exit(130)
+        except Exception as error:
+            if os.environ.get("DREAMFLEET_DEBUG") or not _is_ray(error):
+                raise
+            click.echo(
+                f"dreamfleet: the Ray cluster was lost ({_first_line(error)}). Run the same command again.", err=True
+            )
+            ctx.exit(1)
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "auto_envvar_prefix": "DREAMFLEET"})
+@click.version_option(package_name="dreamfleet")
+def main() -> None:
+    """Submit a manifest of subjects, get one LoRA adapter each, generate with any of them over HTTP."""
+    silence()
+
+
+@main.command()
+@click.option("--out", type=click.Path(path_type=Path, file_okay=False), default="out/demo", show_default=True)
+def demo(out: Path) -> None:
+    """Train the shipped subjects, serve them, draw them: writes OUT/report.html."""
+    from ray_app.cli.demo import run_demo
+
+    sys.exit(run_demo(out))
+
+
+@main.command()
+@click.argument("name", default="pocket")
+@click.option("--json", "as_json", is_flag=True, help="one JSON object on stdout")
+def base(name: str, as_json: bool) -> None:
+    """Print the folder of a base, ready for diffusers' from_pretrained."""
+    from training.base.folder import find_base
+
+    folder = find_base(name)
+    click.echo(json.dumps({"base": name, "folder": str(folder)}) if as_json else str(folder))
+
+
+for command in (validate, train, drive, status, logs, cancel, retry, serve, generate, adapters, gc, evaluate, keys):
+    main.add_command(command)
+for command in (merge, resize, fuse, sweep):
+    adapters.add_command(command)
+
+
+def _is_ray(error: Exception) -> bool:
+    """Whether Ray itself failed; asked without importing Ray."""
+    return any(kind.__module__.startswith("ray.") for kind in type(error).__mro__)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,259 @@
+"""The driver of a run: opens lanes, follows them through the subject queue, and keeps the states on the storage.
+
+It decides nothing about a subject: the queue does. It may die at any time; the same command takes the run up again.
+"""
+
+import contextlib
+import logging
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol
+
+from pydantic import TypeAdapter
+
+from ray_app.train.cluster import Cluster, Limits
+from ray_app.train.lanes import Lanes
+from training.evaluation.report import write_report
+from training.manifest.plan import plan_run, reserve
+from training.run import cancel
+from training.run.lead import Lead
+from training.run.log import RunLog
+from training.run.run import ENDED, RunRecord, RunStore, SubjectRecord
+from training.run.shares import Sharing, read_quota
+from training.run.source import Beat, Outcome
+from training.run.subject_queue import Entry, Release, SubjectQueue, View
+from training.run.submission import Submission
+
+POLL_SECONDS = 0.5
+STEP_SAVE_SECONDS = 5.0  # how often a mere step is written down; changes of state are at once
+STOP_SECONDS = 30.0  # how long lanes may take to checkpoint when the run is stopped
+CANCEL_SECONDS = 2.0  # how often the storage is asked whether somebody wants the run cancelled
+
+log = logging.getLogger(__name__)
+_BEAT, _OUTCOME = TypeAdapter(Beat), TypeAdapter(Outcome)
+
+
+class Watcher(Protocol):
+    """Who looks on: a terminal, a log, a test."""
+
+    def see(self, view: View, records: Mapping[str, SubjectRecord]) -> None: ...
+
+    def say(self, text: str) -> None: ...
+
+
+class QueueActor:
+    """The subject queue behind Ray's border: dicts in, dicts out."""
+
+    def __init__(self, entries: list[dict[str, Any]]) -> None:
+        self._queue = SubjectQueue(Entry.model_validate(entry) for entry in entries)
+        self._nodes: dict[int, str] = {}
+
+    def enter(self, lane: int, profile: int, node: str) -> bool:
+        """A lane's worker begins on `node`. If its last worker's node is gone, that costs its subjects nothing."""
+        last, self._nodes[lane] = self._nodes.get(lane), node
+        if last is not None and last not in _living_nodes():
+            return self._queue.enter(lane, profile, "its node was lost", "preempted")
+        return self._queue.enter(lane, profile)
+
+    def lease(self, lane: int, count: int) -> list[dict[str, Any]]:
+        return [lease.model_dump() for lease in self._queue.lease(lane, count)]
+
+    def beat(self, lane: int, beat: dict[str, Any]) -> dict[str, Any]:
+        return asdict(self._queue.beat(lane, _BEAT.validate_python(beat)))
+
+    def ended(self, lane: int, outcome: dict[str, Any]) -> None:
+        self._queue.ended(lane, _OUTCOME.validate_python(outcome))
+
+    def leave(self, lane: int, reason: str, kind: Release) -> None:
+        self._queue.release(lane, reason, kind)
+
+    def trouble(self, lane: int) -> str | None:
+        return self._queue.trouble(lane)
+
+    def cancel(self, ids: list[str] | None) -> None:
+        self._queue.cancel(ids)
+
+    def give_up(self, profile: int, reason: str) -> None:
+        self._queue.give_up(profile, reason)
+
+    def dismiss(self, lane: int) -> None:
+        self._queue.dismiss(lane)
+
+    def stop(self) -> None:
+        self._queue.stop()
+
+    def view(self, since: int) -> dict[str, Any]:
+        return self._queue.view(since).model_dump()
+
+
+@dataclass
+class Driver:
+    """Works a submission off. `run` is the way in; call it inside `connect`."""
+
+    submission: Submission
+    subjects: Sequence[SubjectRecord]
+    lead: Lead
+    cluster: Cluster
+    watchers: Sequence[Watcher]
+    limits: Limits = field(default_factory=Limits)
+
+    def __post_init__(self) -> None:
+        record, facts = self.submission.record, self.submission.facts
+        self.store = self.submission.store
+        self.records: dict[str, SubjectRecord] = {subject.id: subject for subject in self.subjects}
+        self.plan = plan_run(record.manifest, facts)
+        room = max(self.cluster.seats, self.limits.gpus or 0)
+        self._reserve = [pack for pack in reserve(record.manifest, facts) if pack.workers <= room]
+        self._queue: Any = None
+        self._saved = dict(self.records)
+        self._saved_at = dict.fromkeys(self.records, 0.0)
+        self._heeded = 0.0
+        self._log = RunLog(self.store)
+
+    def run(self) -> RunRecord:
+        """Until every subject has ended. On KeyboardInterrupt lanes checkpoint and stop, and it is raised again.
+
+        Raises Lost if another driver has taken over.
+        """
+        import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        name = f"queue-{self.store.run}"
+        entries = [entry.model_dump() for entry in self._entries()]
+        # on this node: a queue that dies with another one would take the run along
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        actor = ray.remote(QueueActor).options(num_cpus=0, name=name, scheduling_strategy=here)
+        self._queue = actor.remote(entries)
+        packs = (*self.plan.packs, *self._reserve)
+        sharing = self._sharing()
+        lanes = Lanes(self.store, packs, self.cluster, self.limits, self._queue, name, self._complain, sharing)
+        try:
+            self._follow(lanes)
+            return self._finish()
+        except KeyboardInterrupt:
+            self._stop(lanes)
+            self._save_all()
+            raise
+        finally:
+            ray.kill(self._queue)
+            if sharing is not None:
+                sharing.leave()
+
+    def _sharing(self) -> Sharing | None:
+        """A cluster of its own is shared with nobody."""
+        if self.cluster.local:
+            return None
+        tenant = self.submission.record.tenant
+        return Sharing(self.store.run, tenant, self.limits.priority, read_quota(self.store.storage, tenant))
+
+    # -- following --
+
+    def _follow(self, lanes: Lanes) -> None:
+        since = 0
+        while True:
+            self.lead.renew()
+            self._heed_cancel()
+            view = self._look(since)
+            since = view.seq
+            lanes.close_ended()
+            if not view.unfinished:
+                if not self.cluster.local:  # on a cluster of others they get the time to clean up after themselves
+                    lanes.wait(STOP_SECONDS)
+                return
+            lanes.share(view)
+            lanes.open(view)
+            time.sleep(POLL_SECONDS)
+
+    def _heed_cancel(self) -> None:
+        """Passes on what somebody wished on the storage."""
+        import ray
+
+        if time.monotonic() - self._heeded < CANCEL_SECONDS:
+            return
+        self._heeded = time.monotonic()
+        wanted = cancel.wanted(self.store)
+        if wanted is not None:
+            ray.get(self._queue.cancel.remote(wanted or None))
+            cancel.forget(self.store)
+
+    def _look(self, since: int) -> View:
+        import ray
+
+        view = View.model_validate(ray.get(self._queue.view.remote(since), timeout=60))
+        for record in view.changed:
+            self._take_in(record)
+        for note in view.notes:
+            self._log.add(note)
+        for watcher in self.watchers:
+            watcher.see(view, self.records)
+        self._log.flush(STEP_SAVE_SECONDS)
+        return view
+
+    def _take_in(self, record: SubjectRecord) -> None:
+        before = self.records[record.id]
+        self.records[record.id] = record
+        if record.state != before.state:
+            reason = f": {record.reason}" if record.reason else ""
+            self._log.add(f"{record.id}: {record.state} at step {record.step}/{record.max_steps}{reason}")
+        if record.state != before.state or time.monotonic() - self._saved_at[record.id] >= STEP_SAVE_SECONDS:
+            self._save(record)
+
+    def _save(self, record: SubjectRecord) -> None:
+        self.store.save_subject(record)
+        self._saved[record.id], self._saved_at[record.id] = record, time.monotonic()
+
+    def _save_all(self) -> None:
+        """The last word about those whose latest steps were not written down yet."""
+        for record in self.records.values():
+            if record != self._saved[record.id]:
+                self._save(record)
+        self._log.flush()
+
+    def _say(self, text: str) -> None:
+        for watcher in self.watchers:
+            watcher.say(text)
+
+    def _finish(self) -> RunRecord:
+        self._save_all()
+        return finish(self.store, self.submission.record, tuple(self.records.values()))
+
+    def _complain(self, text: str) -> None:
+        self._log.add(text)
+        self._say(text)
+
+    def _stop(self, lanes: Lanes) -> None:
+        """Asks the lanes to checkpoint and end, and waits for them."""
+        import ray
+
+        self._say("stopping: checkpoints are being written (again to stop at once)")
+        with contextlib.suppress(KeyboardInterrupt, ray.exceptions.RayError):
+            ray.get(self._queue.stop.remote())
+            lanes.wait(STOP_SECONDS)
+            self._look(0)
+        for id, record in self.records.items():
+            if record.state not in ENDED:  # the last checkpoint is later than the last beat
+                step = max(self.store.checkpoints(id), default=0)
+                self.records[id] = record.model_copy(update={"step": step})
+
+    def _entries(self) -> Iterator[Entry]:
+        place = {id: index for index, pack in enumerate(self.plan.packs) for id in pack.subjects}
+        spare = {id: index for index, pack in enumerate(self._reserve, len(self.plan.packs)) for id in pack.subjects}
+        for id in (subject.id for subject in self.submission.record.manifest.subjects):
+            yield Entry(record=self.records[id], profile=place[id], reserve=spare.get(id))
+
+
+def _living_nodes() -> set[str]:
+    import ray
+
+    return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+
+
+def finish(store: RunStore, record: RunRecord, subjects: Sequence[SubjectRecord]) -> RunRecord:
+    """Writes down that a run has ended, and how, and its report."""
+    states = {subject.state for subject in subjects}
+    state = "failed" if "failed" in states else "cancelled" if "cancelled" in states else "done"
+    ended = record.model_copy(update={"state": state, "finished": time.time()})
+    store.save(ended)
+    write_report(store)
+    return ended

@@ -1,0 +1,225 @@
+"""A lane: one long-lived Ray Train run. Its base is loaded once; the subject queue keeps its pack filled.
+
+`run_lane` is the Ray task that holds the run; `lane_worker` is what each of the run's workers does: one on its one
+device, or a gang, of which the first alone talks to the queue. Both get an `Order` as the plain dict that crosses Ray's
+border.
+"""
+
+import logging
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from pydantic import TypeAdapter
+
+from ray_app.silence import silence
+from training.errors import UserError
+from training.manifest.manifest import Closed, SubjectSpec
+from training.manifest.plan import PackPlan
+from training.run.run import RunRecord, RunStore
+from training.run.source import Beat, Orders, Outcome, Task
+from training.run.subject_queue import Lease, Release
+from training.storage.storage import StorageUnavailable, open_storage
+
+if TYPE_CHECKING:
+    from ray.train.torch import TorchConfig
+
+    from training.base.base import Base
+
+IDLE_SECONDS = 1.0  # how long an empty answer of the queue holds while the pack is busy
+QUEUE_TIMEOUT_S = 60.0
+STORAGE_REST_S = 10.0  # before a lane tries a storage again that did not answer
+_ORDERS = TypeAdapter(Orders)
+
+log = logging.getLogger(__name__)
+
+
+class Order(Closed):
+    """What a lane is told. `storage` is a whole URI; `threads`: compute threads, 0 for torch's own choice."""
+
+    run: str
+    storage: str
+    lane: int
+    profile: int
+    plan: PackPlan
+    queue: str
+    threads: int = 0
+    resources: dict[str, float]
+
+
+class QueueSource:
+    """The subject queue as the subject loop sees it: every call goes to the queue's actor."""
+
+    def __init__(self, queue: Any, lane: int) -> None:
+        self.specs: Mapping[str, SubjectSpec] = {}  # of all subjects that may be leased
+        self._queue = queue
+        self._lane = lane
+        self._held: set[str] = set()
+        self._empty_until = 0.0
+
+    def lease(self, count: int) -> Sequence[Task]:
+        if self._held and time.monotonic() < self._empty_until:
+            return []
+        leases = self._ask("lease", count)
+        self._held |= {lease["id"] for lease in leases}
+        if not leases:
+            self._empty_until = time.monotonic() + IDLE_SECONDS
+        return [self._task(Lease.model_validate(lease)) for lease in leases]
+
+    def _task(self, lease: Lease) -> Task:
+        return Task(self.specs[lease.id], lease.fingerprint, lease.may_spread, lease.rate_factor)
+
+    def beat(self, beat: Beat) -> Orders:
+        return _ORDERS.validate_python(self._ask("beat", asdict(beat)))
+
+    def ended(self, outcome: Outcome) -> None:
+        self._held.discard(outcome.id)
+        self._ask("ended", asdict(outcome))
+
+    def enter(self, profile: int, node: str) -> bool:
+        return bool(self._ask("enter", profile, node))
+
+    def leave(self, reason: str, kind: Release) -> None:
+        """Gives back what is still held."""
+        self._ask("leave", reason, kind)
+
+    def trouble(self) -> str | None:
+        """Why this lane cannot work, if it cannot."""
+        trouble: str | None = self._ask("trouble")
+        return trouble
+
+    def _ask(self, method: str, *values: object) -> Any:
+        import ray
+
+        return ray.get(getattr(self._queue, method).remote(self._lane, *values), timeout=QUEUE_TIMEOUT_S)
+
+
+def lane_worker(payload: dict[str, Any]) -> None:
+    """Loads the base and works until the queue has nothing more for this lane. Runs in Ray Train's workers."""
+    silence()
+    order = Order.model_validate(payload)
+    import ray
+    from ray.train import get_context
+
+    first = get_context().get_world_rank() == 0
+    source = QueueSource(ray.get_actor(order.queue), order.lane)
+    node = ray.get_runtime_context().get_node_id()
+    if not _all_begin(order, first and source.enter(order.profile, node)):
+        return  # one more try would end like those before; `run_lane` asks why
+    try:
+        _work(order, source, first)
+    except StorageUnavailable as error:
+        # nobody's fault but the store's; what is on it is whole
+        source.leave(str(error), "preempted")
+        time.sleep(STORAGE_REST_S)
+        raise
+    except Exception as error:
+        # in its own words, whichever worker of a gang it is: Ray restarts them all, and tells nobody why
+        source.leave(in_words(error), "lost")
+        raise
+    if first:
+        source.leave("the run was stopped", "stopped")
+
+
+def _work(order: Order, source: QueueSource, first: bool) -> None:
+    """What a worker does; all of a gang but its first follow that one."""
+    run = RunStore(open_storage(order.storage), order.run)
+    record = run.record()
+    base = _base(order, record)
+    if first:
+        from training.trainer.worker.worker import work
+
+        source.specs = {subject.id: subject for subject in record.manifest.subjects}
+        work(base, order.plan, source, run, tenant=record.tenant, root=record.manifest.root)
+    else:
+        from training.trainer.fitting import follow_pack
+
+        follow_pack(base, order.plan)
+
+
+def _all_begin(order: Order, first_begins: bool) -> bool:
+    """Whether to begin. What the first worker of a gang knows holds for all of them."""
+    if order.plan.workers == 1:
+        return first_begins
+    from training.trainer.zero import Gang
+
+    return Gang().any(first_begins)
+
+
+def _base(order: Order, record: RunRecord) -> "Base":
+    """The run's base on this worker's device."""
+    import torch
+
+    from training.base.base import best_device, load_base
+    from training.trainer.worker.worker import precision
+
+    if order.threads:
+        torch.set_num_threads(order.threads)
+    device = best_device()
+    dtype = precision(order.plan.profile.mixed_precision, device)
+    base = load_base(record.base, device=device, dtype=dtype, root=record.manifest.root)
+    if base.hash != record.base_hash:
+        raise UserError(
+            f"Base '{record.base}' on node {os.uname().nodename} is not the one the run was submitted with "
+            f"({base.hash[:12]} instead of {record.base_hash[:12]}). Put the same files on every node."
+        )
+    return base
+
+
+def in_words(error: BaseException) -> str:
+    """What an error says: what is meant for users as it is, anything else with the kind of error before it."""
+    text = str(error).strip()
+    return text if text and isinstance(error, UserError) else f"{type(error).__name__}: {text}"
+
+
+def run_lane(payload: dict[str, Any]) -> None:
+    """One Ray Train run from start to end. A Ray task of its own, so that it can live on any node."""
+    silence()
+    order = Order.model_validate(payload)
+    import ray
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+
+    on_gpus = order.resources.get("GPU", 0) > 0
+    # Train's own notes of the run; checkpoints go to the storage, subject by subject
+    notes = tempfile.mkdtemp(prefix="dreamfleet-lane-", dir=os.environ.get("RAY_TMPDIR"))
+    trainer = DataParallelTrainer(
+        # not as `train_loop_config`, which Ray may show in its dashboard: the storage's URI may hold credentials
+        lambda: lane_worker(payload),
+        backend_config=_process_group(order.plan.workers),
+        scaling_config=ScalingConfig(
+            num_workers=order.plan.workers,
+            use_gpu=on_gpus,
+            resources_per_worker=order.resources,
+            # GPUs of a gang talk least far within a node; on CPUs every node has a memory of its own
+            placement_strategy="PACK" if on_gpus else "SPREAD",
+        ),
+        run_config=RunConfig(
+            name=f"lane-{order.lane}-{time.time_ns():x}",
+            storage_path=notes,
+            # the queue counts what a subject costs; a lane itself is never given up for its workers' deaths
+            failure_config=FailureConfig(max_failures=-1),
+        ),
+    )
+    try:
+        trainer.fit()
+        trouble = QueueSource(ray.get_actor(order.queue), order.lane).trouble()
+        if trouble is not None:
+            raise UserError(trouble)
+    finally:
+        shutil.rmtree(notes, ignore_errors=True)
+
+
+def _process_group(workers: int) -> "TorchConfig | None":
+    """How the workers of a gang find each other. One alone needs nobody, and torch's store would listen everywhere."""
+    if workers == 1:
+        return None
+    import torch
+    from ray.train.torch import TorchConfig
+
+    # said outright: with logical GPUs on a CPU machine Ray would choose nccl
+    return TorchConfig(backend="nccl" if torch.cuda.is_available() else "gloo")

@@ -1,0 +1,143 @@
+"""Adapters on their way into the bank: registry -> host memory -> slots of the device.
+
+Joins the three tiers for the engine. Slots and host cache keep the books; here a row is copied. A load that fails has
+touched neither slots nor host cache, so it costs nobody anything.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from threading import Event
+
+import torch
+
+from serving.config import EngineSpec
+from serving.engine.fit import check_fit
+from serving.engine.request import AdapterRef
+from serving.engine.slots import Slots
+from serving.engine.tiers import HostCache
+from serving.errors import AdapterUnavailable
+from training.adapters.adapter import Adapter
+from training.adapters.bank import Bank, Row, find_sites
+from training.base.base import Base
+from training.errors import UserError
+
+Fetch = Callable[[AdapterRef], Adapter]
+
+
+@dataclass(frozen=True, slots=True)
+class HostRow:
+    """An adapter in host memory, laid out as a slot. `changes_text`: whether prompts read differently under it."""
+
+    row: Row
+    changes_text: bool
+
+    @property
+    def nbytes(self) -> int:
+        return self.row.nbytes
+
+
+Loads = dict[AdapterRef, "Future[HostRow]"]
+
+
+class Adapters:
+    """The bank over `base`, and what is in it. `fetch` is called on loader threads; `woken` is set when a load ends."""
+
+    def __init__(self, base: Base, spec: EngineSpec, fetch: Fetch, woken: Event) -> None:
+        targets = dict.fromkeys(base.family.components, spec.text_encoder_targets)
+        targets[base.family.denoiser] = spec.targets
+        sites = {name: find_sites(name, model, targets[name]) for name, model in base.models.items()}
+        self.empty = spec.slots  # the bank's last slot is never handed out: it stays zero
+        vectors = (spec.words, base.token_embedding.embedding_dim)
+        self.bank = Bank(
+            sites, slots=spec.slots + 1, rank=spec.rank, vectors=vectors, device=base.device, dtype=base.dtype
+        )
+        self.bank.inject()
+        self.slots = Slots[AdapterRef](spec.slots)
+        self.swap_seconds = 0.0
+        self._text_encoders = base.family.text_encoders
+        self._fetch = fetch
+        self._spec = spec
+        self._pin = base.device.type == "cuda"
+        self._changes_text: dict[AdapterRef, bool] = {}
+        self.host = HostCache[AdapterRef, HostRow](
+            self._lay_out, budget_bytes=spec.host_bytes, loaders=spec.loaders, woken=woken.set
+        )
+
+    def close(self) -> None:
+        """Takes the bank off the base and stops the loaders."""
+        self.host.close()
+        self.bank.eject()
+
+    def want(self, keys: Sequence[AdapterRef], loads: Loads) -> None:
+        """Adds to `loads` those of `keys` that are neither in slots nor in it. Undone by `settle`."""
+        for key in dict.fromkeys(keys):
+            if key not in self.slots and key not in loads:
+                loads[key] = self.host.want(key)
+
+    def settle(self, loads: Loads) -> None:
+        """The loads are not needed any more."""
+        for key in loads:
+            self.host.release(key)
+        loads.clear()
+
+    def acquire(
+        self, keys: Sequence[AdapterRef], loads: Mapping[AdapterRef, "Future[HostRow]"]
+    ) -> tuple[int, ...] | None:
+        """The slots of `keys`, filled and pinned; None if they do not fit now. All not in slots have been loaded."""
+        placement = self.slots.acquire(keys)
+        if placement is None:
+            return None
+        began = time.perf_counter()
+        for slot, key in placement.fresh:
+            host_row = loads[key].result()
+            self.bank.put(slot, host_row.row)
+            self._changes_text[key] = host_row.changes_text
+        if placement.fresh:  # what was evicted for them is forgotten
+            self._changes_text = {key: changes for key, changes in self._changes_text.items() if key in self.slots}
+        self.swap_seconds += time.perf_counter() - began
+        return placement.slots
+
+    def release(self, keys: Sequence[AdapterRef]) -> None:
+        """Undoes one `acquire`."""
+        self.slots.release(keys)
+
+    def changes_text(self, key: AdapterRef) -> bool:
+        """Whether an adapter that is in a slot changes the text encoder."""
+        return self._changes_text[key]
+
+    def forget(self, key: AdapterRef) -> None:
+        """Drops a deleted or replaced version from every tier, unless a request still wears it."""
+        self.host.drop(key)
+        if self.slots.drop(key):
+            del self._changes_text[key]
+
+    def preload(self, key: AdapterRef) -> None:
+        """Brings an adapter into host memory in the background."""
+        if key not in self.slots:
+            self.host.want(key)
+            self.host.release(key)
+
+    def _lay_out(self, key: AdapterRef) -> HostRow:
+        adapter = self._fetch(key)
+        check_fit(adapter, self._spec)
+        row = self.bank.pack(adapter)
+        if not any(row.worn.values()) and not row.words:
+            raise AdapterUnavailable(f"Adapter '{key}' changes no layer of this base.")
+        if not all(torch.isfinite(part).all() for part in row.parts.values()):
+            raise AdapterUnavailable(
+                f"Adapter '{key}' has values that this server's {self.bank.weights_SP.dtype} cannot hold."
+            )
+        if self._pin:
+            row = dataclasses.replace(row, parts={name: part.pin_memory() for name, part in row.parts.items()})
+        return HostRow(row, bool(row.words) or any(row.worn.get(name) for name in self._text_encoders))
+
+
+def explain(key: AdapterRef, error: BaseException) -> Exception:
+    """The error of a failed load, for those who waited for it."""
+    if isinstance(error, AdapterUnavailable):
+        return error
+    reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+    return AdapterUnavailable(f"Adapter '{key}' cannot be loaded: {reason}")

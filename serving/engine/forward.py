@@ -1,0 +1,80 @@
+"""One denoiser forward over samples that each have their own timestep, adapters, prompt and guidance.
+
+A `Forward` holds what stays the same while the same samples step together: their embeddings, guidance and the bank's
+routes. A guided sample is two neighbouring rows, negative prompt and prompt, and samples are in the order of their
+slots: rows that wear the same share one delta, and slots without a gap are not even copied. Guided samples come first.
+
+Shape suffixes: N samples, G guided ones, M rows; L tokens, C channels.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from serving.engine.job import Sample
+from serving.engine.prompts import make_routes
+from serving.engine.samplers import Lines
+from training.adapters.bank import Bank, Route
+from training.base.base import Base
+
+
+@dataclass(frozen=True, slots=True)
+class Forward:
+    """What samples of one kind need to step together. `order` are the samples, guided first."""
+
+    order: tuple[Sample, ...]
+    rows: int
+    states_MLC: Tensor
+    guidance_G: Tensor
+    routes: tuple[Route, ...]
+
+    @classmethod
+    def make(
+        cls, samples: Sequence[Sample], bank: Bank, base: Base, *, empty: int, fixed_rows: int | None
+    ) -> "Forward":
+        """`empty` is the bank's slot of zeros; `fixed_rows` fills the forward up with rows that nobody reads."""
+        order = sorted(samples, key=lambda sample: (not sample.job.guided, sample.slots or ()))
+        guided = sum(sample.job.guided for sample in order)
+        rows = [sample for sample in order[:guided] for _ in range(2)] + order[guided:]
+        states = [state for sample in order for state in _states(sample)]
+        fill = max(0, (fixed_rows or 0) - len(rows))
+        states += [torch.zeros_like(states[0])] * fill
+        slots: list[tuple[int, ...]] = [sample.slots or () for sample in rows]
+        weights: list[tuple[float, ...]] = [sample.job.weights for sample in rows]
+        routes = make_routes(bank, [base.family.denoiser], slots + [()] * fill, weights + [()] * fill, empty)
+        guidance = torch.tensor([sample.job.request.guidance_scale for sample in order[:guided]])
+        return cls(
+            order=tuple(order),
+            rows=len(rows) + fill,
+            states_MLC=torch.stack(states),
+            guidance_G=guidance.to(base.device).view(-1, 1, 1, 1),
+            routes=tuple(routes),
+        )
+
+    def __call__(self, base: Base, bank: Bank, latents_NCHW: Tensor, lines: Lines) -> Tensor:
+        """The guided prediction [N, C, h, w] in float32, for scaled latents in `order`."""
+        guided = len(self.guidance_G)
+        x_MCHW = self._rows(lines.model_input(latents_NCHW))
+        with bank.using(*self.routes):
+            output = base.unet(
+                x_MCHW.to(base.dtype), self._rows(lines.timesteps_N), encoder_hidden_states=self.states_MLC
+            ).sample.float()
+        plain, prompted = output[: 2 * guided].unflatten(0, (guided, 2)).unbind(1)
+        pushed = plain + self.guidance_G * (prompted - plain)
+        return torch.cat([pushed, output[2 * guided : guided + len(self.order)]])
+
+    def _rows(self, samples_NX: Tensor) -> Tensor:
+        """One line a sample, laid out as rows."""
+        guided = len(self.guidance_G)
+        rows = torch.cat([samples_NX[:guided].repeat_interleave(2, 0), samples_NX[guided:]])
+        fill = self.rows - len(rows)
+        return torch.cat([rows, rows.new_zeros((fill, *rows.shape[1:]))]) if fill else rows
+
+
+def _states(sample: Sample) -> list[Tensor]:
+    """The embeddings of a sample's rows."""
+    assert sample.job.states is not None
+    prompt, negative = sample.job.states
+    return [prompt] if negative is None else [negative, prompt]

@@ -1,0 +1,150 @@
+"""A request inside the engine: the job, its samples (one image being made each), and what the engine tells about them.
+
+State only. Who steps when is in `scheduler.py`, what a step does in `engine.py`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from serving.engine.adapters import Loads
+from serving.engine.request import MAX_SEED, AdapterRef, GenerateRequest
+from serving.engine.samplers import Schedule
+
+
+@dataclass(eq=False, slots=True)
+class Job:
+    """One request at work. `loads` are the adapters that were not in slots, on their way to host memory."""
+
+    request: GenerateRequest
+    schedule: Schedule
+    pixels_CHW: Tensor | None  # image-to-image: the picture, uint8: many may wait
+    arrived_s: float  # time.monotonic
+    loads: Loads = field(default_factory=dict)
+    samples: list["Sample"] = field(default_factory=list)
+    states: tuple[Tensor, Tensor | None] | None = (
+        None  # embeddings [L, C] of prompt and, with guidance, negative prompt
+    )
+    image: tuple[Tensor, Tensor] | None = None  # mean and std [C, h, w] of the picture's latents
+    started_s: float | None = None
+    over: bool = False
+
+    @property
+    def keys(self) -> tuple[AdapterRef, ...]:
+        return tuple(use.ref for use in self.request.adapters)
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        return tuple(use.weight for use in self.request.adapters)
+
+    @property
+    def deadline_s(self) -> float:
+        return self.arrived_s + self.request.deadline_s
+
+    @property
+    def guided(self) -> bool:
+        return self.request.guidance_scale > 1.0
+
+
+@dataclass(eq=False, slots=True)
+class Sample:
+    """One image being made. `latents` and `clean` are [C, h, w] float32 on the device once it runs."""
+
+    job: Job
+    index: int
+    size: tuple[int, int]
+    slots: tuple[int, ...] | None = None  # of its adapters, once it has started
+    step: int = 0
+    previews: int = 0
+    generator: torch.Generator | None = None
+    latents: Tensor | None = None
+    clean: Tensor | None = None
+
+    @property
+    def tenant(self) -> str:
+        return self.job.request.tenant
+
+    @property
+    def kind(self) -> tuple[int, ...]:
+        """What a forward has to be alike in: the latents' height and width, and the length of the prompts."""
+        return (*self.size, self.job.states[0].shape[0] if self.job.states else 0)
+
+    @property
+    def cells(self) -> int:
+        return self.size[0] * self.size[1]
+
+    @property
+    def rows(self) -> int:
+        return 2 if self.job.guided else 1
+
+    @property
+    def ready(self) -> bool:
+        return all(load.done() for load in self.job.loads.values())
+
+    @property
+    def seed(self) -> int:
+        return (self.job.request.seed + self.index) % (MAX_SEED + 1)
+
+    @property
+    def preview_due(self) -> bool:
+        """Whether the steps taken so far call for another preview; they are spread evenly, none after the last step."""
+        wanted = self.job.request.previews
+        steps = self.job.schedule.steps
+        return self.previews < wanted and self.step < steps and self.step * (wanted + 1) >= (self.previews + 1) * steps
+
+    def draw(self, channels: int) -> Tensor:
+        """The sample's next unit noise [C, h, w]: the same on every device, since a CPU generator draws it."""
+        assert self.generator is not None
+        return torch.randn((1, channels, *self.size), generator=self.generator)[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Guess:
+    """A preview: the model's guess of a sample, uint8 [h, w, 3] at latent resolution."""
+
+    job: Job
+    index: int
+    number: int
+    step: int
+    pixels: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """A finished sample: uint8 [H, W, 3] on the CPU."""
+
+    job: Job
+    index: int
+    seed: int
+    pixels: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """A job that ends without (all of) its images."""
+
+    job: Job
+    error: Exception
+
+
+Outcome = Guess | Done | Failed
+
+
+@dataclass(slots=True)
+class EngineStats:
+    """Counters of one engine since it started, and how full it is now."""
+
+    steps: int = 0
+    rows: int = 0
+    images: int = 0
+    requests: int = 0
+    bisections: int = 0
+    failed: int = 0
+    cancelled: int = 0
+    refused: int = 0
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("text", "denoise", "decode"), 0.0))
+    queue_seconds: float = 0.0
+    adapters: Mapping[str, int] = field(default_factory=dict)
+    gauges: Mapping[str, float] = field(default_factory=dict)

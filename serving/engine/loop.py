@@ -1,0 +1,213 @@
+"""The loop: owns the engine's one compute thread, and joins it to asyncio.
+
+Everything that touches the engine runs on that thread; callers talk to it by commands and get their outcomes on their
+own event loop. Encoding and decoding of pictures happens on neither. Knows nothing about HTTP.
+"""
+
+import asyncio
+import contextlib
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from serving.engine.decoding import Decoding
+from serving.engine.engine import Engine
+from serving.engine.job import Done, EngineStats, Failed, Job, Outcome
+from serving.engine.pictures import encode, enlarge
+from serving.engine.request import AdapterRef, Event, GenerateRequest, Picture, Preview
+from serving.errors import Cancelled, GenerationFailed, NotReady
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+IDLE_S = 0.5  # how often deadlines are looked at while nothing runs
+
+
+@dataclass(eq=False, slots=True)
+class _Listener:
+    """Where the outcomes of one job go."""
+
+    loop: asyncio.AbstractEventLoop
+    outcomes: "asyncio.Queue[Outcome]" = field(default_factory=asyncio.Queue)
+
+    def hear(self, outcome: Outcome) -> None:
+        with contextlib.suppress(RuntimeError):  # its event loop is closed: nobody listens
+            self.loop.call_soon_threadsafe(self.outcomes.put_nowait, outcome)
+
+
+class EngineLoop:
+    """Starts the thread at once. `close()` ends it; `drain_s` lets what runs come to its end first."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self._decoding = Decoding()
+        self._commands: deque[Callable[[], None]] = deque()
+        self._listeners: dict[Job, _Listener] = {}
+        self._closing = False
+        self._gate = threading.Lock()  # no command slips in after the last look at them
+        self._ended = False
+        self._broken: BaseException | None = None
+        self._report = engine.snapshot()
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    @property
+    def healthy(self) -> bool:
+        """Whether requests can be served; once False it stays so."""
+        return self._thread.is_alive() and self._broken is None and not self._closing
+
+    async def stream(self, request: GenerateRequest) -> AsyncIterator[Event]:
+        """Previews and pictures as they come; ends with the last picture. Leaving it early cancels the request."""
+        pixels = None
+        if request.image is not None:
+            decoded = self._decoding.submit(request.tenant, request.image, request.width, request.height)
+            pixels = await asyncio.wrap_future(decoded)
+        listener = _Listener(asyncio.get_running_loop())
+        submitting = self._on_thread(lambda: self._submit(request, pixels, listener))
+        try:
+            job = await asyncio.shield(asyncio.wrap_future(submitting))
+        except asyncio.CancelledError:
+            submitting.add_done_callback(self._cancel_submitted)
+            raise
+        left = request.count
+        try:
+            while left:
+                outcome = await listener.outcomes.get()
+                if isinstance(outcome, Failed):
+                    if isinstance(outcome.error, GenerationFailed):
+                        logger.error("request %s failed", request.request_id, exc_info=outcome.error)
+                    raise outcome.error
+                left -= isinstance(outcome, Done)
+                yield await asyncio.to_thread(_encoded, request, outcome)
+        finally:
+            if left:
+                self._cancel(job)
+
+    async def generate(self, request: GenerateRequest) -> list[Picture]:
+        """All pictures of a request, in order."""
+        pictures = [event async for event in self.stream(request) if isinstance(event, Picture)]
+        return sorted(pictures, key=lambda picture: picture.index)
+
+    def forget(self, ref: AdapterRef) -> None:
+        """A version is deleted or replaced."""
+        self._on_thread(lambda: self.engine.forget(ref))
+
+    def preload(self, ref: AdapterRef) -> None:
+        """Brings an adapter into host memory."""
+        self._on_thread(lambda: self.engine.adapters.preload(ref))
+
+    def stats(self) -> EngineStats:
+        """The engine's counters as they were between its last two steps; from any thread, at once, never to change."""
+        return self._report
+
+    def close(self, drain_s: float = 0.0) -> None:
+        """Takes no new request; waits up to `drain_s` for the running ones, then fails what is left."""
+        deadline = time.monotonic() + drain_s
+        while self.engine.jobs and self.healthy and time.monotonic() < deadline:
+            time.sleep(0.02)
+        self._closing = True
+        self.engine.woken.set()
+        self._decoding.close()
+        self._thread.join(60)
+        self.engine.close()
+
+    # -- on the compute thread --
+
+    def _run(self) -> None:
+        if self.engine.spec.threads is not None:
+            torch.set_num_threads(self.engine.spec.threads)
+        try:
+            while not self._closing:
+                self._obey()
+                if self.engine.idle and not self.engine.woken.wait(IDLE_S) and not self.engine.jobs:
+                    continue
+                self.engine.woken.clear()
+                self._obey()
+                self._tell(self.engine.step())
+        except BaseException as error:
+            logger.exception("the engine is broken and has stopped")
+            self._broken = error
+        self._closing = True
+        with self._gate:
+            self._ended = True
+        self._obey()
+        for job in list(self._listeners):
+            reason = NotReady("The server is shutting down; try again.")
+            self._tell([Failed(job, reason if self._broken is None else GenerationFailed("The engine has stopped."))])
+
+    def _obey(self) -> None:
+        while self._commands:
+            self._commands.popleft()()
+        self._report = self.engine.snapshot()
+
+    def _submit(self, request: GenerateRequest, pixels_CHW: Tensor | None, listener: _Listener) -> Job:
+        if self._closing:
+            raise NotReady("The server is shutting down; try again.")
+        job = self.engine.submit(request, pixels_CHW)
+        self._listeners[job] = listener
+        return job
+
+    def _tell(self, outcomes: Sequence[Outcome]) -> None:
+        for outcome in outcomes:
+            listener = self._listeners.get(outcome.job)
+            if listener is not None:
+                listener.hear(outcome)
+        for outcome in outcomes:  # only now: one step may end several images of a job
+            if outcome.job.over:
+                self._listeners.pop(outcome.job, None)
+
+    # -- from any thread --
+
+    def _cancel(self, job: Job) -> None:
+        def cancel() -> None:
+            self._listeners.pop(job, None)
+            self.engine.cancel(job)
+
+        self._on_thread(cancel)
+
+    def _cancel_submitted(self, submitting: "Future[Job]") -> None:
+        if submitting.exception() is None:
+            self._cancel(submitting.result())
+
+    def _on_thread(self, work: Callable[[], T]) -> "Future[T]":
+        future: Future[T] = Future()
+
+        def command() -> None:
+            if not future.set_running_or_notify_cancel():
+                return
+            try:
+                future.set_result(work())
+            except BaseException as error:
+                future.set_exception(error)
+
+        with self._gate:
+            if not self._ended:
+                self._commands.append(command)
+                self.engine.woken.set()
+                return future
+        command()
+        return future
+
+
+def _encoded(request: GenerateRequest, outcome: Outcome) -> Event:
+    """Runs on a worker thread."""
+    form, quality = request.output_format, request.output_quality
+    if isinstance(outcome, Done):
+        return Picture(index=outcome.index, seed=outcome.seed, data=encode(outcome.pixels, form, quality))
+    if isinstance(outcome, Failed):
+        raise Cancelled
+    pixels = enlarge(outcome.pixels, request.width, request.height)
+    return Preview(
+        index=outcome.index,
+        number=outcome.number,
+        step=outcome.step,
+        steps=outcome.job.schedule.steps,
+        data=encode(pixels, form, quality),
+    )

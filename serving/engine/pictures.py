@@ -1,0 +1,57 @@
+"""Pictures as bytes: what leaves the engine is encoded, what a client sends to start from is decoded and checked."""
+
+import io
+import math
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from serving.engine.request import ImageFormat
+from serving.errors import Refused
+from training.photos.images import ImageError, ImageLimits, count_pixels, read_image
+
+# Of a picture that a client sends, in what is decoded: a JPEG that is larger than it is wanted is scaled meanwhile.
+MAX_PIXELS = 24_000_000
+_LIMITS = ImageLimits(min_side_px=1, max_pixels=MAX_PIXELS, max_aspect=math.inf)
+_NAME = "picture"
+
+
+def encode(pixels_HWC: Tensor, form: ImageFormat, quality: int) -> bytes:
+    """uint8 [H, W, 3] as an image file; `quality` (0 to 100) is of jpeg and webp, PNG is exact."""
+    picture = Image.fromarray(pixels_HWC.contiguous().numpy())
+    stream = io.BytesIO()
+    if form == "png":
+        picture.save(stream, "PNG", compress_level=4)
+    else:
+        picture.save(stream, form.upper(), quality=quality)
+    return stream.getvalue()
+
+
+def enlarge(pixels_HWC: Tensor, width: int, height: int) -> Tensor:
+    """A preview at the size of its picture."""
+    picture = Image.fromarray(pixels_HWC.contiguous().numpy()).resize((width, height), Image.Resampling.BICUBIC)
+    return torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(height, width, 3)
+
+
+def count(data: bytes, width: int, height: int) -> int:
+    """How many pixels `decode` would decode, by the header alone. Raises Refused if that is enough to refuse it."""
+    try:
+        return count_pixels(data, _NAME, _LIMITS, max(width, height))
+    except ImageError as error:
+        raise _refused(error) from None
+
+
+def decode(data: bytes, width: int, height: int) -> Tensor:
+    """An image file, upright and on white, as uint8 [3, height, width]. Raises Refused if it cannot be used."""
+    try:
+        picture = read_image(data, _NAME, _LIMITS, max(width, height))
+    except ImageError as error:
+        raise _refused(error) from None
+    picture = picture.resize((width, height), Image.Resampling.LANCZOS)
+    pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(height, width, 3)
+    return pixels.permute(2, 0, 1).contiguous()
+
+
+def _refused(error: ImageError) -> Refused:
+    return Refused(f"The picture cannot be used: {error.reason}. Send a JPEG, PNG or WebP file.")

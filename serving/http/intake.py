@@ -1,0 +1,200 @@
+"""From what a client sent to what an engine can do: names resolved, defaults filled in, limits checked.
+
+Every refusal is an `ApiError` that names the field. Blocking (it reads the registry), so it runs on a thread.
+"""
+
+import base64
+import binascii
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from serving.config import ServeSpec
+from serving.engine.pictures import count
+from serving.engine.request import AdapterRef, AdapterUse, BaseFacts, GenerateRequest
+from serving.errors import Refused
+from serving.http.library import Library
+from serving.http.problems import ApiError
+from serving.http.wire import ImagesBody, TokenDetails, Usage, UsedAdapter, WornAdapter
+from training.storage.registry import Resolved, UnknownAdapter
+
+
+@dataclass(frozen=True, slots=True)
+class Intake:
+    """Makes engine requests for one base."""
+
+    spec: ServeSpec
+    library: Library
+
+    @property
+    def facts(self) -> BaseFacts:
+        return self.library.facts
+
+    def images(self, tenant: str, body: ImagesBody, request_id: str) -> GenerateRequest:
+        """The request of an OpenAI images body."""
+        if body.partial_images and not body.stream:
+            raise ApiError(400, "'partial_images' needs 'stream': true.", param="partial_images")
+        if body.background == "transparent":
+            raise ApiError(
+                400,
+                "'background' is 'transparent', but images of this server are opaque. Allowed: 'opaque' and 'auto'.",
+                param="background",
+            )
+        self.library.load_tokenizer()  # on this thread, so that counting tokens later does not hold up the event loop
+        width, height = self._size(body.size)
+        return self.checked(
+            GenerateRequest(
+                request_id=request_id,
+                tenant=tenant,
+                prompt=self.prompt(body.prompt, "prompt"),
+                negative_prompt=self.prompt(body.negative_prompt or "", "negative_prompt"),
+                adapters=self.adapters(tenant, body.model, body.adapters or ()),
+                width=width,
+                height=height,
+                count=body.n or 1,
+                seed=any_seed() if body.seed is None else body.seed,
+                steps=body.steps or self.spec.steps,
+                guidance_scale=self.spec.guidance_scale if body.guidance_scale is None else body.guidance_scale,
+                scheduler=body.scheduler or self.spec.scheduler,
+                image=None if body.image is None else read_picture_field(body.image, "image", width, height),
+                strength=body.strength or 0.8,
+                previews=body.partial_images or 0,
+                output_format=body.output_format or "png",
+                output_quality=95 if body.output_compression is None else body.output_compression,
+                deadline_s=self.spec.limits.deadline_s,
+            )
+        )
+
+    def checked(self, request: GenerateRequest) -> GenerateRequest:
+        """`request`, if it is within the limits. Raises ApiError."""
+        limits = self.spec.limits
+        _at_most(request.count, limits.images, "n")
+        _at_most(request.steps, limits.steps, "steps")
+        _at_most(len(request.adapters), limits.adapters, "adapters", "adapters in a request")
+        for side, name in ((request.width, "width"), (request.height, "height")):
+            if side % self.facts.multiple or side > limits.side_px:
+                raise ApiError(
+                    400,
+                    f"The {name} is {side}; on base '{self.facts.name}' it must be a multiple of {self.facts.multiple} "
+                    f"up to {limits.side_px}.",
+                    param="size",
+                )
+        _at_most(request.width * request.height * request.count, limits.pixels, "size", "pixels in a request")
+        for use in request.adapters:
+            if abs(use.weight) > limits.weight:
+                raise ApiError(
+                    400,
+                    f"The weight of '{use.ref.id}' is {use.weight}; allowed is -{limits.weight} to {limits.weight}.",
+                    param="adapters",
+                )
+        return request
+
+    def adapters(self, tenant: str, model: str | None, worn: Sequence[WornAdapter]) -> tuple[AdapterUse, ...]:
+        """The versions that a model name and a mix mean now."""
+        named = self._named_by(model)
+        mix = [*([(named, 1.0, "model")] if named else []), *((one.id, one.weight, "adapters") for one in worn)]
+        return tuple(self._use(tenant, name, weight, param) for name, weight, param in mix)
+
+    def _named_by(self, model: str | None) -> str | None:
+        """The adapter that a model name holds; None if it is the base."""
+        if model in (None, "", self.facts.name):
+            return None
+        base, colon, adapter = str(model).partition(":")
+        if not colon:
+            return base
+        if base != self.facts.name:
+            raise ApiError(
+                404,
+                f"The base '{base}' is not served here; this server has '{self.facts.name}'.",
+                param="model",
+                code="model_not_found",
+            )
+        return adapter
+
+    def _use(self, tenant: str, name: str, weight: float, param: str) -> AdapterUse:
+        try:
+            resolved = self.library.resolve(tenant, name)
+        except UnknownAdapter as error:
+            code = "model_not_found" if param == "model" else "adapter_not_found"
+            raise ApiError(404, str(error), param=param, code=code) from None
+        except Refused as error:
+            raise ApiError(400, str(error), param=param, code="wrong_base") from None
+        return AdapterUse(ref=ref_of(resolved), weight=weight)
+
+    def prompt(self, prompt: str, field: str) -> str:
+        """`prompt`, if it is within the limits. Raises ApiError."""
+        limit = self.spec.limits.prompt_chars
+        if len(prompt) > limit:
+            raise ApiError(
+                400,
+                f"'{field}' has {len(prompt)} characters; at most {limit} are allowed.",
+                param=field,
+                code="string_above_max_length",
+            )
+        if "\0" in prompt:
+            raise ApiError(400, f"'{field}' holds a null character.", param=field)
+        return prompt
+
+    def _size(self, size: str | None) -> tuple[int, int]:
+        if size in (None, "auto"):
+            return self.facts.resolution, self.facts.resolution
+        width, height = str(size).split("x")
+        return int(width), int(height)
+
+
+def usage_of(request: GenerateRequest, library: Library, indices: Sequence[int]) -> Usage:
+    """What images `indices` of a request take; the prompts and the start picture count with image 0.
+
+    A token of text is one of the base's tokenizer, a token of an image one latent cell.
+    """
+    cells = -(-request.width // library.facts.cell) * -(-request.height // library.facts.cell)
+    first = 0 in indices
+    text = library.count_tokens(request.prompt) + library.count_tokens(request.negative_prompt) if first else 0
+    start = cells if first and request.image is not None else 0
+    made = cells * len(indices)
+    return Usage(
+        input_tokens=text + start,
+        input_tokens_details=TokenDetails(text_tokens=text, image_tokens=start),
+        output_tokens=made,
+        output_tokens_details=TokenDetails(text_tokens=0, image_tokens=made),
+        total_tokens=text + start + made,
+    )
+
+
+def used(request: GenerateRequest) -> list[UsedAdapter]:
+    """The adapters of a request as the answer tells them."""
+    return [
+        UsedAdapter(id=f"{use.ref.tenant}/{use.ref.id}", version=use.ref.version, weight=use.weight)
+        for use in request.adapters
+    ]
+
+
+def ref_of(resolved: Resolved) -> AdapterRef:
+    return AdapterRef(tenant=resolved.tenant, id=resolved.id, version=resolved.version)
+
+
+def any_seed() -> int:
+    """A seed for a request that names none; 31 bits, since some clients keep seeds in a 32-bit integer."""
+    return secrets.randbits(31)
+
+
+def read_picture_field(text: str, field: str, width: int, height: int) -> bytes:
+    """The bytes of a picture sent as base64 or as a data URL; lines may be wrapped, padding may be missing.
+
+    Only its header is looked at. Raises ApiError if that says that it cannot be decoded to `width` x `height`.
+    """
+    payload = "".join((text.partition(",")[2] if text.startswith("data:") else text).split()).rstrip("=")
+    try:
+        data = base64.b64decode(payload + "=" * (-len(payload) % 4), validate=True)
+        count(data, width, height)
+    except (binascii.Error, ValueError):
+        raise ApiError(400, f"'{field}' is not base64.", param=field) from None
+    except Refused as error:
+        raise ApiError(400, str(error), param=field) from None
+    return data
+
+
+def _at_most(value: int, limit: int, field: str, what: str | None = None) -> None:
+    if value > limit:
+        code = "integer_above_max_value"
+        raise ApiError(400, f"{value} {what or field} asked for; at most {limit} allowed.", param=field, code=code)

@@ -1,0 +1,344 @@
+"""The adapters as clients see them: resolved, listed, uploaded and deleted, always on behalf of a tenant.
+
+What a tenant may not see does not exist for it: another's adapter and a missing one give the same error. Joins the
+registry to one base; blocking, so an event loop calls it from a thread. Knows nothing about HTTP or the engine.
+"""
+
+import logging
+import threading
+import time
+from collections import OrderedDict, defaultdict
+from contextlib import suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from serving.config import EngineSpec, Limits
+from serving.engine.fit import check_fit
+from serving.engine.request import AdapterRef, BaseFacts
+from serving.errors import QuotaExceeded, Refused
+from serving.http.disk import DiskCache
+from training.adapters.adapter import Adapter, AdapterError, check_adapter, load_adapter, save_adapter
+from training.adapters.formats.formats import import_adapter
+from training.base.check import read_config
+from training.base.family import STABLE_DIFFUSION, canonical
+from training.base.folder import hash_base, layer_shapes
+from training.storage.card import Card
+from training.storage.registry import WEIGHTS, CorruptAdapter, Registry, Resolved, UnknownAdapter, Usage, check_id
+from training.storage.storage import content_id
+
+if TYPE_CHECKING:
+    from transformers import CLIPTokenizer
+
+REMEMBERED = 4096
+USAGE_S = 10.0  # how old what is known about a tenant's stored bytes may be
+logger = logging.getLogger(__name__)
+
+
+class Library:
+    """The registry's adapters for the base in `folder`. What `current` says may be `refresh_s` old."""
+
+    def __init__(self, registry: Registry, folder: Path, facts: BaseFacts, *, refresh_s: float = 1.0) -> None:
+        self.registry = registry
+        self.facts = facts
+        self.base = facts.name
+        self.base_hash = hash_base(folder)
+        self._folder = folder
+        self._refresh_s = refresh_s
+        self._resolved: OrderedDict[tuple[str, str | None], tuple[float, Resolved]] = OrderedDict()
+        self._usage: dict[str, tuple[float, Usage]] = {}
+        self._uploads: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
+        self._damaged: dict[str, str] = {}
+        self._lock = threading.Lock()
+        self._shapes: dict[str, tuple[int, ...]] | None = None
+        self._tokenizer: CLIPTokenizer | None = None
+
+    def resolve(self, tenant: str, name: str) -> Resolved:
+        """What `id`, `tenant/id` or either with `@version` means to `tenant` now. Raises UnknownAdapter."""
+        path, _, version = name.partition("@")
+        owner, slash, id = path.partition("/")
+        owner, id = (owner, id) if slash else (tenant, path)
+        try:
+            resolved = self._cached(f"{owner}/{id}", version or None)
+        except CorruptAdapter:
+            if owner != tenant:  # whose card cannot be read is not known to be public
+                raise unknown(name) from None
+            raise
+        if resolved is None or (resolved.tenant != tenant and not resolved.public):
+            raise unknown(name)
+        if resolved.card.base_hash != self.base_hash:
+            raise Refused(
+                f"Adapter '{name}' was made for another base ('{resolved.card.base}'); this server has '{self.base}'."
+            )
+        return resolved
+
+    def page(self, tenant: str, after: str | None = None, limit: int | None = None) -> tuple[list[Resolved], bool]:
+        """At most `limit` adapters for this base that follow `after`, and whether there are more.
+
+        The tenant's own come first, by id, then public ones. Reads two listings and the cards of this page. Passes over
+        damaged adapters, which the log and `damaged` tell.
+        """
+        names = [f"{tenant}/{id}" for id in self.registry.ids(tenant)]
+        names += [name for name in self.registry.public_names() if not name.startswith(f"{tenant}/")]
+        if after is not None:
+            last = _place(after if "/" in after else f"{tenant}/{after}", tenant)
+            names = [name for name in names if _place(name, tenant) > last]
+        found: list[Resolved] = []
+        for name in names:
+            resolved = self._listed(name, tenant)
+            if resolved is None:
+                continue
+            if len(found) == limit:
+                return found, True
+            found.append(resolved)
+        return found, False
+
+    @property
+    def damaged(self) -> int:
+        """How many adapters were damaged when they were last read."""
+        return len(self._damaged)
+
+    def upload(
+        self,
+        tenant: str,
+        id: str,
+        data: bytes,
+        spec: EngineSpec,
+        *,
+        public: bool | None = None,
+        trigger: str = "",
+        limits: Limits | None = None,
+    ) -> Resolved:
+        """Checks an adapter file against the base, publishes it as the tenant's `id` and returns its version.
+
+        `public` None leaves an existing adapter as visible as it is; a new one is private. Raises AdapterError saying
+        which modules or values are wrong, QuotaExceeded if `limits` allow no more; then nothing has been stored.
+        """
+        check_id(id)
+        shapes = self.shapes()
+        adapter = import_adapter({"adapter.safetensors": data}, shapes.keys())
+        check_fit(adapter, spec)
+        check_adapter(adapter, shapes, spec.rank)
+        self._check_words(adapter)
+        weights = save_adapter(adapter)
+        card = self._card(adapter, weights, trigger)
+        with self._lock:
+            mine = self._uploads[tenant]
+        with mine:  # one after another: each counts what those before have stored
+            if limits is not None:
+                self._check_room(tenant, id, len(weights), limits)
+            if public is False:  # first: what is private is never public for a moment
+                with suppress(UnknownAdapter):
+                    self.registry.describe(tenant, id, public=False)
+            published = self.registry.publish(tenant, id, weights, card)
+            if not published.new:  # the same file again: it is what the tenant wants served, whatever came between
+                self.registry.set_current(tenant, id, published.version)
+            self.registry.describe(tenant, id, public=public, trigger=trigger or None)
+            self._forget(tenant, id)
+        return self.registry.resolve(f"{tenant}/{id}", published.version)
+
+    def _card(self, adapter: Adapter, weights: bytes, trigger: str) -> Card:
+        return Card.model_validate(
+            {
+                "sha256": content_id(weights),
+                "size": len(weights),
+                "created": datetime.now(UTC).isoformat(timespec="seconds"),
+                "fingerprint": content_id(weights),
+                "base": self.base,
+                "base_hash": self.base_hash,
+                "rank": adapter.rank,
+                "alpha": adapter.rank,  # any scale of the file is folded in
+                "targets": _ends(adapter, STABLE_DIFFUSION.denoiser),
+                "text_encoder_targets": _ends(adapter, *STABLE_DIFFUSION.text_encoders),
+                "instance_prompt": trigger,
+                "class": "",
+                "trigger": trigger,
+            }
+        )
+
+    def change(
+        self,
+        tenant: str,
+        id: str,
+        *,
+        public: bool | None = None,
+        trigger: str | None = None,
+        version: str | None = None,
+    ) -> Resolved:
+        """Changes who may see the tenant's adapter, its trigger or the served version. Raises UnknownAdapter."""
+        self.resolve(tenant, check_id(id))
+        if version is not None:
+            self.registry.set_current(tenant, id, version)
+        self.registry.describe(tenant, id, public=public, trigger=trigger)
+        self._forget(tenant, id)
+        return self.resolve(tenant, id)
+
+    def versions(self, tenant: str, id: str) -> list[Resolved]:
+        """All versions of the tenant's adapter that can be read, newest first. Raises UnknownAdapter."""
+        self.resolve(tenant, check_id(id))
+        found = [self._listed(f"{tenant}/{id}", tenant, version) for version in self.registry.versions(tenant, id)]
+        return sorted((one for one in found if one is not None), key=lambda one: one.card.created, reverse=True)
+
+    def files(self, tenant: str, id: str, version: str) -> tuple[Resolved, dict[str, int]]:
+        """A version of the tenant's adapter, and the bytes of each of its files."""
+        resolved = self.resolve(tenant, f"{check_id(id)}@{version}")
+        return resolved, self.registry.sizes(resolved)
+
+    def read(self, tenant: str, id: str, version: str, file: str) -> bytes:
+        """One file of a version of the tenant's adapter. Raises UnknownAdapter, CorruptAdapter."""
+        resolved, files = self.files(tenant, id, version)
+        if file not in files:
+            raise UnknownAdapter(
+                f"Version {resolved.version[:12]} of '{id}' has no such file. It has {', '.join(files)}."
+            )
+        return self.registry.weights(resolved) if file == WEIGHTS else self.registry.read(resolved, file)
+
+    def remove_version(self, tenant: str, id: str, version: str) -> AdapterRef:
+        """Removes one version of the tenant's adapter. Raises UnknownAdapter, CurrentVersion."""
+        gone = self.registry.remove_version(tenant, id, version)
+        self._forget(tenant, id)
+        return AdapterRef(tenant=tenant, id=id, version=gone)
+
+    def delete(self, tenant: str, id: str) -> Resolved | None:
+        """Deletes the tenant's own adapter and returns what was current, if it can be read. Raises UnknownAdapter."""
+        try:
+            resolved = self.registry.look(f"{tenant}/{check_id(id)}")
+        except CorruptAdapter:
+            resolved = None
+        try:
+            self.registry.delete(tenant, id)
+        except UnknownAdapter:
+            raise unknown(id) from None
+        self._forget(tenant, id)
+        return resolved
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Canonical name and weight shape of every layer of the base that an adapter may change."""
+        if self._shapes is None:
+            self._shapes = {
+                canonical(component, name): shape
+                for component in STABLE_DIFFUSION.components
+                for name, shape in layer_shapes(self._folder, component)
+                if len(shape) in (2, 4)
+            }
+        return self._shapes
+
+    def count_tokens(self, text: str) -> int:
+        """How many tokens of the base's tokenizer `text` has, without its begin and end."""
+        tokenizer = self.load_tokenizer()
+        return len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]) if text else 0
+
+    def load_tokenizer(self) -> "CLIPTokenizer":
+        """The base's tokenizer; the first call takes a moment."""
+        if self._tokenizer is None:
+            from transformers import CLIPTokenizer
+
+            self._tokenizer = CLIPTokenizer.from_pretrained(self._folder / "tokenizer")
+        return self._tokenizer
+
+    def _check_words(self, adapter: Adapter) -> None:
+        width = read_config(self._folder, "text_encoder")["hidden_size"]
+        if any(vectors.shape[-1] != width for vectors in adapter.embeddings.values()):
+            raise AdapterError(f"The words {', '.join(adapter.embeddings)} need vectors of width {width} on this base.")
+
+    def _check_room(self, tenant: str, id: str, size: int, limits: Limits) -> None:
+        now = time.monotonic()
+        expires, usage = self._usage.get(tenant, (0.0, Usage(0, 0)))
+        if now >= expires:
+            usage = self.registry.usage(tenant)
+            self._usage[tenant] = now + USAGE_S, usage
+        if usage.bytes + size > limits.tenant_bytes:
+            raise QuotaExceeded(
+                f"Your adapters take {usage.bytes} bytes, this one {size}; at most {limits.tenant_bytes} are allowed. "
+                "Delete adapters or old versions."
+            )
+        if usage.adapters >= limits.tenant_adapters and self.registry.look(f"{tenant}/{id}") is None:
+            raise QuotaExceeded(
+                f"You have {usage.adapters} adapters; at most {limits.tenant_adapters} are allowed. Delete one, or "
+                "upload this as a new version of one."
+            )
+
+    def _listed(self, name: str, tenant: str, version: str | None = None) -> Resolved | None:
+        """What `name` is, if a list of `tenant` may have it."""
+        try:
+            resolved = self._cached(name, version)
+        except CorruptAdapter:
+            return None
+        mine = resolved is not None and (resolved.tenant == tenant or resolved.public)
+        return resolved if resolved and mine and resolved.card.base_hash == self.base_hash else None
+
+    def _cached(self, path: str, version: str | None = None) -> Resolved | None:
+        """What `tenant/id` means; None if there is none. Raises CorruptAdapter."""
+        key, now = (path, version), time.monotonic()
+        with self._lock:
+            expires, resolved = self._resolved.get(key, (0.0, None))
+        if resolved is not None and now < expires:
+            return resolved
+        try:
+            resolved = self.registry.look(path, version)
+        except UnknownAdapter:  # no such version, or no name that any adapter could have
+            resolved = None
+        except CorruptAdapter as error:
+            self._note(path, error)
+            raise
+        with self._lock:
+            self._damaged.pop(path, None)
+            if resolved is None:
+                self._resolved.pop(key, None)
+                return None
+            self._resolved[key] = now + self._refresh_s, resolved
+            self._resolved.move_to_end(key)
+            while len(self._resolved) > REMEMBERED:
+                self._resolved.popitem(last=False)
+        return resolved
+
+    def _note(self, path: str, error: CorruptAdapter) -> None:
+        """Logs a damage once, and counts it."""
+        with self._lock:
+            known = self._damaged.get(path)
+            self._damaged[path] = str(error)
+        if known != str(error):
+            logger.error("%s", error)
+
+    def _forget(self, tenant: str, id: str) -> None:
+        with self._lock:
+            self._usage.pop(tenant, None)
+            self._damaged.pop(f"{tenant}/{id}", None)
+            for key in [key for key in self._resolved if key[0] == f"{tenant}/{id}"]:
+                del self._resolved[key]
+
+    def list(self, tenant: str) -> list[Resolved]:
+        """All of `page`."""
+        return self.page(tenant)[0]
+
+
+class Fetcher:
+    """Reads adapters for the engine's loaders: from the local disk if they have been here, else from the registry."""
+
+    def __init__(self, registry: Registry, disk: DiskCache | None = None) -> None:
+        self._registry = registry
+        self._disk = disk
+
+    def __call__(self, ref: AdapterRef) -> Adapter:
+        data = self._disk.get(ref.version) if self._disk is not None else None
+        if data is None:
+            data = self._registry.weights(self._registry.resolve(f"{ref.tenant}/{ref.id}", ref.version))
+            if self._disk is not None:
+                self._disk.put(data)
+        return load_adapter(data)
+
+
+def unknown(name: str) -> UnknownAdapter:
+    """The one error for what is missing and for what is another's."""
+    return UnknownAdapter(f"Unknown adapter '{name}'. See GET /v1/adapters for yours.")
+
+
+def _place(name: str, tenant: str) -> tuple[bool, str]:
+    """Where `tenant/id` stands in a list of `tenant`: its own come first."""
+    return not name.startswith(f"{tenant}/"), name
+
+
+def _ends(adapter: Adapter, *components: str) -> tuple[str, ...]:
+    """The last parts of the names of some components' modules, each once: `to_q`, `to_out.0`."""
+    names = (name.split(".") for name in adapter.modules if name.partition(".")[0] in components)
+    return tuple(sorted({".".join(parts[-2:]) if parts[-1].isdigit() else parts[-1] for parts in names}))

@@ -1,0 +1,188 @@
+"""What clients of AUTOMATIC1111's API call to get pictures; `<lora:id:weight>` in the prompt works.
+
+Unlike there, calls may overlap, an unknown adapter is an error, what is not done is refused by name, and no call
+changes anything for anybody else. What clients ask before they begin is in `api_sdapi_info.py`.
+"""
+
+import asyncio
+import base64
+import json
+import time
+from contextlib import aclosing
+from dataclasses import dataclass, field
+
+from fastapi import APIRouter, Request
+
+from serving.engine.request import GenerateRequest, Picture
+from serving.http.images import ERRORS
+from serving.http.infotext import infotext
+from serving.http.intake import any_seed, read_picture_field
+from serving.http.problems import ApiError
+from serving.http.sd_prompt import refuse_tags, split_prompt
+from serving.http.sd_samplers import read_sampler, sampler_label
+from serving.http.sd_undone import refuse_undone
+from serving.http.service import Service, request_id, service_of, unless_gone
+from serving.http.wire_sdapi import Img2ImgBody, SdImages, SdProgress, Txt2ImgBody
+
+router = APIRouter(prefix="/sdapi/v1", tags=["AUTOMATIC1111"])
+PREVIEWS = 8
+
+
+@dataclass(eq=False, slots=True)
+class Progress:
+    """How far the images of one call are."""
+
+    count: int
+    since: float
+    task: "asyncio.Task[list[Picture]] | None" = None
+    done: int = 0
+    part: dict[int, float] = field(default_factory=dict)
+    current: bytes | None = None
+
+    @property
+    def share(self) -> float:
+        return min(1.0, sum(self.part.values()) / self.count)
+
+
+Under = dict[str, list[Progress]]  # by tenant; the newest last
+
+
+@router.post("/txt2img", responses=ERRORS)
+async def txt2img(request: Request, body: Txt2ImgBody) -> SdImages:
+    """Images of a prompt."""
+    return await _make(request, body)
+
+
+@router.post("/img2img", responses=ERRORS)
+async def img2img(request: Request, body: Img2ImgBody) -> SdImages:
+    """Images that start from a picture."""
+    return await _make(request, body)
+
+
+@router.get("/progress", responses=ERRORS)
+async def progress(request: Request, skip_current_image: bool = False) -> SdProgress:
+    """How far the caller's newest call is."""
+    service = service_of(request)
+    under: Under = request.app.state.under
+    mine = under.get(service.tenant(request))
+    if not mine:
+        return SdProgress(progress=0.0, eta_relative=0.0, state={"job_count": 0, "interrupted": False})
+    newest = mine[-1]
+    elapsed = time.monotonic() - newest.since
+    image = None if skip_current_image or newest.current is None else base64.b64encode(newest.current).decode()
+    return SdProgress(
+        progress=newest.share,
+        eta_relative=elapsed * (1 - newest.share) / newest.share if newest.share else 0.0,
+        state={"job_count": newest.count, "job_no": newest.done, "interrupted": False},
+        current_image=image,
+    )
+
+
+@router.post("/interrupt", responses=ERRORS)
+async def interrupt(request: Request) -> dict[str, object]:
+    """Stops the caller's calls; nobody else's."""
+    service = service_of(request)
+    under: Under = request.app.state.under
+    for one in under.get(service.tenant(request), []):
+        if one.task is not None:
+            one.task.cancel()
+    return {}
+
+
+async def _make(request: Request, body: Txt2ImgBody) -> SdImages:
+    service = service_of(request)
+    tenant = service.tenant(request)
+    wanted = await asyncio.to_thread(_wanted, service, tenant, body, request_id(request))
+    one = Progress(count=wanted.count, since=time.monotonic())
+    under: Under = request.app.state.under
+    under.setdefault(tenant, []).append(one)
+    try:
+        one.task = asyncio.ensure_future(_run(service, wanted, one))
+        pictures = await unless_gone(request, one.task)
+    except asyncio.CancelledError:
+        if one.task is not None and one.task.cancelled():
+            raise ApiError(499, "The call was interrupted.", code="interrupted") from None
+        raise
+    finally:
+        under[tenant].remove(one)
+        if not under[tenant]:
+            del under[tenant]
+    return _answer(service, wanted, pictures, body)
+
+
+async def _run(service: Service, wanted: GenerateRequest, one: Progress) -> list[Picture]:
+    pictures = []
+    async with aclosing(service.events(wanted)) as events:
+        async for event in events:
+            one.current = event.data
+            if isinstance(event, Picture):
+                pictures.append(event)
+                one.done += 1
+                one.part[event.index] = 1.0
+            else:
+                one.part[event.index] = event.step / event.steps
+    return sorted(pictures, key=lambda picture: picture.index)
+
+
+def _wanted(service: Service, tenant: str, body: Txt2ImgBody, name: str) -> GenerateRequest:
+    """The engine's request: limits first, then tags taken out of the prompt and samplers by their other names."""
+    intake = service.intake
+    prompt, worn = split_prompt(intake.prompt(body.prompt, "prompt"))
+    negative_prompt = refuse_tags(intake.prompt(body.negative_prompt, "negative_prompt"))
+    sampler = read_sampler(body.sampler_name or body.sampler_index, body.scheduler, intake.spec.scheduler)
+    refuse_undone(body.model_extra or {}, sampler, intake.facts.name)
+    steps = body.steps or intake.spec.steps
+    side = intake.facts.resolution
+    width, height = body.width or side, body.height or side
+    image, strength = None, 1.0
+    if isinstance(body, Img2ImgBody):
+        image = read_picture_field(body.init_images[0], "init_images", width, height)
+        strength = min(1.0, max(body.denoising_strength, 1.001 / steps))  # also 0 means one step there
+    return intake.checked(
+        GenerateRequest(
+            request_id=name,
+            tenant=tenant,
+            prompt=prompt,
+            negative_prompt=negative_prompt,
+            adapters=intake.adapters(tenant, None, worn),
+            width=width,
+            height=height,
+            count=body.batch_size * body.n_iter,
+            seed=any_seed() if body.seed < 0 else body.seed,
+            steps=steps,
+            guidance_scale=intake.spec.guidance_scale if body.cfg_scale is None else body.cfg_scale,
+            scheduler=sampler,
+            image=image,
+            strength=strength,
+            previews=PREVIEWS,
+            deadline_s=intake.spec.limits.deadline_s,
+        )
+    )
+
+
+def _answer(service: Service, wanted: GenerateRequest, pictures: list[Picture], body: Txt2ImgBody) -> SdImages:
+    library = service.intake.library
+    texts = [infotext(wanted, picture.seed, library.base, library.base_hash) for picture in pictures]
+    info = {
+        "prompt": body.prompt,
+        "negative_prompt": body.negative_prompt,
+        "seed": wanted.seed,
+        "all_seeds": [picture.seed for picture in pictures],
+        "width": wanted.width,
+        "height": wanted.height,
+        "steps": wanted.steps,
+        "cfg_scale": wanted.guidance_scale,
+        "sampler_name": sampler_label(wanted.scheduler)[0],
+        "adapters": {str(use.ref): use.weight for use in wanted.adapters},
+        "infotexts": texts if service.intake.spec.picture_parameters else [],
+    }
+    images = [base64.b64encode(picture.data).decode() for picture in pictures] if body.send_images else []
+    return SdImages(images=images, parameters=_echo(body), info=json.dumps(info))
+
+
+def _echo(body: Txt2ImgBody) -> dict[str, object]:
+    """The declared fields of the body; the pictures only where they are asked back."""
+    told = body.model_dump(mode="json", include=set(type(body).model_fields))
+    if isinstance(body, Img2ImgBody) and not body.include_init_images:
+        told["init_images"] = None
+    return told

@@ -1,0 +1,145 @@
+"""What the routes of the HTTP app share: the engines behind it, and who asks.
+
+`Generate` is the seam: a local engine loop, a Ray handle or a test's stand-in is behind it.
+"""
+
+import asyncio
+import base64
+import binascii
+import re
+import secrets
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol, TypeVar
+
+from fastapi import Request
+
+from serving.engine.job import EngineStats
+from serving.engine.request import AdapterRef, Event, GenerateRequest, Picture
+from serving.http.infotext import infotext, with_infotext
+from serving.http.intake import Intake
+from serving.http.metrics import Metrics
+from serving.http.problems import ApiError
+from serving.http.tenants import Keys, Quota, Scope
+from training.storage.registry import DEFAULT_TENANT
+
+Generate = Callable[[GenerateRequest], AsyncIterator[Event]]
+T = TypeVar("T")
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+
+
+class Engines(Protocol):
+    """What the app needs of all engines at once."""
+
+    async def forget(self, ref: AdapterRef) -> None:
+        """A version is deleted or replaced, on every engine."""
+
+    async def preload(self, ref: AdapterRef) -> None:
+        """A version will be wanted soon."""
+
+    async def stats(self) -> Mapping[str, EngineStats]:
+        """The counters of each engine, by replica."""
+
+    async def ready(self) -> bool:
+        """Whether a request sent now would be served."""
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """Everything a route works with."""
+
+    generate: Generate
+    engines: Engines
+    intake: Intake
+    keys: Keys | None
+    quota: Quota
+    metrics: Metrics = field(default_factory=Metrics)
+
+    async def events(self, wanted: GenerateRequest) -> AsyncGenerator[Event, None]:
+        """The events of a request, counted for its tenant; leaving them early cancels it. Raises QueueFull.
+
+        PNG files of finished pictures hold what made them, where the server is set up so.
+        """
+        with self.quota.request(wanted.tenant):
+            events = self.generate(wanted)
+            try:
+                async for event in events:
+                    yield self._signed(event, wanted) if isinstance(event, Picture) else event
+            finally:
+                if isinstance(events, AsyncGenerator):
+                    await events.aclose()
+
+    def _signed(self, picture: Picture, wanted: GenerateRequest) -> Picture:
+        if wanted.output_format != "png" or not self.intake.spec.picture_parameters:
+            return picture
+        text = infotext(wanted, picture.seed, self.intake.library.base, self.intake.library.base_hash)
+        return picture.model_copy(update={"data": with_infotext(picture.data, text)})
+
+    def tenant(self, request: Request, scope: Scope | None = None) -> str:
+        """Whose request this is. Raises ApiError: 401 without a valid key, 403 if the key is not good for `scope`."""
+        if self.keys is None:
+            return DEFAULT_TENANT
+        token = _token(request.headers.get("authorization", ""))
+        key = self.keys.find(token) if token else None
+        if key is None or key.expired:
+            missing = "No API key was sent" if not token else "The API key is not valid"
+            if key is not None:
+                missing = f"The API key {key.name} has expired on {key.expires}"
+            error = ApiError(401, f"{missing}. Send 'Authorization: Bearer <key>'.", code="invalid_api_key")
+            error.problem.headers["WWW-Authenticate"] = "Bearer"
+            raise error
+        if scope is not None and not key.may(scope):
+            raise ApiError(
+                403,
+                f"The API key {key.name} has the scopes {', '.join(key.scopes)}; this call needs '{scope}'. Use a key "
+                "that has it.",
+                code="missing_scope",
+            )
+        return key.tenant
+
+
+def service_of(request: Request) -> Service:
+    """The service of the app that answers `request`."""
+    service: Service = request.app.state.service
+    return service
+
+
+def request_id(request: Request) -> str:
+    """The client's own id of the request if it is a plain one, else a new one; the same all through the request."""
+    if not hasattr(request.state, "request_id"):
+        given = request.headers.get("x-request-id", "")
+        request.state.request_id = given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(12)
+    found: str = request.state.request_id
+    return found
+
+
+async def unless_gone(request: Request, work: Awaitable[T]) -> T:
+    """The result of `work`, which is cancelled when the client disconnects (then raises ApiError 499)."""
+    task = asyncio.ensure_future(work)
+    watch = asyncio.ensure_future(_gone(request))
+    try:
+        await asyncio.wait({task, watch}, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        raise ApiError(499, "The client has gone.")
+    finally:
+        watch.cancel()
+        task.cancel()
+
+
+async def _gone(request: Request) -> None:
+    while not await request.is_disconnected():
+        await asyncio.sleep(0.2)
+
+
+def _token(header: str) -> str:
+    """The key in an Authorization header: a bearer token, or the password of Basic (AUTOMATIC1111's clients)."""
+    scheme, _, value = header.partition(" ")
+    if scheme.lower() == "bearer":
+        return value.strip()
+    if scheme.lower() == "basic":
+        try:
+            return base64.b64decode(value, validate=True).decode().partition(":")[2]
+        except (binascii.Error, ValueError):
+            return ""
+    return ""

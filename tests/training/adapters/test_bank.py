@@ -1,0 +1,200 @@
+"""The bank: law 1, and that a row wears exactly what its route says."""
+
+import copy
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
+from torch import Tensor
+
+from training.adapters.adapter import Adapter, LowRank
+from training.adapters.bank import Bank, find_sites
+from training.base.base import Base
+from training.errors import UserError
+
+TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
+EVERYTHING = (*TARGETS, "proj_in", "proj_out", "conv1", "conv2", "time_emb_proj", "ff.net.0.proj", "ff.net.2", "conv")
+
+
+def make_bank(base: Base, targets: tuple[str, ...] = TARGETS, slots: int = 4, rank: int = 4) -> Bank:
+    sites = {
+        "unet": find_sites("unet", base.unet, targets),
+        "text_encoder": find_sites("text_encoder", base.text_encoder, ("q_proj", "v_proj")),
+    }
+    return Bank(sites, slots=slots, rank=rank, dtype=base.dtype)
+
+
+def random_adapter(bank: Bank, rank: int, seed: int, only: str = "") -> Adapter:
+    generator = torch.Generator().manual_seed(seed)
+    modules = {}
+    for found in bank.sites.values():
+        for site in found:
+            if only in site.key:
+                down = torch.randn(rank, *site.down, generator=generator, dtype=torch.float64) * 0.2
+                up = torch.randn(site.out, rank, *(1,) * (len(site.down) - 1), generator=generator, dtype=torch.float64)
+                modules[site.key] = LowRank(down, up * 0.2)
+    return Adapter(modules=modules)
+
+
+def inputs(rows: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    latents = torch.randn(rows, 4, 8, 8, generator=generator, dtype=torch.float64)
+    embeddings = torch.randn(rows, 16, 32, generator=generator, dtype=torch.float64)
+    return latents, torch.randint(0, 1000, (rows,), generator=generator), embeddings
+
+
+def forward(base: Base, rows: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    latents, timesteps, embeddings = rows
+    with torch.no_grad():
+        return base.unet(latents, timesteps, encoder_hidden_states=embeddings).sample
+
+
+@pytest.fixture
+def bank(tiny64: Base) -> Iterator[Bank]:
+    made = make_bank(tiny64, EVERYTHING)
+    made.inject()
+    yield made
+    made.eject()
+
+
+def test_inject_then_eject_leaves_the_base_bit_exact(tiny64: Base) -> None:
+    rows = inputs(3)
+    before, weights = forward(tiny64, rows), copy.deepcopy(tiny64.unet.state_dict())
+    bank = make_bank(tiny64, EVERYTHING)
+    bank.inject()
+    bank.put(0, bank.pack(random_adapter(bank, 4, seed=1)))
+    with bank.using(bank.route("unet", torch.zeros(3, 1, dtype=torch.int64))):
+        assert not torch.equal(forward(tiny64, rows), before)
+    assert torch.equal(forward(tiny64, rows), before)
+    bank.eject()
+    assert torch.equal(forward(tiny64, rows), before)
+    assert all(not module._forward_hooks for module in tiny64.unet.modules())
+    after = tiny64.unet.state_dict()
+    assert after.keys() == weights.keys()
+    assert all(torch.equal(after[name], weights[name]) for name in weights)
+
+
+def test_each_row_wears_its_own_adapter_and_no_other(tiny64: Base, bank: Bank) -> None:
+    for slot in range(3):
+        bank.put(slot, bank.pack(random_adapter(bank, slot + 2, seed=slot)))
+    rows = inputs(4)
+    worn = torch.tensor([[2], [0], [-1], [1]])
+    with bank.using(bank.route("unet", worn)):
+        together = forward(tiny64, rows)
+    for row, slot in enumerate(worn[:, 0].tolist()):
+        alone = (rows[0][row : row + 1], rows[1][row : row + 1], rows[2][row : row + 1])
+        with bank.using(bank.route("unet", torch.tensor([[slot]]))):
+            expected = forward(tiny64, alone)
+        assert (together[row] - expected[0]).abs().max() < 1e-10
+    assert (together[2] - forward(tiny64, rows)[2]).abs().max() < 1e-10
+    assert (together[0] - forward(tiny64, rows)[0]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("worn", [[0, 0, 1, 1, 2, 2, 3, 3], [2, 2, 2, 1, 1, 1], [1, 1, 1], [-1, -1, 0, 0], [3, 3, 0]])
+def test_neighbouring_rows_that_wear_the_same_share_a_delta(tiny64: Base, bank: Bank, worn: list[int]) -> None:
+    for slot in range(4):
+        bank.put(slot, bank.pack(random_adapter(bank, 4, seed=slot)))
+    rows = inputs(len(worn))
+    with bank.using(bank.route("unet", torch.tensor(worn)[:, None])):
+        together = forward(tiny64, rows)
+    for row, slot in enumerate(worn):
+        alone = (rows[0][row : row + 1], rows[1][row : row + 1], rows[2][row : row + 1])
+        with bank.using(bank.route("unet", torch.tensor([[slot]]))):
+            assert (together[row] - forward(tiny64, alone)[0]).abs().max() < 1e-10
+
+
+def test_a_row_can_mix_adapters_with_weights(tiny64: Base, bank: Bank) -> None:
+    first, second = random_adapter(bank, 3, seed=1), random_adapter(bank, 2, seed=2)
+    bank.put(0, bank.pack(first))
+    bank.put(1, bank.pack(second))
+    mixed = {}
+    for key, low in first.modules.items():
+        other = second.modules[key]
+        mixed[key] = LowRank(torch.cat([low.down, other.down]), torch.cat([0.7 * low.up, -0.3 * other.up], dim=1))
+    wide = make_bank(tiny64, EVERYTHING, slots=1, rank=5)
+    rows = inputs(1)
+    with bank.using(bank.route("unet", torch.tensor([[0, 1]]), torch.tensor([[0.7, -0.3]], dtype=torch.float64))):
+        together = forward(tiny64, rows)
+    wide.inject()
+    wide.put(0, wide.pack(Adapter(modules=mixed)))
+    with wide.using(wide.route("unet", torch.tensor([[0]]))):
+        expected = forward(tiny64, rows)
+    wide.eject()
+    assert (together - expected).abs().max() < 1e-10
+
+
+def test_a_slot_equals_peft(tiny64: Base) -> None:
+    """PEFT's own layers, with the same numbers, give the same output: the bank's semantics are the field's."""
+    unet = copy.deepcopy(tiny64.unet)
+    config = LoraConfig(r=4, lora_alpha=6, target_modules=[*TARGETS, "conv1", "proj_in"], init_lora_weights=False)
+    inject_adapter_in_model(config, unet)
+    state = get_peft_model_state_dict(unet)
+    adapter = Adapter(
+        modules={
+            f"unet.{name.removesuffix('.lora_A.weight')}": LowRank(down, state[name.replace("lora_A", "lora_B")] * 1.5)
+            for name, down in state.items()
+            if name.endswith("lora_A.weight")
+        }
+    )
+    bank = make_bank(tiny64, (*TARGETS, "conv1", "proj_in"))
+    bank.inject()
+    bank.put(1, bank.pack(adapter))
+    rows = inputs(2)
+    with bank.using(bank.route("unet", torch.tensor([[1], [1]]))), torch.no_grad():
+        ours = forward(tiny64, rows)
+        theirs = unet(rows[0], rows[1], encoder_hidden_states=rows[2]).sample
+    bank.eject()
+    assert (ours - theirs).abs().max() < 1e-10
+
+
+def test_pack_and_unpack_are_inverse(bank: Bank) -> None:
+    adapter = random_adapter(bank, 3, seed=5, only="attn1")
+    bank.put(2, bank.pack(adapter))
+    back = bank.unpack(bank.take(2), rank=3)
+    assert back.modules.keys() == adapter.modules.keys()
+    for key, low in adapter.modules.items():
+        assert torch.equal(back.modules[key].down, low.down)
+        assert torch.equal(back.modules[key].up, low.up)
+
+
+def test_a_cleared_slot_is_the_base(tiny64: Base, bank: Bank) -> None:
+    bank.put(0, bank.pack(random_adapter(bank, 4, seed=1)))
+    bank.clear(0)
+    rows = inputs(1)
+    with bank.using(bank.route("unet", torch.tensor([[0]]))):
+        assert torch.equal(forward(tiny64, rows), forward(tiny64, rows))
+    assert not bank.unpack(bank.take(0)).modules
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda a: a.modules.update({"unet.nowhere": next(iter(a.modules.values()))}), "unet.nowhere"),
+        (lambda a: a.modules.update({k: LowRank(v.down[:, :3], v.up) for k, v in a.modules.items()}), "has shapes"),
+    ],
+)
+def test_what_does_not_fit_is_named(bank: Bank, change: Callable[[Adapter], None], message: str) -> None:
+    adapter = random_adapter(bank, 2, seed=0, only="to_q")
+    change(adapter)
+    with pytest.raises(UserError, match=message):
+        bank.pack(adapter)
+
+
+def test_a_rank_above_the_banks_is_named(bank: Bank) -> None:
+    with pytest.raises(UserError, match="rank <= 4"):
+        bank.pack(random_adapter(bank, 5, seed=0))
+
+
+@pytest.mark.parametrize("slot", [-1, 4])
+def test_a_slot_that_is_not_there_is_refused(bank: Bank, slot: int) -> None:
+    row = bank.pack(random_adapter(bank, 4, seed=1))
+    calls: list[Callable[[], object]] = [
+        lambda: bank.words(slot),
+        lambda: bank.take(slot),
+        lambda: bank.clear(slot),
+        lambda: bank.put(slot, row),
+    ]
+    for call in calls:
+        with pytest.raises(IndexError, match=f"slot {slot} is none of this bank's, which are 0 to 3"):
+            call()

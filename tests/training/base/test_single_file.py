@@ -1,0 +1,105 @@
+"""A base in one checkpoint file: the same model as its diffusers folder, for both versions."""
+
+import copy
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from safetensors.torch import save_file
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from tests.original import original_clip, original_open_clip, original_unet, original_vae
+from tests.training.subjects import latents, spec
+from training.base.base import load_base
+from training.base.folder import find_base
+from training.base.single_file import configs, convert
+from training.errors import UserError
+from training.trainer.pack import Pack, Subject
+
+Described = dict[str, dict[str, Any]]
+
+
+def narrow(version: str) -> Described:
+    """The real configs, with few channels and one layer a block."""
+    described = copy.deepcopy(configs(version))
+    described["unet"] |= {"block_out_channels": [32, 64, 64, 64], "layers_per_block": 1, "sample_size": 8}
+    described["unet"]["attention_head_dim"] = 2
+    described["vae"] |= {"block_out_channels": [32, 32, 32, 32], "layers_per_block": 1}
+    described["text_encoder"] |= {"num_hidden_layers": 2}
+    return described
+
+
+def shallow(version: str) -> Described:
+    """The real configs at full width, one layer a block."""
+    described = copy.deepcopy(configs(version))
+    described["unet"] |= {"layers_per_block": 1}
+    described["vae"] |= {"layers_per_block": 1}
+    described["text_encoder"] |= {"num_hidden_layers": 2}
+    return described
+
+
+def write_checkpoint(file: Path, version: str, described: Described) -> tuple[UNet2DConditionModel, CLIPTextModel]:
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel.from_config(described["unet"])
+    vae = AutoencoderKL.from_config(described["vae"])
+    text = CLIPTextModel(CLIPTextConfig(**described["text_encoder"]))
+    state = original_unet(unet) | original_vae(vae)
+    state |= original_clip(text) if version == "1" else original_open_clip(text)
+    save_file({name: tensor.half().contiguous() for name, tensor in state.items()}, file)
+    return unet, text
+
+
+def check(version: str, described: Described, folder: Path) -> None:
+    unet, text = write_checkpoint(folder / "model.safetensors", version, described)
+    convert(folder / "model.safetensors", folder / "made", described)
+    base = load_base(str(folder / "made"), device="cpu")
+    for ours, theirs in ((base.unet, unet), (base.text_encoder, text)):
+        found = ours.state_dict()
+        for name, tensor in theirs.state_dict().items():
+            if "position_ids" not in name:
+                assert torch.equal(found[name], tensor.half().float()), name
+    assert base.tokenizer("a photo of sks person").input_ids == [49406, 320, 1125, 539, 48136, 2533, 49407]
+    assert base.tokenizer.pad_token_id == described["text_encoder"]["pad_token_id"]
+    made = spec("a", train={"max_steps": 1, "resolution": 64})
+    targets: dict[str, Sequence[str]] = {"unet": made.lora.targets, "text_encoder": made.lora.text_encoder_targets}
+    pack = Pack(base, slots=1, rank=8, targets=targets)
+    pack.join(Subject(made, latents(made.filled_instance_prompt, 5, 0), latents(made.filled_class_prompt, 5, 1)))
+    (report,) = pack.step()
+    assert report.failure is None and report.grad_norm > 0
+    pack.close()
+
+
+@pytest.mark.parametrize("version", ["1", "2"])
+def test_a_checkpoint_is_read_weight_by_weight_and_trains(version: str, tmp_path: Path) -> None:
+    check(version, narrow(version), tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("version", ["1", "2"])
+def test_full_width(version: str, tmp_path: Path) -> None:
+    check(version, shallow(version), tmp_path)
+
+
+def test_what_is_no_checkpoint_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is no such checkpoint is refused in words, and nothing is left behind."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    file = tmp_path / "other.safetensors"
+    save_file({"some.weight": torch.zeros(2)}, file)
+    with pytest.raises(UserError, match="has not the keys of a Stable Diffusion"):
+        find_base(str(file))
+    assert not list((tmp_path / "cache").rglob("model_index.json"))
+
+
+def test_what_the_file_does_not_say_can_stand_beside_it(tmp_path: Path) -> None:
+    from training.base.single_file import _describe
+
+    file = tmp_path / "two.safetensors"
+    save_file({"cond_stage_model.model.token_embedding.weight": torch.zeros(2)}, file)
+    assert _describe(file)["scheduler"]["prediction_type"] == "v_prediction"
+    file.with_suffix(".json").write_text(json.dumps({"prediction_type": "epsilon", "resolution": 512}))
+    assert _describe(file)["scheduler"]["prediction_type"] == "epsilon"
+    assert _describe(file)["unet"]["sample_size"] == 64

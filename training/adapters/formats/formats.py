@@ -1,0 +1,185 @@
+"""Other programs' adapter files, in and out.
+
+Owns what a user asks for by name (`diffusers`, `kohya`, `lora_diffusion`), the recognition of a file by its keys, and
+the rule that an import which attaches nothing, or leaves a key unused, is an error. The keys of each format are in
+`format_named.py` (diffusers, PEFT and their ancestors), `format_peft.py` (PEFT's settings), `format_kohya.py` and
+`format_lora_diffusion.py`. Canonical module keys and the meaning of an adapter are in `adapter.py`.
+"""
+
+import re
+from collections.abc import Collection, Mapping
+from pathlib import PurePosixPath
+from typing import Literal, get_args
+
+import torch
+
+from training.adapters.adapter import (
+    CANONICAL,
+    MAX_BYTES,
+    METADATA,
+    Adapter,
+    AdapterError,
+    LowRank,
+    check_finite,
+    check_token,
+    named_tensors,
+    pair,
+    save_adapter,
+    some,
+    trimmed,
+)
+from training.adapters.formats.kohya import Label, is_kohya, label_of, read_kohya, write_kohya
+from training.adapters.formats.lora_diffusion import is_lora_diffusion, read_lora_diffusion, write_lora_diffusion
+from training.adapters.formats.named import is_named, read_named
+from training.adapters.formats.parts import OWN, Parts, Source
+from training.adapters.formats.peft import CONFIG, peft_config, write_peft
+from training.adapters.merge import merge_adapters, reduce_rank
+from training.adapters.tensor_file import TensorFileError, read_tensors, write_tensors
+
+__all__ = [
+    "Format",
+    "Label",
+    "export_adapter",
+    "import_adapter",
+    "label_of",
+    "merge_adapters",
+    "recognise",
+    "reduce_rank",
+]
+
+Format = Literal["diffusers", "kohya", "lora_diffusion", "peft"]
+"""What can be written; all of them, and files of older diffusers, can be read."""
+
+# what lies beside weights in the folders of other programs, and is none
+_NO_WEIGHTS = (".json", ".md", ".txt", ".yaml", ".yml", ".png", ".jpg", ".jpeg", ".webp", ".gitattributes")
+_UNSAFE = re.compile(r"[^A-Za-z0-9_-]+")
+
+
+def export_adapter(
+    adapter: Adapter, format: Format, modules: Collection[str] = (), label: Label | None = None
+) -> dict[str, bytes]:
+    """The files of `adapter` in `format`, by name: its weights in float16, and one file for each trained token.
+
+    `modules` are the canonical keys of all modules of the base; lora_diffusion needs them, as its keys are positions.
+    `label` is what kohya's readers show. Raises AdapterError if the format cannot hold the adapter.
+    """
+    if format == "diffusers":
+        files = {"pytorch_lora_weights.safetensors": save_adapter(adapter)}
+    elif format == "kohya":
+        name = label or Label()
+        files = {f"{_UNSAFE.sub('_', name.name)}.safetensors": write_kohya(adapter, name)}
+    elif format == "lora_diffusion":
+        files = write_lora_diffusion(adapter, modules)
+    elif format == "peft":
+        files = write_peft(adapter)
+    else:
+        raise AdapterError(f"Unknown format {format!r}. Known: {', '.join(get_args(Format))}.")
+    for token, vectors in adapter.embeddings.items():
+        files[_embedding_name(token, files)] = _write_embedding(token, vectors)
+    return files
+
+
+def import_adapter(files: Mapping[str, bytes], modules: Collection[str]) -> Adapter:
+    """The adapter in `files` (names to bytes), in any format that `recognise` knows, for a base with `modules`.
+
+    Names are paths: PEFT's settings hold for the files of their folder, and a folder may be named by its component.
+    Values keep their type where no scale has to be folded in, and become float32 where one has. Raises AdapterError
+    naming what does not fit.
+    """
+    parts = Parts()
+    for source in _sources(files):
+        _read(source, frozenset(modules), parts)
+    if parts.unused:
+        count = f"{len(parts.unused)} keys fit no module of this base: {some(sorted(parts.unused))}"
+        raise AdapterError(f"{count}. Was it trained on another base, or with a method other than plain LoRA?")
+    adapter = Adapter(
+        trimmed({name: _low_rank(name, half) for name, half in sorted(parts.modules.items())}, parts.notes),
+        parts.embeddings,
+        {key: parts.metadata[key] for key in METADATA if key in parts.metadata},
+    )
+    if not adapter.modules and not adapter.embeddings:
+        raise AdapterError(f"The import attaches no module: {some(sorted(files))} hold no low-rank weights.")
+    check_finite(named_tensors(adapter))
+    return adapter
+
+
+def recognise(files: Mapping[str, bytes]) -> tuple[str, ...]:
+    """The formats found in `files`, each once; raises AdapterError for a file that is none."""
+    return tuple(dict.fromkeys(_format_of(source) for source in _sources(files)))
+
+
+def _sources(files: Mapping[str, bytes]) -> list[Source]:
+    """The tensor files among `files`, each with the PEFT settings of its folder."""
+    configs = {
+        str(PurePosixPath(name).parent): peft_config(name, data)
+        for name, data in files.items()
+        if PurePosixPath(name).name == CONFIG
+    }
+    sources = []
+    for name, data in sorted(files.items()):
+        if name.lower().endswith(_NO_WEIGHTS):
+            continue
+        try:
+            tensors, metadata = read_tensors(data, name, MAX_BYTES)
+        except TensorFileError as error:
+            raise AdapterError(str(error)) from error
+        sources.append(Source(name, tensors, metadata, configs.get(str(PurePosixPath(name).parent))))
+    if not sources:
+        raise AdapterError("Nothing to import: no .safetensors file was given.")
+    return sources
+
+
+def _format_of(source: Source) -> str:
+    keys = list(source.tensors)
+    if is_lora_diffusion(keys):
+        return "lora_diffusion"
+    if is_kohya(keys):
+        return "kohya"
+    if named := is_named(keys):
+        return named
+    if len(keys) == 1 and source.tensors[keys[0]].ndim in (1, 2) and "lora" not in keys[0]:
+        return "embedding"
+    raise AdapterError(
+        f"{source.name} is in no known format; its keys are like {some(sorted(keys), 3)}. Readable are diffusers, "
+        "kohya, lora_diffusion, PEFT and textual-inversion files."
+    )
+
+
+def _read(source: Source, modules: frozenset[str], parts: Parts) -> None:
+    format = _format_of(source)
+    if format == "lora_diffusion":
+        read_lora_diffusion(source, modules, parts)
+    elif format == "kohya":
+        read_kohya(source, modules, parts)
+    elif format == "embedding":
+        (key,) = source.tensors
+        stem = PurePosixPath(source.name).stem
+        parts.embed(check_token(stem if key == "emb_params" else key), source.tensors[key])
+    else:
+        read_named(source, modules, parts)
+    ours = CANONICAL in source.metadata
+    for key, value in source.metadata.items():
+        if key.startswith(OWN) or ours:
+            parts.metadata[key.removeprefix(OWN)] = value
+    parts.notes |= source.metadata
+
+
+def _low_rank(name: str, half: Mapping[str, torch.Tensor]) -> LowRank:
+    """The module's change with alpha / rank folded in; no alpha means alpha = rank."""
+    low = pair(name, half)
+    if "alpha" in half and half["alpha"].numel() != 1:
+        raise AdapterError(f"Module {name} has an alpha of shape {tuple(half['alpha'].shape)}; expected one number.")
+    scale = half["alpha"].item() / low.rank if "alpha" in half else 1.0
+    return low if scale == 1.0 else LowRank(low.down, low.up.float() * scale)
+
+
+def _embedding_name(token: str, taken: Collection[str]) -> str:
+    """A file name that no other file of the export has; the token itself is the key inside."""
+    stem = _UNSAFE.sub("", token) or "token"
+    names = [f"embeddings/{stem}{number}.safetensors" for number in ("", *range(2, len(taken) + 3))]
+    return next(name for name in names if name not in taken)
+
+
+def _write_embedding(token: str, vectors: torch.Tensor) -> bytes:
+    """The usual embedding file: one tensor named by its token, as A1111, ComfyUI and diffusers read it."""
+    return write_tensors({check_token(token): vectors.detach().to("cpu", torch.float16)}, {"format": "pt"})

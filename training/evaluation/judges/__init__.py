@@ -1,0 +1,1 @@
+"""The models that look at pictures, each behind a small protocol and with a name that goes where its numbers go."""

@@ -1,0 +1,178 @@
+"""How runs share a cluster: by priority, then evenly between tenants, then between their runs; quotas bound tenants.
+
+Ray gives a free device to whoever waits, and never takes one away. So runs that have more than their share give devices
+back, at a step border, when another run has waited for its own long enough that no new node can be expected. All runs
+ask one keeper; it holds nothing that the next question would not tell it again. `Shares` knows no Ray.
+"""
+
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import yaml
+from pydantic import PositiveInt, RootModel, ValidationError
+
+from training.errors import UserError
+from training.manifest.manifest import Closed
+from training.storage.storage import NotFound, Storage
+
+PATIENCE_SECONDS = 60.0  # an autoscaler's node is there by then, or will not come
+FORGET_SECONDS = 30.0  # after so long without a word a run is gone
+CAPACITY_SECONDS = 120.0  # devices that change hands are missed for a moment: capacity is the most within so long
+ASK_SECONDS = 2.0
+QUOTAS = "quotas.yaml"
+_ACTOR, _NAMESPACE = "dreamfleet-shares", "dreamfleet"
+
+
+class Claim(Closed):
+    """How a run stands: devices that work for it, and that it waits for. `quota`: of its tenant, all runs together."""
+
+    run: str
+    tenant: str
+    priority: int = 0
+    working: int
+    pending: int
+    quota: int | None = None
+
+    @property
+    def wanted(self) -> int:
+        return self.working + self.pending
+
+
+class Shares:
+    """See the module. `clock` is monotonic, in seconds."""
+
+    def __init__(self, patience_s: float = PATIENCE_SECONDS, clock: Callable[[], float] = time.monotonic) -> None:
+        self._patience_s = patience_s
+        self._clock = clock
+        self._claims: dict[str, Claim] = {}
+        self._heard: dict[str, float] = {}
+        self._pending_since: dict[str, float] = {}
+        self._totals: deque[tuple[float, int]] = deque()
+
+    def claim(self, claim: Claim) -> int | None:
+        """Takes in how a run stands. Answers how many devices it may have; None: as many as there are."""
+        now = self._clock()
+        self._claims[claim.run], self._heard[claim.run] = claim, now
+        for run in [run for run, heard in self._heard.items() if now - heard > FORGET_SECONDS]:
+            self.leave(run)
+        if claim.pending:
+            self._pending_since.setdefault(claim.run, now)
+        else:
+            self._pending_since.pop(claim.run, None)
+        shares = allot(self._capacity(now), [self._clipped(other) for other in self._claims.values()])
+        contended = any(self._starves(other, shares) for other in self._claims.values())
+        return shares[claim.run] if contended else self._bound(claim)
+
+    def leave(self, run: str) -> None:
+        """A run has ended."""
+        self._claims.pop(run, None)
+        self._heard.pop(run, None)
+        self._pending_since.pop(run, None)
+
+    def _bound(self, claim: Claim) -> int | None:
+        """What the tenant's quota leaves to the run, however much it wants."""
+        if claim.quota is None:
+            return None
+        greedy = claim.model_copy(update={"pending": claim.quota})
+        others = [other for other in self._claims.values() if other.tenant == claim.tenant and other.run != claim.run]
+        return allot(claim.quota, [*others, greedy])[claim.run]
+
+    def _clipped(self, claim: Claim) -> Claim:
+        """The claim without what its tenant's quota forbids."""
+        bound = self._bound(claim)
+        if bound is None or bound >= claim.wanted:
+            return claim
+        working = min(claim.working, bound)
+        return claim.model_copy(update={"working": working, "pending": bound - working})
+
+    def _starves(self, claim: Claim, shares: dict[str, int]) -> bool:
+        waits = self._clock() - self._pending_since.get(claim.run, self._clock())
+        return waits > self._patience_s and claim.working < shares[claim.run]
+
+    def _capacity(self, now: float) -> int:
+        self._totals.append((now, sum(claim.working for claim in self._claims.values())))
+        while now - self._totals[0][0] > CAPACITY_SECONDS:
+            self._totals.popleft()
+        return max(total for _, total in self._totals)
+
+
+def allot(capacity: int, claims: Sequence[Claim]) -> dict[str, int]:
+    """Devices of each run: by priority, then one by one to the tenant, and to its run, that has the fewest."""
+    given = {claim.run: 0 for claim in claims}
+    for priority in sorted({claim.priority for claim in claims}, reverse=True):
+        equals = [claim for claim in claims if claim.priority == priority]
+        while capacity and (open_ := [claim for claim in equals if given[claim.run] < claim.wanted]):
+            tenants = {claim.tenant: 0 for claim in open_}
+            for claim in equals:
+                if claim.tenant in tenants:
+                    tenants[claim.tenant] += given[claim.run]
+            poorest = min(open_, key=lambda claim: (tenants[claim.tenant], given[claim.run]))
+            given[poorest.run] += 1
+            capacity -= 1
+    return given
+
+
+class _Quotas(RootModel[dict[str, PositiveInt]]):
+    """`quotas.yaml`: devices that a tenant may have at once."""
+
+
+def read_quota(storage: Storage, tenant: str) -> int | None:
+    """Devices that a tenant may have at once, as `quotas.yaml` on the storage says; None: no bound."""
+    try:
+        return _Quotas.model_validate(yaml.safe_load(storage.get(QUOTAS))).root.get(tenant)
+    except NotFound:
+        return None
+    except (ValidationError, yaml.YAMLError) as error:
+        raise UserError(
+            f"{storage}: {QUOTAS} is not understood: {error}. It maps tenants to devices: `acme: 4`."
+        ) from None
+
+
+class ShareKeeper:
+    """`Shares` behind Ray's border."""
+
+    def __init__(self) -> None:
+        self._shares = Shares()
+
+    def claim(self, claim: dict[str, Any]) -> int | None:
+        return self._shares.claim(Claim.model_validate(claim))
+
+    def leave(self, run: str) -> None:
+        self._shares.leave(run)
+
+
+class Sharing:
+    """One run's word with the keeper of its cluster."""
+
+    def __init__(self, run: str, tenant: str, priority: int, quota: int | None) -> None:
+        self._about = {"run": run, "tenant": tenant, "priority": priority, "quota": quota}
+        self._keeper: Any = None
+        self._asked = 0.0
+        self._allowed: int | None = quota
+
+    def ask(self, working: int, pending: int) -> int | None:
+        """How many devices this run may have; None: as many as there are. The last answer holds for a moment."""
+        import ray
+
+        if time.monotonic() - self._asked >= ASK_SECONDS:
+            self._asked = time.monotonic()
+            try:
+                claim = Claim.model_validate({**self._about, "working": working, "pending": pending})
+                self._allowed = ray.get(self._actor().claim.remote(claim.model_dump()), timeout=10)
+            except ray.exceptions.RayError:
+                self._keeper = None  # the run that had started it is over; the next question starts another
+        return self._allowed
+
+    def leave(self) -> None:
+        if self._keeper is not None:
+            self._keeper.leave.remote(self._about["run"])
+
+    def _actor(self) -> Any:
+        import ray
+
+        if self._keeper is None:
+            keeper = ray.remote(ShareKeeper)
+            self._keeper = keeper.options(name=_ACTOR, namespace=_NAMESPACE, get_if_exists=True, num_cpus=0).remote()
+        return self._keeper

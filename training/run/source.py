@@ -1,0 +1,74 @@
+"""Where the subject loop gets its subjects from, and what it says about them. Knows no torch and no Ray.
+
+`training.trainer.worker.worker` calls a `Source`; Ray's subject queue, a local list or a test stands behind it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+from training.manifest.manifest import SubjectSpec
+
+Kind = Literal["done", "bad subject", "diverged", "out of memory", "too large", "cancelled", "unknown"]
+
+
+@dataclass(frozen=True)
+class Task:
+    """A leased subject. `fingerprint` identifies what will be published.
+
+    `spec` is as it was submitted. `may_spread`: it has somewhere to go if this device is too small for it; without, it
+    is tried anyway. `rate_factor`: its learning rates are multiplied by it.
+    """
+
+    spec: SubjectSpec
+    fingerprint: str
+    may_spread: bool = False
+    rate_factor: float = 1.0
+
+    @property
+    def trained(self) -> SubjectSpec:
+        """The settings it is trained with."""
+        return self.spec.calmed(self.rate_factor)
+
+
+@dataclass
+class Beat:
+    """A sign of life: what every subject of this worker is doing. Step and loss of those that train."""
+
+    phase: dict[str, str] = field(default_factory=dict)
+    steps: dict[str, int] = field(default_factory=dict)
+    losses: dict[str, float] = field(default_factory=dict)
+    images_per_second: float = 0.0
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Orders:
+    """What the source answers a beat: subjects to drop, and whether to checkpoint everything and stop."""
+
+    cancel: frozenset[str] = frozenset()
+    stop: bool = False
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a subject ended here. `version` if it was published; `warnings` about its photos."""
+
+    id: str
+    kind: Kind
+    reason: str | None = None
+    version: str | None = None
+    step: int = 0
+    loss: float | None = None
+    seconds: float = 0.0
+    warnings: tuple[str, ...] = ()
+
+
+class Source(Protocol):
+    """Where subjects come from and where their outcomes go."""
+
+    def lease(self, count: int) -> Sequence[Task]: ...
+
+    def beat(self, beat: Beat) -> Orders: ...
+
+    def ended(self, outcome: Outcome) -> None: ...

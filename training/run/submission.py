@@ -1,0 +1,219 @@
+"""A submission: what a manifest comes to on a storage. Checks it and finds or creates its run.
+
+Everything a run needs to go on without the manifest's file is on the storage afterwards. Imports neither Ray nor torch.
+"""
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from training.base.folder import find_base, hash_base
+from training.errors import UserError
+from training.manifest.manifest import Manifest, SubjectSpec, load_manifest
+from training.manifest.plan import BaseFacts, base_facts, unmatched_targets
+from training.photos.intake import UPLOADED, check_words, current_fingerprint, read_files
+from training.photos.photos import PhotoFile, list_photo_files, photos
+from training.run.run import RunRecord, RunStore, SubjectRecord, digest_of, find_unfinished, new_run_id
+from training.storage.registry import Registry
+from training.storage.storage import Storage
+
+READERS = 8  # threads that read photos and states
+_DONE = ("published", "reused")
+
+
+@dataclass(frozen=True)
+class Submission:
+    """A run that is on the storage. `manifest` is what photos are read by here: its folders may be local."""
+
+    store: RunStore
+    record: RunRecord
+    manifest: Manifest
+    facts: BaseFacts
+    taken_up: bool
+
+
+class Found(NamedTuple):
+    """What lies where a subject's `images` points: the fingerprint of the training, or why it cannot be had."""
+
+    fingerprint: str | None
+    problem: str | None
+
+
+def read_manifest(path: str | Path) -> tuple[Manifest, BaseFacts]:
+    """Reads and checks a manifest as far as that goes without reading photos.
+
+    Raises UserError naming every problem: unknown keys, bases, targets that no layer has, folders that are not there.
+    """
+    manifest = load_manifest(path)
+    manifest = manifest.model_copy(update={"root": str(Path(manifest.root).resolve())})
+    facts = base_facts(manifest.base, manifest.root)
+    problems = list(_problems(manifest, facts))
+    if problems:
+        raise UserError("\n".join(f"{path}: {problem}" for problem in problems))
+    return manifest, facts
+
+
+def submit(path: str | Path, storage: Storage, *, upload: bool = False, keep_last: bool = False) -> Submission:
+    """Takes up the unfinished run of the same manifest, or creates one. Raises UserError for a manifest that is wrong.
+
+    `upload` copies local photos to the storage, for workers on other machines. `keep_last` is said of every subject.
+    """
+    manifest, facts = read_manifest(path)
+    if keep_last:
+        manifest = manifest.model_copy(update={"subjects": tuple(map(_keeping_last, manifest.subjects))})
+    base_hash = hash_base(find_base(manifest.base, manifest.root))
+    digest = digest_of(manifest, base_hash)
+    record = find_unfinished(storage, manifest.name, digest)
+    taken_up = record is not None
+    if record is None:
+        store = RunStore(storage, new_run_id(storage, manifest.name, digest))
+        record = RunRecord(
+            run=store.run,
+            name=manifest.name,
+            tenant=manifest.tenant,
+            base=manifest.base,
+            base_hash=base_hash,
+            digest=digest,
+            manifest=manifest,
+        )
+        store.create(record, Path(path).read_text(encoding="utf-8"))
+    store = RunStore(storage, record.run)
+    if upload:
+        record = record.model_copy(update={"manifest": _uploaded(manifest, store)})
+        store.save(record)
+    return Submission(store, record, manifest, facts, taken_up)
+
+
+def reopen(store: RunStore) -> Submission:
+    """A run that is on the storage already, to go on with."""
+    record = store.record()
+    return Submission(store, record, record.manifest, base_facts(record.base, record.manifest.root), True)
+
+
+def settle(submission: Submission, retry: bool = False) -> tuple[SubjectRecord, ...]:
+    """Every subject as it stands, in manifest order; what changed is written down. Only who leads the run may do this.
+
+    What the storage says is corrected by the photos as they are and by the registry. With `retry`, what failed or was
+    cancelled is queued again.
+    """
+    store, record, manifest = submission.store, submission.record, submission.manifest
+    registry = Registry(store.storage)
+
+    def stand(subject: SubjectSpec) -> SubjectRecord:
+        before = store.subject(subject.id)
+        found = _find(subject, record, manifest, store.storage)
+        now = _state(store, registry, record, subject, before, found, retry)
+        if now != before:
+            store.save_subject(now)
+        return now
+
+    with ThreadPoolExecutor(READERS) as pool:
+        return tuple(pool.map(stand, manifest.subjects))
+
+
+def photo_report(manifest: Manifest, facts: BaseFacts) -> tuple[dict[str, str], dict[str, list[str]]]:
+    """What is wrong with subjects' photos, and what could be better, by subject. Local folders only: no downloads."""
+
+    def look(subject: SubjectSpec) -> tuple[str, str | None, list[str]]:
+        try:
+            files = list_photo_files(Path(manifest.root, subject.images).expanduser())
+            train = subject.train
+            found = photos(
+                files,
+                resolution=train.resolution or facts.resolution,
+                min_photos=subject.min_images,
+                crop=train.cropping,
+                backgrounds=train.backgrounds,
+            )
+            check_words(subject, found.good)
+        except UserError as error:
+            return subject.id, str(error), []
+        warned = [f"{warning.message} {warning.advice}" for warning in found.warnings]
+        return subject.id, None, [*found.refusals, *warned]
+
+    local = [s for s in manifest.subjects if "://" not in s.images and not s.images.startswith(UPLOADED)]
+    with ThreadPoolExecutor(READERS) as pool:
+        looked = list(pool.map(look, local))
+    problems = {id: problem for id, problem, _ in looked if problem}
+    return problems, {id: warnings for id, _, warnings in looked if warnings}
+
+
+def _keeping_last(subject: SubjectSpec) -> SubjectSpec:
+    evaluate = subject.evaluate.model_copy(update={"keep_last": True})
+    return subject.model_copy(update={"evaluate": evaluate})
+
+
+def _problems(manifest: Manifest, facts: BaseFacts) -> Iterator[str]:
+    for subject in manifest.subjects:
+        for target in unmatched_targets(subject, facts):
+            yield (
+                f"subject '{subject.id}': no layer of base '{facts.name}' ends with target {target!r}. "
+                "Use names such as to_q, to_k, to_v, to_out.0."
+            )
+        for name, what in (("images", subject.images), ("prior.folder", subject.prior.folder)):
+            if what is None or "://" in what or what.startswith(UPLOADED):
+                continue
+            folder = Path(manifest.root, what).expanduser()
+            if not folder.is_dir():
+                why = "is a file, not a folder" if folder.exists() else "does not exist"
+                yield (
+                    f"subject '{subject.id}': {name} '{what}': folder '{folder}' {why}. Give the subject's folder of "
+                    "photos, relative to the manifest, or a URI."
+                )
+
+
+def _find(subject: SubjectSpec, record: RunRecord, manifest: Manifest, storage: Storage) -> Found:
+    try:
+        return Found(current_fingerprint(subject, record.base_hash, storage, manifest.root), None)
+    except UserError as error:
+        return Found(None, str(error))
+
+
+def _state(
+    store: RunStore,
+    registry: Registry,
+    record: RunRecord,
+    subject: SubjectSpec,
+    before: SubjectRecord | None,
+    found: Found,
+    retry: bool,
+) -> SubjectRecord:
+    fresh = SubjectRecord(id=subject.id, max_steps=subject.train.max_steps, fingerprint=found.fingerprint)
+    if before is not None and before.fingerprint != found.fingerprint and before.state not in _DONE:
+        before = None  # other photos by now: what was learned from the old ones is of no use
+        store.storage.delete_tree(store.subject_key(subject.id, "checkpoints"))
+    if found.fingerprint is None:
+        return (before or fresh).model_copy(update={"state": "failed", "reason": found.problem})
+    version = registry.find(record.tenant, subject.id, found.fingerprint)
+    if version is not None:
+        mine = before is not None and before.state != "reused"
+        news = {"state": "published" if mine else "reused", "version": version, "step": fresh.max_steps, "reason": None}
+        return (before or fresh).model_copy(update=news)
+    if before is None:
+        return fresh
+    if before.state in ("failed", "cancelled") and not retry:
+        return before
+    steps = store.checkpoints(subject.id)
+    return before.model_copy(update={"state": "queued", "step": steps[-1] if steps else 0, "reason": None})
+
+
+def _uploaded(manifest: Manifest, store: RunStore) -> Manifest:
+    """The manifest with local photos copied to the run's folder on the storage."""
+
+    def upload(subject: SubjectSpec) -> SubjectSpec:
+        if "://" in subject.images or subject.images.startswith(UPLOADED):
+            return subject
+        folder = store.subject_key(subject.id, "images")
+        _put(store.storage, folder, read_files(subject, store.storage, manifest.root))
+        return subject.model_copy(update={"images": f"{UPLOADED}{folder}"})
+
+    with ThreadPoolExecutor(READERS) as pool:
+        return manifest.model_copy(update={"subjects": tuple(pool.map(upload, manifest.subjects))})
+
+
+def _put(storage: Storage, folder: str, files: Sequence[PhotoFile]) -> None:
+    for file in files:
+        if not file.problem:
+            storage.put(f"{folder}/{file.name}", file.data)

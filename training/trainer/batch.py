@@ -1,0 +1,97 @@
+"""The fused batch: which images, noise and timesteps each subject puts into one step, drawn from its own streams.
+
+What a subject draws depends on its seed, step and micro-batch alone. Rows stand in slot order, a subject's instance
+rows before its prior rows.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, fields
+
+import torch
+from torch import Tensor
+
+from training.base.stream import shuffled, stream
+from training.manifest.manifest import SubjectSpec
+from training.trainer.latents import LatentSet, same_sizes
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What one subject contributes: its settings and latents, and where it stands."""
+
+    spec: SubjectSpec
+    instance: LatentSet
+    prior: LatentSet | None
+    step: int
+    micro: int
+
+
+@dataclass
+class Batch:
+    """One fused batch, one entry a row. `member` is the row's place among the subjects of this step."""
+
+    latents: list[Tensor] = field(default_factory=list)  # [C, h, w] each
+    noise: list[Tensor] = field(default_factory=list)
+    timesteps: list[int] = field(default_factory=list)
+    prompts: list[str] = field(default_factory=list)
+    member: list[int] = field(default_factory=list)
+    share: list[float] = field(default_factory=list)  # of the row in its mean
+    is_prior: list[bool] = field(default_factory=list)
+    from_base: list[bool] = field(default_factory=list)  # the target is the base's own prediction
+
+    def parts(self, most_rows: int | None = None) -> list["Batch"]:
+        """The batch cut into what goes through one forward: rows of one size, at most `most_rows`.
+
+        Their losses, summed, are the whole's.
+        """
+        return [
+            self._rows(places[start : start + (most_rows or len(places))])
+            for places in same_sizes(self.latents)
+            for start in range(0, len(places), most_rows or len(places))
+        ]
+
+    def _rows(self, places: Sequence[int]) -> "Batch":
+        return Batch(**{of.name: [getattr(self, of.name)[place] for place in places] for of in fields(self)})
+
+
+WHOLE = slice(None)
+
+
+def make_batch(turns: Iterable[Turn], timesteps: int, part: slice = WHOLE) -> Batch:
+    """The rows of every subject. `timesteps` is the length of the noise schedule.
+
+    `part`: of each kind of rows only these. Parts that make up the whole have the whole's draws and, summed, its loss.
+    """
+    batch = Batch()
+    for place, turn in enumerate(turns):
+        _add_rows(batch, place, turn, "instance", turn.instance, timesteps, part)
+        if not turn.spec.prior.enabled:
+            continue
+        if turn.spec.prior.source == "prediction":
+            _add_rows(batch, place, turn, "prediction", turn.instance, timesteps, part)
+        elif turn.prior is not None:
+            _add_rows(batch, place, turn, "prior", turn.prior, timesteps, part)
+    return batch
+
+
+def _add_rows(batch: Batch, place: int, turn: Turn, kind: str, images: LatentSet, timesteps: int, part: slice) -> None:
+    """One kind of rows of one subject; each kind has a stream of its own, so that a prior changes no instance row."""
+    train = turn.spec.train
+    count = train.batch_size
+    generator = stream(train.seed, kind, turn.step, turn.micro)
+    start = (turn.step * train.gradient_accumulation_steps + turn.micro) * count
+    picked = shuffled(train.seed, kind, len(images), start, count)
+    latents = images.draw(picked, generator)
+    noise = [torch.randn(latent.shape, generator=generator) for latent in latents]
+    if train.noise_offset:
+        noise = [one + train.noise_offset * torch.randn(one.shape[0], 1, 1, generator=generator) for one in noise]
+    batch.latents += latents[part]
+    batch.noise += noise[part]
+    batch.timesteps += torch.randint(0, timesteps, (count,), generator=generator)[part].tolist()
+    class_prompt = turn.spec.filled_class_prompt
+    mine = picked[part]
+    batch.prompts += [class_prompt if kind == "prediction" else images.prompts[index] for index in mine]
+    batch.member += [place] * len(mine)
+    batch.share += [1 / count] * len(mine)
+    batch.is_prior += [kind != "instance"] * len(mine)
+    batch.from_base += [kind == "prediction"] * len(mine)

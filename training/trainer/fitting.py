@@ -1,0 +1,80 @@
+"""From a plan to a pack over a loaded base: how many subjects fit, and whether this device can hold a given one.
+
+Knows no queue and no storage. Every process of a gang opens its own part of the pack with the same call.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import ceil
+
+from training.base.base import Base
+from training.errors import TooLarge
+from training.manifest.manifest import SubjectSpec
+from training.manifest.plan import PackPlan, rows_of
+from training.trainer.memory import Fit, fit_rows
+from training.trainer.pack import Pack
+from training.trainer.zero import Gang, ZeroPack
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A pack ready to be filled. `limit`: subjects at once; `notes`: what was decided by measuring."""
+
+    pack: Pack
+    limit: int
+    fit: Fit
+    notes: tuple[str, ...] = ()
+
+    def check(self, spec: SubjectSpec) -> None:
+        """Raises TooLarge if this device cannot hold the subject, even alone."""
+        rows = rows_of(spec)
+        if rows > self.fit.rows:
+            raise TooLarge(f"too large for one device: it takes {rows} rows, and {self.fit.why}")
+
+
+def open_pack(base: Base, plan: PackPlan) -> Opened:
+    """The pack of a plan, as large as is measured to fit."""
+    profile = plan.profile
+    targets = {"unet": profile.targets, "text_encoder": profile.text_encoder_targets}
+    found: dict[str, Sequence[str]] = {component: ends for component, ends in targets.items() if ends}
+    fit = _measure(base, plan)
+    if profile.zero is not None:
+        gang = Gang()
+        recompute = gang.any(fit.checkpointing)
+        pack: Pack = ZeroPack(
+            base, gang, profile.zero, rank=plan.rank, targets=found, words=plan.words, gradient_checkpointing=recompute
+        )
+        note = f"each subject is spread over {plan.workers} devices, ZeRO stage {profile.zero.stage}"
+        return Opened(pack, 1, fit, (note,))
+    pack = Pack(
+        base,
+        slots=plan.slots,
+        rank=plan.rank,
+        targets=found,
+        words=plan.words,
+        gradient_checkpointing=fit.checkpointing,
+    )
+    limit = max(1, fit.rows // plan.rows)
+    if fit.rows < plan.rows:
+        pack.most_rows = max(1, fit.rows)
+    told = (fit.checkpointing and profile.gradient_checkpointing == "auto") or pack.most_rows is not None
+    return Opened(pack, limit, fit, (fit.why,) if told else ())
+
+
+def follow_pack(base: Base, plan: PackPlan) -> None:
+    """What every process of a gang but the first does with its part, until the first one closes the pack."""
+    pack = open_pack(base, plan).pack
+    assert isinstance(pack, ZeroPack)
+    pack.follow()
+
+
+def _measure(base: Base, plan: PackPlan) -> Fit:
+    """How many of the rows of one device fit."""
+    profile = plan.profile
+    return fit_rows(
+        base,
+        ceil(plan.slots * plan.rows / plan.workers),
+        state_bytes=plan.state_bytes // plan.workers,
+        resolution=profile.resolution,
+        checkpointing=profile.gradient_checkpointing,
+    )

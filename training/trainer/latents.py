@@ -1,0 +1,146 @@
+"""Latents made once, before the loop: a subject's photos (every crop, mirror and colour variant) and class images.
+
+A `LatentSet` keeps the posterior, not a sample of it, so each step still draws its own latents. Sets are cached on the
+storage under the hash of everything they depend on.
+"""
+
+import hashlib
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from safetensors.torch import load, save
+from torch import Tensor
+
+from training.base.base import Base
+from training.manifest.manifest import TrainSpec
+from training.photos.photos import Photo
+from training.photos.variants import Pixels, on_backgrounds, variants
+from training.storage.interface import Storage
+
+BATCH = 8
+
+
+class Posterior(NamedTuple):
+    """What the VAE says of one image: mean and std [C, h, w], in fp32 on the CPU."""
+
+    mean_CHW: Tensor
+    std_CHW: Tensor
+
+
+def posteriors(mean_VCHW: Tensor, std_VCHW: Tensor) -> tuple[Posterior, ...]:
+    """V images of one size, one by one."""
+    return tuple(map(Posterior, mean_VCHW.unbind(), std_VCHW.unbind()))
+
+
+@dataclass(frozen=True)
+class LatentSet:
+    """Images as latents, each with its prompt. They may differ in size (aspect buckets)."""
+
+    images: tuple[Posterior, ...]
+    prompts: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def draw(self, picked: Sequence[int], generator: torch.Generator) -> list[Tensor]:
+        """A sample of the posterior for each picked image, [C, h, w]."""
+        return [
+            mean_CHW + std_CHW * torch.randn(mean_CHW.shape, generator=generator)
+            for mean_CHW, std_CHW in (self.images[index] for index in picked)
+        ]
+
+
+def same_sizes(latents: Sequence[Tensor]) -> list[list[int]]:
+    """The places of latents of one size, for every size: what can go through one forward together."""
+    places: dict[torch.Size, list[int]] = {}
+    for place, latent_CHW in enumerate(latents):
+        places.setdefault(latent_CHW.shape, []).append(place)
+    return list(places.values())
+
+
+def encode_photos(base: Base, photos: Sequence[Photo], spec: TrainSpec, prompt: str) -> LatentSet:
+    """Encodes every variant of every photo."""
+    resolution = spec.resolution or base.resolution
+    pixels: list[Pixels] = []
+    for photo in photos:
+        pixels += _photo_variants(photo, spec, resolution)
+    return LatentSet(encode_pixels(base, pixels), photo_prompts(photos, spec, prompt, len(pixels)))
+
+
+def _photo_variants(photo: Photo, spec: TrainSpec, resolution: int) -> list[Pixels]:
+    """As many of each photo, whatever it is like, so that every photo of a subject weighs the same."""
+    images = [photo.image] * (1 + spec.backgrounds)
+    if photo.mask is not None:
+        images[1:] = on_backgrounds(photo.image, photo.mask, spec.backgrounds, spec.seed)
+    return [
+        variant
+        for image in images
+        for variant in variants(
+            image,
+            resolution,
+            crop=spec.cropping,
+            crops=spec.crops,
+            flip=spec.flip,
+            color_jitter=spec.color_jitter,
+            seed=spec.seed,
+        )
+    ]
+
+
+def photo_prompts(photos: Sequence[Photo], spec: TrainSpec, prompt: str, count: int) -> tuple[str, ...]:
+    """The prompts of `count` variants of the photos: a photo's caption, where it has one, stands for `prompt`.
+
+    Not where its background was replaced: a caption tells of the place.
+    """
+    each = count // (len(photos) * (1 + spec.backgrounds))
+    prompts: list[str] = []
+    for photo in photos:
+        own = photo.caption or prompt
+        replaced = own if photo.mask is None else prompt
+        prompts += [own] * each + [replaced] * each * spec.backgrounds
+    return tuple(prompts)
+
+
+def encode_pixels(base: Base, pixels: Sequence[Pixels]) -> tuple[Posterior, ...]:
+    """The posterior of uint8 images [H, W, 3]; neighbours of one size are encoded in batches."""
+    made: list[Posterior] = []
+    for _, alike in itertools.groupby(pixels, key=lambda image_HW3: image_HW3.shape):
+        images = list(alike)
+        for start in range(0, len(images), BATCH):
+            batch = torch.from_numpy(np.stack(images[start : start + BATCH])).permute(0, 3, 1, 2)
+            mean, std = base.encode_images(batch.float() / 127.5 - 1)
+            # as they come back from a file: another memory format would be another rounding in every step
+            made += posteriors(mean.float().contiguous(), std.float().contiguous())
+    return tuple(made)
+
+
+def photos_key(base: Base, photos: Sequence[Photo], spec: TrainSpec) -> str:
+    """The cache key of `encode_photos`' tensors: everything they depend on."""
+    resolution = spec.resolution or base.resolution
+    settings = (resolution, spec.cropping, spec.crops, spec.flip, spec.color_jitter, spec.backgrounds, spec.seed)
+    return content_key("latents", base.hash, str(base.dtype), *settings, *(photo.sha256 for photo in photos))
+
+
+def content_key(kind: str, *parts: object) -> str:
+    """`cache/<kind>/<sha256 of the parts>.safetensors`."""
+    digest = hashlib.sha256("\n".join(str(part) for part in parts).encode()).hexdigest()
+    return f"cache/{kind}/{digest}.safetensors"
+
+
+def load_latents(storage: Storage, key: str) -> tuple[Posterior, ...] | None:
+    """The images cached under `key`, or None."""
+    if not storage.exists(key):
+        return None
+    tensors = load(storage.get(key))
+    return tuple(Posterior(tensors[f"{i}.mean"], tensors[f"{i}.std"]) for i in range(len(tensors) // 2))
+
+
+def save_latents(storage: Storage, key: str, images: Sequence[Posterior]) -> None:
+    means = {f"{index}.mean": image.mean_CHW for index, image in enumerate(images)}
+    stds = {f"{index}.std": image.std_CHW for index, image in enumerate(images)}
+    # cloned: safetensors refuses views of one memory
+    storage.put(key, save({name: value.clone() for name, value in (means | stds).items()}))

@@ -1,0 +1,119 @@
+"""From a trained subject to a published version: weights, card, samples, loss curve, events."""
+
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+
+from PIL import Image
+
+from training.adapters.adapter import Adapter, save_adapter, version_of
+from training.base.base import Base
+from training.evaluation.evaluate import Evaluation
+from training.manifest.manifest import SubjectSpec
+from training.photos.photos import Photos
+from training.storage.card import Card, Chosen
+from training.storage.registry import Registry
+from training.trainer.checkpoint import HISTORY, SubjectState
+from training.trainer.worker.events import NAME as EVENTS, event_file
+from training.trainer.worker.loss_plot import plot_losses
+
+# what decides nothing about the weights, or names a place on one machine
+_NOT_SETTINGS = {"id", "images", "public", "min_images"}
+
+
+@dataclass(frozen=True)
+class Publication:
+    """A finished subject, with all that its card tells. `adapter` is the chosen step's, its scale folded in.
+
+    `pictures` are its samples; `samples` those that were drawn while it trained, by step.
+    """
+
+    spec: SubjectSpec
+    fingerprint: str
+    state: SubjectState
+    adapter: Adapter
+    photos: Photos
+    run: str
+    tenant: str
+    rates: Mapping[int, float] = field(default_factory=dict)
+    samples: Mapping[int, Sequence[Image.Image]] = field(default_factory=dict)
+    evaluation: Evaluation | None = None
+    pictures: Sequence[Image.Image] = ()
+
+    @property
+    def chosen(self) -> Chosen:
+        if self.evaluation is None:
+            return Chosen(step=self.state.step, reason="the last step")
+        return Chosen(step=self.evaluation.choice.step, reason=self.evaluation.choice.reason)
+
+
+def publish_subject(registry: Registry, base: Base, publication: Publication) -> str:
+    """Publishes a subject and returns its version."""
+    spec, history = publication.spec, publication.state.history
+    named = Adapter(
+        modules=publication.adapter.modules,
+        embeddings=publication.adapter.embeddings,
+        metadata={
+            "base": public_name(base),
+            "base_hash": base.hash,
+            "class": spec.class_ or "",
+            "trigger": trigger(spec),
+        },
+    )
+    weights = save_adapter(named)
+    extras = {f"samples/{index}.png": png_bytes(image) for index, image in enumerate(publication.pictures)}
+    extras["loss.png"] = plot_losses(history, spec.id)
+    extras[f"events/{EVENTS}"] = event_file(history, publication.rates, publication.samples)
+    card = make_card(base, publication, weights)
+    return registry.publish(publication.tenant, spec.id, weights, card, extras).version
+
+
+def png_bytes(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def make_card(base: Base, publication: Publication, weights: bytes) -> Card:
+    spec, state = publication.spec, publication.state
+    loss = state.history[-max(1, state.step // 10) :, HISTORY.index("loss")].mean().item() if state.step else None
+    return Card.model_validate(
+        {
+            "sha256": version_of(weights),
+            "size": len(weights),
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "fingerprint": publication.fingerprint,
+            "base": public_name(base),
+            "base_hash": base.hash,
+            "rank": spec.lora.rank,
+            "alpha": spec.lora.alpha or spec.lora.rank,
+            "targets": spec.lora.targets,
+            "text_encoder_targets": spec.lora.text_encoder_targets if spec.lora.text_encoder else (),
+            "instance_prompt": spec.filled_instance_prompt,
+            "class_prompt": spec.filled_class_prompt,
+            "class": spec.class_,
+            "trigger": trigger(spec),
+            "image_hashes": tuple(photo.sha256 for photo in publication.photos.good),
+            "run": publication.run,
+            "settings": spec.model_dump(mode="json", by_alias=True, exclude=_NOT_SETTINGS),
+            "steps": publication.chosen.step,
+            "loss": loss,
+            "chosen": publication.chosen,
+            "scores": publication.evaluation.scores if publication.evaluation is not None else (),
+            "public": spec.public,
+        }
+    )
+
+
+def trigger(spec: SubjectSpec) -> str:
+    """The words that call the subject: what the instance prompt says beyond the class prompt, and the class."""
+    usual = set(spec.filled_class_prompt.split()) - set((spec.class_ or "").split())
+    words = [word for word in spec.filled_instance_prompt.split() if word not in usual]
+    return " ".join(words)
+
+
+def public_name(base: Base) -> str:
+    """The base's name without the path it may have on this machine."""
+    return Path(base.name).name if Path(base.name).is_absolute() or base.name.startswith(".") else base.name

@@ -1,0 +1,377 @@
+"""One subject over several devices, by DeepSpeed ZeRO. The only file that imports deepspeed.
+
+Every process of a gang has a `ZeroPack`. The first one leads: it is called as any pack is, and what it does is repeated
+by the others, which `follow`. Each takes its share of the batch's rows; DeepSpeed sums the gradients and shards what
+the optimizer needs. Stage 3 shards the adapter's weights and the frozen denoiser too, gathered layer by layer; then
+every forward of the denoiser is one of all processes, also where the leader samples. Knows no Ray: whoever starts the
+processes has joined them by torch.distributed.
+
+Shape suffixes as in `training.trainer.pack`.
+"""
+
+import logging
+import os
+from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, distributed, nn
+
+from training.adapters.adapter import Adapter
+from training.adapters.bank import Bank
+from training.base.base import Base
+from training.errors import GangBroken, SubjectFailed, UserError
+from training.manifest.manifest import TrainSpec, ZeroSpec
+from training.trainer.checkpoint import SubjectState
+from training.trainer.optimizer import OptimizerState
+from training.trainer.pack import Member, Pack, Report, Subject
+
+# followers wait this long for the leader, which prepares, judges and publishes alone; a dead one is noticed by who
+# started the gang
+PATIENCE = timedelta(days=2)
+# stage 3 keeps tensors of fewer elements whole: gathering them costs more than they take
+SMALL = 100_000
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class _Order(NamedTuple):
+    """What every process shall do next: one of `ZeroPack`'s deeds, or nothing more."""
+
+    deed: str
+    values: tuple[Any, ...] = ()
+
+
+class Gang:
+    """The processes that train one subject together. Orders travel between CPUs, whatever the devices talk over."""
+
+    def __init__(self) -> None:
+        if not distributed.is_initialized():
+            raise UserError("`strategy: zero` takes several processes: `dreamfleet train` starts them")
+        self.rank, self.size = distributed.get_rank(), distributed.get_world_size()
+        self._group = distributed.new_group(backend="gloo", timeout=PATIENCE)
+
+    def tell(self, order: _Order) -> None:
+        distributed.broadcast_object_list([order], src=0, group=self._group)
+
+    def hear(self) -> _Order:
+        heard: list[Any] = [None]
+        distributed.broadcast_object_list(heard, src=0, group=self._group)
+        order: _Order = heard[0]
+        return order
+
+    def total(self, values: Sequence[float]) -> list[float]:
+        """Of each value, the sum over all processes."""
+        summed = torch.tensor(values, dtype=torch.float64)
+        distributed.all_reduce(summed, group=self._group)
+        return summed.tolist()
+
+    def any(self, flag: bool) -> bool:
+        """Whether it is so in any process."""
+        return self.total([float(flag)])[0] > 0
+
+
+class ZeroPack(Pack):
+    """A pack of one slot, spread over a gang. Its batch has a row of each kind for every process.
+
+    The base stays hooked by DeepSpeed after `close` in stage 3: a process of a gang ends with its pack.
+    """
+
+    def __init__(
+        self,
+        base: Base,
+        gang: Gang,
+        zero: ZeroSpec,
+        *,
+        rank: int,
+        targets: dict[str, Sequence[str]],
+        words: int = 0,
+        gradient_checkpointing: bool = False,
+    ) -> None:
+        super().__init__(
+            base, slots=1, rank=rank, targets=targets, words=words, gradient_checkpointing=gradient_checkpointing
+        )
+        # the bank only shows what has been learned; DeepSpeed holds what is trained
+        self.bank.weights_SP = self.bank.weights_SP.detach()
+        self._gang = gang
+        self._part = slice(gang.rank, None, gang.size)
+        self._shards = _ShardedAdamW(self.bank, zero, gang.size)
+        self._makers = {"adamw": lambda: self._shards}
+        self._denoiser = _shard_frozen(base.unet, zero, base.dtype) if zero.stage == 3 else None
+        if self._denoiser is not None:
+            base.unet.register_forward_pre_hook(self._share_forward, with_kwargs=True, prepend=True)
+        self._deeds: dict[str, Callable[..., Any]] = {
+            "join": super().join,
+            "leave": super().leave,
+            "step": super().step,
+            "settle": self._settle,
+            "denoise": self._denoise,
+        }
+        self._at_it = gang.rank > 0  # in the middle of what all do
+        self._broken = False
+        self._settled = True
+
+    # -- the leader's calls --
+
+    def join(self, subject: Subject) -> None:
+        self._all(_Order("join", (subject,)))
+
+    def leave(self, id: str) -> Subject:
+        left: Subject = self._all(_Order("leave", (id,)))
+        return left
+
+    def step(self) -> list[Report]:
+        reports: list[Report] = self._all(_Order("step"))
+        return reports
+
+    def state(self, id: str) -> SubjectState:
+        self._show()
+        return super().state(id)
+
+    def adapter(self, id: str) -> Adapter:
+        self._show()
+        return super().adapter(id)
+
+    def slot(self, id: str) -> tuple[int, float]:
+        self._show()
+        return super().slot(id)
+
+    def close(self) -> None:
+        if not self._broken and self._gang.rank == 0:
+            self._gang.tell(_Order("close"))
+        super().close()
+
+    def follow(self) -> None:
+        """What every process but the first does: its part of everything, until the leader closes the pack."""
+        while (order := self._gang.hear()).deed != "close":
+            try:
+                self._deeds[order.deed](*order.values)
+            except (SubjectFailed, UserError):
+                continue  # the leader has met the same, and deals with it
+        super().close()
+
+    def _all(self, order: _Order) -> Any:
+        """Has every process do it. Inside of what all do already, all come by here anyway."""
+        if self._at_it:
+            return self._deeds[order.deed](*order.values)
+        if self._broken:
+            raise GangBroken("a process of the gang has failed before")
+        self._at_it = True
+        try:
+            self._gang.tell(order)
+            return self._deeds[order.deed](*order.values)
+        except (SubjectFailed, UserError):
+            raise
+        except Exception as error:
+            self._broken = True
+            raise GangBroken(f"{type(error).__name__}: {error}") from error
+        finally:
+            self._at_it = False
+
+    # -- what all do --
+
+    def _show(self) -> None:
+        """The bank shows what has been learned so far."""
+        if not self._settled:
+            self._all(_Order("settle"))
+
+    def _settle(self) -> None:
+        self.bank.weights_SP[0].copy_(self._shards.gather())
+        self._settled = True
+
+    def _share_forward(self, unet: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+        """A forward of the leader alone (a sample, a score) needs the layers' shards of all."""
+        if not self._at_it:
+            tensors = [value for value in (*inputs, *named.values()) if isinstance(value, Tensor)]
+            latents, embeddings = tensors[0], named["encoder_hidden_states"]
+            self._gang.tell(_Order("denoise", (tuple(latents.shape), tuple(embeddings.shape))))
+
+    def _denoise(self, latents: tuple[int, ...], embeddings: tuple[int, ...]) -> None:
+        """Followers' part of a forward of the leader alone: the layers are gathered, what comes out is of no use."""
+        device, dtype = self.base.device, self.base.dtype
+        with torch.no_grad(), self.bank.using():
+            self.base.unet(
+                torch.zeros(latents, device=device, dtype=dtype),
+                torch.zeros(latents[0], device=device, dtype=torch.long),
+                encoder_hidden_states=torch.zeros(embeddings, device=device, dtype=dtype),
+            )
+
+    def _forward_backward(self, members: Sequence[Member]) -> tuple[list[float], list[float]]:
+        shown = self.bank.weights_SP
+        self.bank.weights_SP = self._shards.weights()
+        try:
+            instance_M, prior_M = super()._forward_backward(members)
+        finally:
+            self.bank.weights_SP = shown
+        instance, prior = self._gang.total([*instance_M, *prior_M])
+        return [instance], [prior]
+
+    def _backward(self, loss: Tensor) -> None:
+        (member,) = self._members.values()
+        last = member.micro + 1 == member.train.gradient_accumulation_steps
+        # DeepSpeed averages over processes; the loss is a sum
+        self._shards.backward(loss * self._gang.size, last)
+        if self._denoiser is not None:
+            self._denoiser.empty_partition_cache()
+
+    def _optimize(self, due: Sequence[Member]) -> list[Report]:
+        (member,) = due
+        self._shards.step([member.slot], {member.slot: self._rates(member)})
+        self._settled = False
+        report = self._finish_step(member, self._shards.norm)
+        return [report] if report is not None else []
+
+    def _clear_gradient(self, slot: int) -> None:
+        """Its gradients end with its engine."""
+
+
+class _Parts(nn.Module):
+    """A subject's parameters by learning rate, each padded so that it splits evenly. Called, it answers [1, P]."""
+
+    def __init__(self, parts: Sequence[Tensor], processes: int) -> None:
+        super().__init__()
+        self._widths = [part.numel() for part in parts]
+        self.parts = nn.ParameterList(nn.Parameter(padded(part, processes)) for part in parts)
+
+    def forward(self) -> Tensor:
+        return torch.cat([part[:width] for part, width in zip(self.parts, self._widths, strict=True)])[None]
+
+    def cut(self, tensors: Sequence[Tensor]) -> Tensor:
+        """[P] from tensors as long as the parts."""
+        return torch.cat([tensor.flatten()[:width] for tensor, width in zip(tensors, self._widths, strict=True)])
+
+
+class _ShardedAdamW:
+    """torch's AdamW under DeepSpeed, as the optimizer of a bank of one slot. Every subject has an engine of its own, so
+    that nothing of its predecessor is left."""
+
+    def __init__(self, bank: Bank, zero: ZeroSpec, processes: int) -> None:
+        self._bank = bank
+        self._zero = zero
+        self._processes = processes
+        columns = [bank.columns(component) for component in (*bank.sites, Bank.WORDS)]
+        self._columns = [(place, part) for place, part in enumerate(columns) if part.stop > part.start]
+        self._parts = _Parts((), processes)
+        self._engine: Any = None
+        self._shown = OptimizerState()
+        self.norm = 0.0
+
+    def join(self, slot: int, spec: TrainSpec, state: OptimizerState | None) -> None:
+        self.leave(slot)
+        values_P = self._bank.weights_SP[slot]
+        self._parts = _Parts([values_P[part] for _, part in self._columns], self._processes)
+        optimizer = torch.optim.AdamW(
+            [{"params": [part]} for part in self._parts.parts],
+            lr=0.0,
+            betas=(spec.adam_beta1, spec.adam_beta2),
+            eps=spec.adam_epsilon,
+            weight_decay=spec.adam_weight_decay,
+        )
+        config = _config(self._zero, self._bank.weights_SP.dtype) | {"gradient_clipping": spec.max_grad_norm or 0.0}
+        self._engine = _initialize(self._parts, config, optimizer)
+        self._remember(state or OptimizerState())
+        self.gather()
+
+    def leave(self, slot: int) -> None:
+        if self._engine is not None:
+            self._engine.destroy()
+            del self._parts.parts  # DeepSpeed keeps its modules for good; this one shall hold nothing
+            self._engine = None
+
+    def weights(self) -> Tensor:
+        """[1, P] on every process, differentiable towards the shards."""
+        weights_SP: Tensor = self._engine()
+        return weights_SP
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """`last` micro-batch of a step."""
+        self._engine.set_gradient_accumulation_boundary(last)
+        self._engine.backward(loss, scale_wrt_gas=False)
+
+    def step(self, slots: Sequence[int], rates: Mapping[int, Sequence[tuple[slice, float]]]) -> None:
+        """Clips and applies the gradients, unless they are not finite; `norm` is what theirs was."""
+        for group, (place, _) in zip(self._groups(), self._columns, strict=True):
+            group["lr"] = rates[slots[0]][place][1]
+        self._engine.step()
+        self.norm = float(self._engine.get_global_grad_norm())
+
+    def state(self, slot: int) -> OptimizerState:
+        """As of the last `gather`."""
+        return self._shown
+
+    def gather(self) -> Tensor:
+        """The weights [P], whole, in every process; the moments are kept for `state`."""
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        rows = {
+            name: self._parts.cut([safe_get_full_optimizer_state(part, name) for part in self._parts.parts]).cpu()
+            for name in MOMENTS
+        }
+        steps = next(iter(self._engine.basic_optimizer.state.values()))["step"]
+        self._shown = OptimizerState(rows, numbers={"step": float(steps)})
+        return self._parts.cut([safe_get_full_fp32_param(part) for part in self._parts.parts])
+
+    def _remember(self, state: OptimizerState) -> None:
+        """Puts moments and step into DeepSpeed's shards, also where they are those of a beginning."""
+        from deepspeed.utils import safe_set_full_optimizer_state
+
+        inner = self._engine.basic_optimizer
+        for group in self._groups():
+            for shard in group["params"]:
+                inner.state[shard] = {name: torch.zeros_like(shard) for name in MOMENTS} | {"step": torch.zeros(())}
+        # DeepSpeed finds the moments in the first step: one of nothing, at a learning rate of nothing
+        self.backward(self.weights().sum() * 0.0, last=True)
+        self._engine.step()
+        for name, row_P in state.rows.items():
+            for part, (_, columns) in zip(self._parts.parts, self._columns, strict=True):
+                whole = padded(row_P[columns], self._processes).to(self._bank.weights_SP)
+                safe_set_full_optimizer_state(part, whole, name)
+        for remembered in inner.state.values():
+            remembered["step"].fill_(state.numbers.get("step", 0.0))
+
+    def _groups(self) -> list[dict[str, Any]]:
+        groups: list[dict[str, Any]] = self._engine.basic_optimizer.param_groups
+        return groups
+
+
+def padded(part: Tensor, processes: int) -> Tensor:
+    """A copy, with zeros at its end, whose length divides by the number of processes."""
+    return nn.functional.pad(part.detach(), (0, -part.numel() % processes)).clone()
+
+
+def _shard_frozen(model: nn.Module, zero: ZeroSpec, dtype: torch.dtype) -> Any:
+    """Every process keeps its share of the model's weights; layers are gathered when their turn comes."""
+    return _initialize(model, _config(zero, dtype), None)
+
+
+def _initialize(module: nn.Module, config: dict[str, Any], optimizer: torch.optim.Optimizer | None) -> Any:
+    """A DeepSpeed engine over `module`."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed
+    from deepspeed.utils import logger
+
+    logger.setLevel(logging.WARNING)
+    # it would be compiled, which takes a compiler and a minute; gloo does the same
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
+    return engine
+
+
+def _config(zero: ZeroSpec, dtype: torch.dtype) -> dict[str, Any]:
+    waits = {"device": "cpu"} if zero.offload else {"device": "none"}
+    sharding = {"stage": zero.stage, "stage3_param_persistence_threshold": SMALL, "offload_optimizer": waits}
+    if zero.stage == 3:
+        sharding["offload_param"] = waits
+    return {
+        # the pack counts rows and micro-batches itself
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "steps_per_print": 2**62,
+        "zero_optimization": sharding,
+        "zero_allow_untested_optimizer": True,
+        # DeepSpeed's own would be compiled
+        "zero_force_ds_cpu_optimizer": False,
+        "bf16": {"enabled": dtype == torch.bfloat16},
+        "fp16": {"enabled": dtype == torch.float16},
+    }
