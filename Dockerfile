@@ -4,6 +4,8 @@ FROM python:3.11-slim
 
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 RAY_USAGE_STATS_ENABLED=0 GOMP_SPINCOUNT=1000
+# Serve's HTTP proxy answers for an ingress that is lost, and closes connections that say nothing (ray_app/serve/proxy.py)
+ENV RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=ray_app.serve.proxy.guard
 
 RUN apt-get update && apt-get install -y --no-install-recommends procps wget && rm -rf /var/lib/apt/lists/*
 RUN useradd --create-home --uid 1000 ray

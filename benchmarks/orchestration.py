@@ -26,6 +26,7 @@ from ray_app.train.drive import drive_run
 from training.base.base import best_device, load_base
 from training.base.outline import outline
 from training.manifest.plan import plan_run
+from training.photos.intake import current_fingerprint
 from training.run.run import RunStore
 from training.run.source import Beat, Orders, Outcome, Task
 from training.run.submission import submit
@@ -82,12 +83,14 @@ def plain(manifest: Path, storage: Path) -> float:
 
     submission = submit(manifest, open_storage(str(storage)))
     specs = submission.manifest.subjects
-    source = ListSource([Task(spec, f"{index:064x}") for index, spec in enumerate(specs)])
+    held, root = submission.store.storage, submission.manifest.root
+    marks = [current_fingerprint(spec, submission.record.base_hash, held, root) for spec in specs]
+    source = ListSource([Task(spec, mark) for spec, mark in zip(specs, marks, strict=True)])
     (pack,) = plan_run(submission.manifest, outline(submission.record.base)).packs
     dtype = precision(pack.profile.mixed_precision, best_device())
     base = load_base(submission.record.base, dtype=dtype)
-    store = RunStore(submission.store.storage, submission.record.run)
-    work(base, pack, source, store, tenant="default", root=submission.manifest.root)
+    store = RunStore(held, submission.record.run)
+    work(base, pack, source, store, tenant="default", root=root)
     assert source.published == len(specs)
     return time.perf_counter() - source.began
 

@@ -3,12 +3,16 @@
 `ServeSpec` is what a user may set; `Limits` what a request may ask for.
 """
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, StringConstraints
 
 from serving.engine.request import Closed
 from training.base.facts import SamplerName
+from training.storage.card import MAX_BYTES
+
+MAX_RANK = 1024
+MAX_WORDS = 256
 
 
 class Limits(Closed):
@@ -18,41 +22,57 @@ class Limits(Closed):
     steps: int = Field(default=150, ge=1, le=1000)
     side_px: int = Field(default=2048, ge=16, le=8192)
     pixels: int = Field(default=2048 * 2048, ge=256, description="width x height x n of one request")
-    prompt_chars: int = Field(default=2000, ge=1)
+    prompt_chars: int = Field(default=2000, ge=1, le=20_000)
     adapters: int = Field(default=8, ge=1, le=64, description="adapters mixed in one request")
     weight: float = Field(default=10.0, gt=0, description="the largest weight of an adapter, either sign")
     body_bytes: int = Field(default=24 * 2**20, ge=1024)
-    upload_bytes: int = Field(default=512 * 2**20, ge=1024, description="size of an uploaded adapter file")
+    upload_bytes: int = Field(default=MAX_BYTES, ge=1024, le=MAX_BYTES, description="size of an uploaded adapter file")
     deadline_s: float = Field(default=600, gt=0, description="a request that is not done by then fails with 504")
     tenant_running: int = Field(default=256, ge=1, description="requests of one tenant waiting or running at once")
     tenant_per_minute: int = Field(default=6000, ge=1, description="requests of one tenant in a minute")
+    tenant_uploads: int = Field(default=4, ge=1, description="uploads of one tenant at once")
+    tenant_uploads_per_minute: int = Field(default=120, ge=1, description="uploads of one tenant in a minute")
+    tenant_adapters: int = Field(default=10_000, ge=1, description="adapters that one tenant may have")
+    tenant_bytes: int = Field(default=50 * 2**30, ge=1024, description="bytes of all versions of a tenant's adapters")
 
 
 class EngineSpec(Closed):
     """Sizes and budgets of one engine."""
 
-    device: str | None = Field(default=None, description="cpu, cuda, cuda:1; by default CUDA where it works")
+    device: str | None = Field(
+        default=None, pattern=r"^(cpu|cuda(:\d+)?)$", description="cpu, cuda, cuda:1; by default CUDA where it works"
+    )
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         default="auto", description="auto: fp32 on a CPU, fp16 on CUDA"
     )
     threads: int | None = Field(default=None, ge=1, description="CPU threads of the compute thread")
     slots: int = Field(default=16, ge=1, le=65536, description="adapters on the device at once")
-    rank: int = Field(default=32, ge=1, le=1024, description="the largest adapter rank served")
-    words: int = Field(default=8, ge=0, le=256, description="textual-inversion vectors that an adapter may bring")
+    rank: int = Field(default=32, ge=1, le=MAX_RANK, description="the largest adapter rank served")
+    words: int = Field(default=8, ge=0, le=MAX_WORDS, description="textual-inversion vectors that an adapter may bring")
     targets: tuple[str, ...] | None = Field(
         default=None, description="ends of the denoiser's layers that are served; all that adapters change by default"
     )
     text_encoder_targets: tuple[str, ...] | None = Field(default=None, description="the same of text encoders")
-    max_rows: int = Field(default=32, ge=1, description="rows of one forward; an image with guidance takes two")
+    max_rows: int = Field(
+        default=32,
+        ge=1,
+        description="rows of one forward at the base's own size, fewer of larger images; guidance takes two an image",
+    )
     queue: int = Field(default=256, ge=1, description="images that may wait; beyond it requests get 429")
-    decode_rows: int = Field(default=4, ge=1, description="images decoded between two denoising steps")
+    decode_rows: int = Field(default=4, ge=1, description="images of the base's size decoded between two steps")
     host_bytes: int = Field(default=2 * 2**30, ge=0, description="host memory for adapters that are not on the device")
+    prompt_tokens: int = Field(default=600, ge=1, description="tokens of a prompt; longer ones get 400")
     prompt_cache: int = Field(default=512, ge=0, description="prompt embeddings kept")
     loaders: int = Field(default=4, ge=1, le=64, description="threads that fetch and unpack adapters")
     fixed_rows: bool = Field(
         default=False,
         description="pad every forward to `max_rows`: the same seed gives the same bits in any company, at a price",
     )
+
+    def flags_for(self, rank: int, words: int) -> str:
+        """The flags that a server of these sizes lacks for an adapter of `rank` with `words` vectors; empty if none."""
+        short = {"--rank": (rank, self.rank), "--words": (words, self.words)}
+        return " ".join(f"{flag} {need}" for flag, (need, there) in short.items() if need > there)
 
 
 class ServeSpec(Closed):
@@ -61,10 +81,16 @@ class ServeSpec(Closed):
     base: str = Field(default="pocket", description="pocket, a diffusers folder or a hub id")
     storage: str = "./storage"
     keys: str | None = Field(default=None, description="tenants and keys file; none: loopback only, one tenant")
+    cors: tuple[Annotated[str, StringConstraints(pattern=r"^https?://[^/*\s]+$")], ...] = Field(
+        default=(), description="origins whose web pages may use the server, such as https://studio.example; none"
+    )
     engine: EngineSpec = EngineSpec.model_construct()
     limits: Limits = Limits.model_construct()
     steps: int = Field(default=25, ge=1, le=1000, description="default of a request")
     guidance_scale: float = Field(default=5.0, ge=0, le=50, description="default of a request")
     scheduler: SamplerName = "ddim"
+    picture_parameters: bool = Field(
+        default=True, description="PNG files hold prompt, seed and settings, as AUTOMATIC1111 writes and reads them"
+    )
     disk_bytes: int = Field(default=10 * 2**30, ge=0, description="local disk for adapters of an object store; 0: none")
     refresh_s: float = Field(default=1.0, ge=0, description="how old what is known about `current` may be")

@@ -3,8 +3,9 @@
     UserError
     └── Refused                   the request cannot be served as asked
         ├── QueueFull             too much is waiting: try again after `retry_after_s` (429)
+        ├── QuotaExceeded         the tenant has stored as much as it may (429, but no later try helps)
         ├── DeadlineExceeded      it took longer than it may (504)
-        ├── AdapterUnavailable    the adapter is there but cannot be loaded onto this base (409)
+        ├── AdapterUnavailable    the adapter is there but cannot be loaded onto this base (422)
         └── NotReady              the server is starting or draining (503)
     GenerationFailed              a fault of ours while working on one request; its neighbours went on (500)
     Cancelled                     nobody waits for the request any more
@@ -28,6 +29,10 @@ class QueueFull(Refused):
 
     def __str__(self) -> str:
         return str(self.args[0])
+
+
+class QuotaExceeded(Refused):
+    """The tenant has as many adapters or bytes as it may have."""
 
 
 class DeadlineExceeded(Refused):

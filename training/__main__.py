@@ -18,7 +18,7 @@ from training.errors import UserError
 from training.evaluation.report import write_report
 from training.manifest.manifest import Manifest, load_manifest
 from training.manifest.plan import PackPlan, plan_run
-from training.photos.intake import fingerprint, read_files
+from training.photos.intake import current_fingerprint
 from training.run.run import RunRecord, RunStore, State, SubjectRecord, digest_of, find_unfinished, new_run_id
 from training.run.source import Beat, Orders, Outcome, Task
 from training.storage.registry import Registry
@@ -42,11 +42,10 @@ class LocalSource:
         while self._todo and len(tasks) < count:
             subject = self._todo.pop(0)
             try:
-                files = read_files(subject, self._storage, self._manifest.root)
+                mark = current_fingerprint(subject, self._base_hash, self._storage, self._manifest.root)
             except UserError as error:
                 self.ended(Outcome(subject.id, "bad subject", str(error)))
                 continue
-            mark = fingerprint(subject, self._base_hash, files)
             version = Registry(self._storage).find(self._manifest.tenant, subject.id, mark)
             if version is not None:
                 print(f"{subject.id}: reused {version[:12]}")

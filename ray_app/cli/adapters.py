@@ -1,6 +1,7 @@
 """`adapters`: the registry of a storage from the command line."""
 
 import json
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -8,13 +9,20 @@ import click
 from rich.table import Table
 
 from ray_app.cli import options
+from training.base.folder import find_base
 from training.errors import UserError
 from training.storage.storage import open_storage
 
 if TYPE_CHECKING:
     from serving.http.library import Library
+    from training.adapters.adapter import Adapter
     from training.adapters.formats.formats import Format
     from training.storage.registry import Registry, Resolved
+
+# folders below that of an adapter: PEFT's and diffusers' scripts write one a component, we one for words
+FOLDERS = ("unet", "text_encoder", "text_encoder_2", "embeddings")
+
+base_option = click.option("--base", help="the base's name or folder, if not the one the card names")
 
 
 @click.group()
@@ -85,32 +93,39 @@ def delete(adapter: str, storage: str, tenant: str, yes: bool, as_json: bool) ->
 
 @adapters.command()
 @click.argument("adapter")
-@click.option("--format", "format_", type=click.Choice(["diffusers", "kohya", "lora_diffusion"]), default="diffusers")
+@click.option(
+    "--format", "format_", type=click.Choice(["diffusers", "kohya", "lora_diffusion", "peft"]), default="diffusers"
+)
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), default=".", show_default=True)
-@click.option("--base", help="the base's name or folder, if not the one the card names")
+@base_option
 @options.storage
 @options.tenant
 @options.as_json
 def export(
     adapter: str, format_: "Format", out: Path, base: str | None, storage: str, tenant: str, as_json: bool
 ) -> None:
-    """Write ADAPTER ([TENANT/]ID[@VERSION]) as files that other programs read."""
+    """Write ADAPTER ([TENANT/]ID[@VERSION]) as files that other programs read: all of them, or none."""
     from training.adapters.adapter import load_adapter
-    from training.adapters.formats.formats import Label, export_adapter
+    from training.adapters.formats.formats import export_adapter, label_of
+    from training.storage.delivery import deliver
 
     registry = open_registry(storage)
     resolved = resolve(registry, adapter, tenant)
     weights = load_adapter(registry.weights(resolved))
-    library = open_library(registry, base or resolved.card.base)
-    label = Label(name=resolved.id, resolution_px=library.outline.facts.resolution)
-    files = export_adapter(weights, format_, library.shapes().keys(), label)
-    out.mkdir(parents=True, exist_ok=True)
-    for name, data in files.items():
-        (out / name).write_bytes(data)
+    modules: Collection[str] = ()
+    label = None
+    if format_ in ("kohya", "lora_diffusion"):  # these say what the base is, or count its modules
+        named = base_for(resolved, base)
+        library = open_library(registry, named)
+        modules, label = (
+            library.shapes().keys(),
+            label_of(resolved.id, find_base(named), library.outline.facts.resolution),
+        )
+    written = deliver(export_adapter(weights, format_, modules, label), out)
     if as_json:
-        return options.print_json({"files": [str(out / name) for name in files]})
-    for name in files:
-        click.echo(str(out / name))
+        return options.print_json({"files": [str(path) for path in written]})
+    for path in written:
+        click.echo(str(path))
 
 
 @adapters.command("import")
@@ -118,7 +133,7 @@ def export(
 @click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--base", default="pocket", show_default=True, help="the base it was trained on")
 @click.option("--trigger", default="", help="the words that call the subject up")
-@click.option("--public", is_flag=True, help="other tenants may generate with it")
+@click.option("--public/--private", default=None, help="whether others may generate with it; else as before")
 @options.storage
 @options.tenant
 @options.as_json
@@ -127,35 +142,71 @@ def import_(
     files: tuple[Path, ...],
     base: str,
     trigger: str,
-    public: bool,
+    public: bool | None,
     storage: str,
     tenant: str,
     as_json: bool,
 ) -> None:
-    """Publish FILES (diffusers, kohya, lora_diffusion or PEFT; one folder or its files) as adapter ID."""
-    from serving.config import EngineSpec
-    from training.adapters.adapter import save_adapter
+    """Publish FILES (diffusers, kohya, lora_diffusion or PEFT; one folder or its files) as adapter ID.
+
+    A folder stands for its files and those of its folders unet, text_encoder and embeddings.
+    """
     from training.adapters.formats.formats import import_adapter
 
     library = open_library(open_registry(storage), base)
-    adapter = import_adapter(_read(files), library.shapes().keys())
-    data = save_adapter(adapter)
-    resolved = library.upload(tenant, id, data, EngineSpec(), public=public, trigger=trigger)
+    adapter = import_adapter(read_files(files), library.shapes().keys())
+    resolved = publish(library, tenant, id, adapter, public=public, trigger=trigger)
     if as_json:
         return options.print_json(short(resolved))
     click.echo(f"{resolved.tenant}/{resolved.id}@{resolved.version[:12]}")
 
 
-def _read(paths: tuple[Path, ...]) -> dict[str, bytes]:
-    """The files by name; a folder stands for the files in it."""
+def read_files(paths: Sequence[Path]) -> dict[str, bytes]:
+    """The files by path; a folder stands for the files in it and in those of its folders that hold parts of it."""
     files: dict[str, bytes] = {}
     for path in paths:
-        for file in sorted(path.iterdir()) if path.is_dir() else [path]:
-            try:
-                files[file.name] = file.read_bytes()
-            except OSError as error:
-                raise UserError(f"Cannot read '{file}': {error.strerror}. Give safetensors files.") from None
+        try:
+            for file in _files_of(path) if path.is_dir() else [path]:
+                files[file.as_posix()] = file.read_bytes()
+        except OSError as error:
+            raise UserError(f"Cannot read '{error.filename}': {error.strerror}. Give safetensors files.") from None
     return files
+
+
+def _files_of(folder: Path) -> list[Path]:
+    folders = [folder, *(folder / name for name in FOLDERS if (folder / name).is_dir())]
+    return [file for one in folders for file in sorted(one.iterdir()) if file.is_file() and file.name[0] != "."]
+
+
+def publish(
+    library: "Library", tenant: str, id: str, adapter: "Adapter", *, public: bool | None = None, trigger: str = ""
+) -> "Resolved":
+    """Publishes `adapter` whatever its rank; says on stderr which flags a server needs to take it."""
+    from serving.config import MAX_RANK, MAX_WORDS, EngineSpec
+    from serving.engine.fit import count_vectors
+    from training.adapters.adapter import save_adapter
+
+    spec = EngineSpec(rank=MAX_RANK, words=MAX_WORDS)
+    resolved = library.upload(tenant, id, save_adapter(adapter), spec, public=public, trigger=trigger)
+    if needed := EngineSpec().flags_for(adapter.rank, count_vectors(adapter)):
+        smaller = ", or make the adapter smaller with `dreamfleet adapters resize`" if "--rank" in needed else ""
+        click.echo(f"note: a server takes it only if started with {needed}{smaller}", err=True)
+    return resolved
+
+
+def base_for(resolved: "Resolved", base: str | None) -> str:
+    """`base`, or the one that the adapter's card names; raises UserError asking for --base where that is not here."""
+    named = base or resolved.card.base
+    try:
+        find_base(named)
+    except UserError as error:
+        if base:
+            raise
+        raise UserError(
+            f"Adapter {resolved.name} was made for the base '{named}', and no base is found here by that name. Say "
+            f"where it is: --base FOLDER, a .safetensors checkpoint or a hub id. ({error})"
+        ) from None
+    return named
 
 
 def open_library(registry: "Registry", base: str) -> "Library":

@@ -13,9 +13,10 @@ import click
 
 from ray_app.cli.adapters import adapters
 from ray_app.cli.evaluate import evaluate
+from ray_app.cli.keys import keys
 from ray_app.cli.runs import cancel, logs, retry, status
 from ray_app.cli.server import generate, serve
-from ray_app.cli.shape import fuse, merge, sweep
+from ray_app.cli.shape import fuse, merge, resize, sweep
 from ray_app.cli.storage import gc
 from ray_app.cli.train import drive, train, validate
 from ray_app.silence import silence
@@ -69,9 +70,9 @@ def base(name: str, as_json: bool) -> None:
     click.echo(json.dumps({"base": name, "folder": str(folder)}) if as_json else str(folder))
 
 
-for command in (validate, train, drive, status, logs, cancel, retry, serve, generate, adapters, gc, evaluate):
+for command in (validate, train, drive, status, logs, cancel, retry, serve, generate, adapters, gc, evaluate, keys):
     main.add_command(command)
-for command in (merge, fuse, sweep):
+for command in (merge, resize, fuse, sweep):
     adapters.add_command(command)
 
 

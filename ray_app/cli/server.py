@@ -8,6 +8,8 @@ from typing import Any
 import click
 
 from ray_app.cli import options
+from serving.config import EngineSpec, ServeSpec
+from serving.flags import flags
 from training.errors import UserError
 
 
@@ -18,11 +20,20 @@ from training.errors import UserError
 @click.option("--host", default="127.0.0.1", show_default=True)
 @click.option("--port", default=8000, show_default=True, type=click.IntRange(0, 65535))
 @click.option("--keys", type=click.Path(path_type=Path), help="file of tenants and keys; without it loopback only")
-def serve(storage: str, address: str, base: str, host: str, port: int, keys: Path | None) -> None:
+@flags(EngineSpec, "engine")
+def serve(storage: str, address: str, base: str, host: str, port: int, keys: Path | None, engine: EngineSpec) -> None:
     """Serve the base and every published adapter over HTTP, until Ctrl-C."""
-    from ray_app.serve.deployments import serve_forever
+    from ray_app.serve.deployments import Deployment, serve_forever
 
-    serve_forever(storage=storage, address=address, base=base, host=host, port=port, keys=str(keys) if keys else None)
+    serve_forever(
+        storage=storage,
+        address=address,
+        base=base,
+        host=host,
+        port=port,
+        keys=str(keys) if keys else None,
+        deployment=Deployment(server=ServeSpec(engine=engine)),
+    )
 
 
 @click.command()

@@ -1,4 +1,4 @@
-"""`adapters merge`, `fuse` and `sweep`: new adapters from old ones, a full model, what a weight does as a picture."""
+"""`adapters merge`, `resize`, `fuse` and `sweep`: adapters from adapters, a full model, what a weight looks like."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,16 +7,23 @@ from typing import TYPE_CHECKING
 import click
 
 from ray_app.cli import options
-from ray_app.cli.adapters import open_library, open_registry, resolve, short
+from ray_app.cli.adapters import (
+    base_for,
+    base_option,
+    open_library,
+    open_registry,
+    publish,
+    read_files,
+    resolve,
+    short,
+)
 from training.errors import UserError
 
 if TYPE_CHECKING:
     from training.adapters.adapter import Adapter
-    from training.storage.registry import Registry
+    from training.storage.registry import Registry, Resolved
 
 parts = click.argument("parts", nargs=-1, required=True, metavar="ID[@VERSION][:WEIGHT]...")
-
-base_option = click.option("--base", help="the base's name or folder, if not the one the card names")
 
 
 @click.command()
@@ -31,24 +38,60 @@ def merge(
     parts: Sequence[str], out: str, rank: int | None, base: str | None, storage: str, tenant: str, as_json: bool
 ) -> None:
     """Add adapters up, each times its weight, into one."""
-    from serving.config import EngineSpec
     from training.adapters.adapter import save_adapter
     from training.adapters.merge import merge_adapters, reduce_rank
+    from training.storage.local import write_file
 
     registry = open_registry(storage)
     loaded = [_load(registry, part, tenant) for part in parts]
     merged = merge_adapters([(adapter, weight) for adapter, weight, _ in loaded])
     merged = reduce_rank(merged, rank) if rank else merged
-    data = save_adapter(merged)
     if out.endswith(".safetensors"):
-        Path(out).write_bytes(data)
+        write_file(Path(out), [save_adapter(merged)])
         return options.print_json({"file": out, "rank": merged.rank}) if as_json else click.echo(out)
-    library = open_library(registry, base or loaded[0][2])
-    spec = EngineSpec(rank=max(EngineSpec().rank, merged.rank))
-    resolved = library.upload(tenant, out, data, spec, public=False, trigger="")
+    resolved = publish(open_library(registry, base_for(loaded[0][2], base)), tenant, out, merged)
     if as_json:
         return options.print_json(short(resolved))
     click.echo(f"{resolved.tenant}/{resolved.id}@{resolved.version[:12]} (rank {merged.rank})")
+
+
+@click.command()
+@click.argument("source")
+@click.option("--rank", required=True, type=click.IntRange(1), help="of no layer more than this")
+@click.option("--out", required=True, help="the id to publish it as, or a file that ends in .safetensors")
+@click.option("--base", help="the base's name or folder; of a published adapter the one its card names, else pocket")
+@options.storage
+@options.tenant
+@options.as_json
+def resize(source: str, rank: int, out: str, base: str | None, storage: str, tenant: str, as_json: bool) -> None:
+    """Make an adapter of a lower rank by SVD, the nearest there is, and say how far it is from SOURCE.
+
+    SOURCE is a published adapter, [TENANT/]ID[@VERSION], a file that ends in .safetensors, or a folder, written with
+    its path: ./FOLDER.
+    """
+    from training.adapters.adapter import load_adapter, save_adapter
+    from training.adapters.merge import reduce_rank, relative_error
+    from training.storage.local import write_file
+
+    registry = open_registry(storage)
+    adapter, resolved = _open(registry, source, tenant, base)
+    data = save_adapter(reduce_rank(adapter, rank))
+    smaller = load_adapter(data)
+    if out.endswith(".safetensors"):
+        write_file(Path(out), [data])
+        made: dict[str, object] = {"file": out}
+    else:
+        library = open_library(registry, base_for(resolved, base) if resolved else base or "pocket")
+        card = resolved.card if resolved else None
+        trigger, public = (card.trigger, resolved.public) if resolved and card else ("", None)
+        made = dict(short(publish(library, tenant, out, smaller, public=public, trigger=trigger)))
+    error = relative_error(adapter, smaller)
+    if as_json:
+        worst = {"module": error.worst_module, "error": error.worst}
+        return options.print_json({**made, "rank": smaller.rank, "error": error.all, "worst": worst})
+    click.echo(f"{out}: rank {adapter.rank} -> {smaller.rank}, relative error {error.all:.2%}")
+    if error.worst_module:
+        click.echo(f"worst layer {error.worst:.2%}: {error.worst_module}")
 
 
 @click.command()
@@ -59,15 +102,20 @@ def merge(
 @options.tenant
 @options.as_json
 def fuse(parts: Sequence[str], out: Path, base: str | None, storage: str, tenant: str, as_json: bool) -> None:
-    """Write the base with adapters fused in, as a full diffusers folder."""
+    """Write the base with adapters fused in, as a full diffusers folder.
+
+    Their words become words of its tokenizer, whatever the weight: a word has no strength.
+    """
     from training.adapters.fuse import fuse_base
 
     registry = open_registry(storage)
     loaded = [_load(registry, part, tenant) for part in parts]
-    changed = fuse_base(base or loaded[0][2], [(adapter, weight) for adapter, weight, _ in loaded], out)
+    fused = fuse_base(base_for(loaded[0][2], base), [(adapter, weight) for adapter, weight, _ in loaded], out)
     if as_json:
-        return options.print_json({"folder": str(out), "layers": changed})
-    click.echo(f"{out}: {changed} layers changed")
+        return options.print_json({"folder": str(out), "layers": fused.layers, "words": fused.words})
+    click.echo(f"{out}: {fused.layers} layers changed")
+    for word, tokens in fused.words.items():
+        click.echo(f"{out}: the tokenizer has the word {word}" + f" as {' '.join(tokens)}" * (len(tokens) > 1))
 
 
 @click.command()
@@ -100,15 +148,14 @@ def sweep(
     from training.sampling.sweep import draw_sweep
 
     registry = open_registry(storage)
-    resolved = resolve(registry, adapter, tenant)
-    loaded, _, named = _load(registry, adapter, tenant)
+    loaded, _, resolved = _load(registry, adapter, tenant)
     try:
         wanted = [float(weight) for weight in weights.split(",")]
     except ValueError:
         raise UserError(f"--weights is '{weights}'; give numbers with commas between, such as 0,0.5,1.") from None
     prompts = list(prompt) or [resolved.card.instance_prompt]
     picture = draw_sweep(
-        load_base(base or named),
+        load_base(base_for(resolved, base)),
         loaded,
         prompts,
         wanted,
@@ -121,8 +168,19 @@ def sweep(
     click.echo(str(out))
 
 
-def _load(registry: "Registry", part: str, tenant: str) -> "tuple[Adapter, float, str]":
-    """Adapter, weight and base of `[TENANT/]ID[@VERSION][:WEIGHT]`."""
+def _open(registry: "Registry", source: str, tenant: str, base: str | None) -> "tuple[Adapter, Resolved | None]":
+    """The adapter in a file or folder, or one that is published and its version."""
+    from training.adapters.formats.formats import import_adapter
+
+    if source.endswith(".safetensors") or source.startswith((".", "/", "~")):
+        files = read_files([Path(source).expanduser()])
+        return import_adapter(files, open_library(registry, base or "pocket").shapes().keys()), None
+    adapter, _, resolved = _load(registry, source, tenant)
+    return adapter, resolved
+
+
+def _load(registry: "Registry", part: str, tenant: str) -> "tuple[Adapter, float, Resolved]":
+    """Adapter, weight and version of `[TENANT/]ID[@VERSION][:WEIGHT]`."""
     from training.adapters.adapter import load_adapter
 
     name, colon, weight = part.partition(":")
@@ -131,4 +189,4 @@ def _load(registry: "Registry", part: str, tenant: str) -> "tuple[Adapter, float
     except ValueError:
         raise UserError(f"'{part}': '{weight}' is no weight. Write ID:0.7, for example.") from None
     resolved = resolve(registry, name, tenant)
-    return load_adapter(registry.weights(resolved)), value, resolved.card.base
+    return load_adapter(registry.weights(resolved)), value, resolved

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from ray_app.cli import options
 from ray_app.train.cluster import JOBS, LOCAL, Limits, check_address
+from serving.config import EngineSpec
 from training.errors import UserError
 from training.storage.storage import open_storage
 
@@ -41,6 +42,9 @@ def validate(manifest: Path, as_json: bool) -> None:
     checked, base = read_manifest(manifest)
     plan = plan_run(checked, base)
     problems, warnings = photo_report(checked, base)
+    for subject in checked.subjects:
+        if needed := EngineSpec().flags_for(subject.lora.rank, len(subject.words.tokens)):
+            warnings.setdefault(subject.id, []).append(f"a server takes its adapter only if started with {needed}")
     if as_json:
         options.print_json(_plan_json(checked, plan, problems, warnings))
     else:

@@ -21,12 +21,12 @@ from pydantic import Field
 
 from ray_app.silence import silence
 from ray_app.train.cluster import LOCAL, connect
-from serving.__main__ import is_loopback
 from serving.config import ServeSpec
 from serving.engine.request import AdapterRef, Closed, GenerateRequest
+from serving.http.guard import is_loopback
 from training.base.folder import EMBEDDED
 from training.errors import UserError
-from training.storage.storage import open_storage
+from training.storage.storage import masked, open_storage
 
 APP = "dreamfleet"
 # how soon autoscaling sees waiting requests; Serve's own 10 s are added to every cold start
@@ -147,6 +147,7 @@ def build_app(args: Deployment) -> Any:
         name="ingress",
         num_replicas=args.ingresses,
         max_ongoing_requests=10_000,
+        health_check_period_s=2,  # one that dies is replaced the sooner
         graceful_shutdown_timeout_s=args.drain_s,
         graceful_shutdown_wait_loop_s=0.2,
         ray_actor_options={"num_cpus": 0.1, "runtime_env": {"env_vars": INGRESS_SETTINGS}},
@@ -183,7 +184,7 @@ def start_server(
     if keys is None and not is_loopback(host):
         raise UserError(
             f"Without keys the server binds to loopback only, not to {host}: anybody who reaches it could use and "
-            "delete adapters. Make a key with `python -m serving keys make <tenant>` and give --keys."
+            "delete adapters. Make a key with `dreamfleet keys make TENANT --keys FILE` and give --keys FILE."
         )
     args = deployment or Deployment()
     server = args.server.model_copy(
@@ -214,7 +215,7 @@ def serve_forever(
     server = start_server(storage, address, host, port, base, keys, deployment)
     before = {one: signal.signal(one, stop) for one in (signal.SIGINT, signal.SIGTERM)}
     try:
-        print(f"serving {base} with the adapters of {storage} on {server.url}; Ctrl-C stops it", flush=True)  # noqa: T201
+        print(f"serving {base} with the adapters of {masked(storage)} on {server.url}; Ctrl-C stops it", flush=True)  # noqa: T201
         while not over.wait(1):
             pass
     finally:

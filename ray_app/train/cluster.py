@@ -25,7 +25,8 @@ _FOLDER = "dreamfleet-"
 # Read by Ray and by every process that Ray starts.
 _LOCAL_SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",
-    # everything listens on 127.0.0.1; the name does not say so
+    # Ray's own processes listen on 127.0.0.1; the name does not say so. Two kinds of port do not heed it: the gRPC of
+    # Serve's replicas, which asks for the token, and the rendezvous of a gang's workers (docs/operations.md)
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     # idle workers cost a second of CPU each
     "RAY_prestart_worker_first_driver": "0",
@@ -33,6 +34,7 @@ _LOCAL_SETTINGS = {
     # nobody preempts a part of one machine
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "ray_app.serve.proxy.guard",
     # Ray's own 15 leaves its workers next to nothing where anything else computes
     "RAY_worker_niceness": "0",
 }

@@ -71,7 +71,7 @@ class RunConsole:
 
     def _picture(self, view: View, records: Mapping[str, SubjectRecord]) -> RenderableType:
         lines: list[RenderableType] = [Text(self._summary(view, records), style="bold")]
-        if not view.lanes:
+        if not view.lanes and view.unfinished:
             lines.append(Text("starting: Ray's worker, then the base", style="dim"))
         shown = 0
         for lane in view.lanes:

@@ -79,18 +79,28 @@ def detach_run(submission: Submission, address: str, limits: Limits) -> Path:
     command = [sys.executable, "-m", "ray_app.cli.main", *drive_arguments(submission, address, limits)]
     with log.open("wb") as output:
         subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+            command,
+            env={**os.environ, **drive_environment(submission)},
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
     return log
 
 
 def drive_arguments(submission: Submission, address: str, limits: Limits) -> list[str]:
-    """The arguments of the command that goes on with a run from anywhere."""
-    arguments = ["drive", submission.record.run, "--address", address, "--storage", submission.store.storage.uri]
+    """The arguments of the command that goes on with a run from anywhere, in `drive_environment`."""
+    arguments = ["drive", submission.record.run, "--address", address]
     arguments += ["--lanes", str(limits.lanes)] if limits.lanes else []
     arguments += ["--max-gpus", str(limits.gpus)] if limits.gpus else []
     arguments += ["--priority", str(limits.priority)] if limits.priority else []
     return arguments
+
+
+def drive_environment(submission: Submission) -> dict[str, str]:
+    """The storage of that command: its URI may hold credentials, and arguments are shown to every user of a machine."""
+    return {"DREAMFLEET_STORAGE": submission.store.storage.uri}
 
 
 def _lead_run(submission: Submission, lead: Lead, address: str, limits: Limits, console: Console, retry: bool) -> Whole:

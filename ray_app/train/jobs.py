@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 from rich.console import Console
 
 from ray_app.train.cluster import Limits
-from ray_app.train.drive import Whole, drive_arguments, look_on, read_run
+from ray_app.train.drive import Whole, drive_arguments, drive_environment, look_on, read_run
 from training.base.folder import EMBEDDED, find_base
 from training.errors import UserError
 from training.run.submission import Submission
@@ -45,14 +45,10 @@ def submit_job(submission: Submission, address: str, limits: Limits) -> str:
     """Starts the driver as a Ray job and answers the job's id. Raises UserError if the cluster does not take it."""
     arguments = drive_arguments(submission, "auto", limits)
     python = sys.executable if urlsplit(address).hostname in ("127.0.0.1", "localhost", "::1") else "python"
-    where = arguments.index("--storage")
-    storage = arguments[where + 1]
-    # through the environment: a command line is shown to everyone who may list jobs
-    del arguments[where : where + 2]
     job = {
         "entrypoint": shlex.join([python, "-m", "ray_app.cli.main", *arguments]),
         "submission_id": f"{submission.record.run}-{time.time_ns() & 0xFFFFFFFF:08x}",
-        "runtime_env": {"env_vars": {"DREAMFLEET_STORAGE": storage}},
+        "runtime_env": {"env_vars": drive_environment(submission)},
         "metadata": {"run": submission.record.run, "tenant": submission.record.tenant},
     }
     return _submit(_client(address), job, address)

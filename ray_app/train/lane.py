@@ -26,12 +26,13 @@ from training.run.subject_queue import Lease, Release
 from training.storage.storage import StorageUnavailable, open_storage
 
 if TYPE_CHECKING:
+    from ray.train.torch import TorchConfig
+
     from training.base.base import Base
 
 IDLE_SECONDS = 1.0  # how long an empty answer of the queue holds while the pack is busy
 QUEUE_TIMEOUT_S = 60.0
 STORAGE_REST_S = 10.0  # before a lane tries a storage again that did not answer
-LEARNING_RATES = ("learning_rate", "text_encoder_learning_rate")
 _ORDERS = TypeAdapter(Orders)
 
 log = logging.getLogger(__name__)
@@ -53,10 +54,10 @@ class Order(Closed):
 class QueueSource:
     """The subject queue as the subject loop sees it: every call goes to the queue's actor."""
 
-    def __init__(self, queue: Any, lane: int, specs: Mapping[str, SubjectSpec]) -> None:
+    def __init__(self, queue: Any, lane: int) -> None:
+        self.specs: Mapping[str, SubjectSpec] = {}  # of all subjects that may be leased
         self._queue = queue
         self._lane = lane
-        self._specs = specs
         self._held: set[str] = set()
         self._empty_until = 0.0
 
@@ -70,12 +71,7 @@ class QueueSource:
         return [self._task(Lease.model_validate(lease)) for lease in leases]
 
     def _task(self, lease: Lease) -> Task:
-        spec = self._specs[lease.id]
-        if lease.rate_factor != 1.0:
-            train = spec.train
-            rates = {name: getattr(train, name) * lease.rate_factor for name in LEARNING_RATES}
-            spec = spec.model_copy(update={"train": train.model_copy(update=rates)})
-        return Task(spec, lease.fingerprint, lease.may_spread)
+        return Task(self.specs[lease.id], lease.fingerprint, lease.may_spread, lease.rate_factor)
 
     def beat(self, beat: Beat) -> Orders:
         return _ORDERS.validate_python(self._ask("beat", asdict(beat)))
@@ -109,39 +105,40 @@ def lane_worker(payload: dict[str, Any]) -> None:
     import ray
     from ray.train import get_context
 
-    run = RunStore(open_storage(order.storage), order.run)
-    record = run.record()
-    if get_context().get_world_rank() > 0:
-        return _follow(order, record)
-    specs = {subject.id: subject for subject in record.manifest.subjects}
-    source = QueueSource(ray.get_actor(order.queue), order.lane, specs)
-    if not _all_begin(order, source.enter(order.profile, ray.get_runtime_context().get_node_id())):
+    first = get_context().get_world_rank() == 0
+    source = QueueSource(ray.get_actor(order.queue), order.lane)
+    node = ray.get_runtime_context().get_node_id()
+    if not _all_begin(order, first and source.enter(order.profile, node)):
         return  # one more try would end like those before; `run_lane` asks why
     try:
-        _work(order, record, run, source)
+        _work(order, source, first)
     except StorageUnavailable as error:
         # nobody's fault but the store's; what is on it is whole
         source.leave(str(error), "preempted")
         time.sleep(STORAGE_REST_S)
         raise
     except Exception as error:
-        source.leave(f"{type(error).__name__}: {error}", "lost")
+        # in its own words, whichever worker of a gang it is: Ray restarts them all, and tells nobody why
+        source.leave(in_words(error), "lost")
         raise
-    source.leave("the run was stopped", "stopped")
+    if first:
+        source.leave("the run was stopped", "stopped")
 
 
-def _work(order: Order, record: RunRecord, run: RunStore, source: QueueSource) -> None:
-    from training.trainer.worker.worker import work
+def _work(order: Order, source: QueueSource, first: bool) -> None:
+    """What a worker does; all of a gang but its first follow that one."""
+    run = RunStore(open_storage(order.storage), order.run)
+    record = run.record()
+    base = _base(order, record)
+    if first:
+        from training.trainer.worker.worker import work
 
-    work(_base(order, record), order.plan, source, run, tenant=record.tenant, root=record.manifest.root)
+        source.specs = {subject.id: subject for subject in record.manifest.subjects}
+        work(base, order.plan, source, run, tenant=record.tenant, root=record.manifest.root)
+    else:
+        from training.trainer.fitting import follow_pack
 
-
-def _follow(order: Order, record: RunRecord) -> None:
-    """What the workers of a gang do but for its first."""
-    from training.trainer.fitting import follow_pack
-
-    if _all_begin(order, False):
-        follow_pack(_base(order, record), order.plan)
+        follow_pack(base, order.plan)
 
 
 def _all_begin(order: Order, first_begins: bool) -> bool:
@@ -173,22 +170,27 @@ def _base(order: Order, record: RunRecord) -> "Base":
     return base
 
 
+def in_words(error: BaseException) -> str:
+    """What an error says: what is meant for users as it is, anything else with the kind of error before it."""
+    text = str(error).strip()
+    return text if text and isinstance(error, UserError) else f"{type(error).__name__}: {text}"
+
+
 def run_lane(payload: dict[str, Any]) -> None:
     """One Ray Train run from start to end. A Ray task of its own, so that it can live on any node."""
     silence()
     order = Order.model_validate(payload)
     import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
     on_gpus = order.resources.get("GPU", 0) > 0
     # Train's own notes of the run; checkpoints go to the storage, subject by subject
     notes = tempfile.mkdtemp(prefix="dreamfleet-lane-", dir=os.environ.get("RAY_TMPDIR"))
-    trainer = TorchTrainer(
-        lane_worker,
-        train_loop_config=payload,
-        # said outright: with logical GPUs on a CPU machine Ray would choose nccl
-        torch_config=TorchConfig(backend="nccl" if _has_cuda() else "gloo"),
+    trainer = DataParallelTrainer(
+        # not as `train_loop_config`, which Ray may show in its dashboard: the storage's URI may hold credentials
+        lambda: lane_worker(payload),
+        backend_config=_process_group(order.plan.workers),
         scaling_config=ScalingConfig(
             num_workers=order.plan.workers,
             use_gpu=on_gpus,
@@ -205,14 +207,19 @@ def run_lane(payload: dict[str, Any]) -> None:
     )
     try:
         trainer.fit()
-        trouble = QueueSource(ray.get_actor(order.queue), order.lane, {}).trouble()
+        trouble = QueueSource(ray.get_actor(order.queue), order.lane).trouble()
         if trouble is not None:
-            raise RuntimeError(trouble)
+            raise UserError(trouble)
     finally:
         shutil.rmtree(notes, ignore_errors=True)
 
 
-def _has_cuda() -> bool:
+def _process_group(workers: int) -> "TorchConfig | None":
+    """How the workers of a gang find each other. One alone needs nobody, and torch's store would listen everywhere."""
+    if workers == 1:
+        return None
     import torch
+    from ray.train.torch import TorchConfig
 
-    return torch.cuda.is_available()
+    # said outright: with logical GPUs on a CPU machine Ray would choose nccl
+    return TorchConfig(backend="nccl" if torch.cuda.is_available() else "gloo")

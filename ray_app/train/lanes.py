@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ray_app.train.cluster import Cluster, Limits, current
-from ray_app.train.lane import Order, run_lane
+from ray_app.train.lane import Order, in_words, run_lane
+from training.errors import UserError
 from training.manifest.plan import PackPlan, with_slots
 from training.run.run import RunStore
 from training.run.shares import Sharing
@@ -18,6 +19,7 @@ from training.run.subject_queue import View
 
 CLUSTER_SECONDS = 10.0  # how often the cluster's size is looked at
 LANE_FAILURES = 3
+MOST_WORDS = 2000  # characters of an error that are kept
 LANES_HERE = 8  # each takes about 0.7 GB of processes where its task lives
 
 
@@ -148,10 +150,13 @@ class Lanes:
         self._lanes[index] = _Lane(profile, plan, task.remote(order.model_dump()))
         self._opened += 1
 
-    def _failed(self, index: int, lane: _Lane, reason: str) -> None:
+    def _failed(self, index: int, lane: _Lane, cause: BaseException) -> None:
         import ray
 
-        self._failures[lane.profile] += 1
+        reason = in_words(cause)[:MOST_WORDS]
+        # the workers of this lane have tried several times; on another node another lane may do better
+        hopeless = self._cluster.local and isinstance(cause, UserError)
+        self._failures[lane.profile] += LANE_FAILURES if hopeless else 1
         self._say(f"lane {index} failed: {reason}")
         ray.get(self._queue.leave.remote(index, f"its lane failed: {reason}", "lost"))
         alone = all(other.profile != lane.profile for other in self._lanes.values())
@@ -215,7 +220,8 @@ def _lane_place(open_lanes: int) -> Any:
     return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
 
 
-def _cause(error: Exception) -> str:
-    """The innermost message of what Ray wrapped, one line."""
-    text = str(error).strip().splitlines()
-    return text[-1][:300] if text else type(error).__name__
+def _cause(error: BaseException) -> BaseException:
+    """The innermost of the errors that Ray has wrapped into each other."""
+    while (inner := getattr(error, "cause", None)) is not None and inner is not error:
+        error = inner
+    return error

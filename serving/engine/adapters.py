@@ -14,6 +14,7 @@ from threading import Event
 import torch
 
 from serving.config import EngineSpec
+from serving.engine.fit import check_fit
 from serving.engine.request import AdapterRef
 from serving.engine.slots import Slots
 from serving.engine.tiers import HostCache
@@ -57,8 +58,9 @@ class Adapters:
         self.bank.inject()
         self.slots = Slots[AdapterRef](spec.slots)
         self.swap_seconds = 0.0
-        self._text_encoders = facts.text_encoders
+        self._facts = facts
         self._fetch = fetch
+        self._spec = spec
         self._pin = base.device.type == "cuda"
         self._changes_text: dict[AdapterRef, bool] = {}
         self.host = HostCache[AdapterRef, HostRow](
@@ -94,6 +96,8 @@ class Adapters:
             host_row = loads[key].result()
             self.bank.put(slot, host_row.row)
             self._changes_text[key] = host_row.changes_text
+        if placement.fresh:  # what was evicted for them is forgotten
+            self._changes_text = {key: changes for key, changes in self._changes_text.items() if key in self.slots}
         self.swap_seconds += time.perf_counter() - began
         return placement.slots
 
@@ -102,7 +106,7 @@ class Adapters:
         self.slots.release(keys)
 
     def changes_text(self, key: AdapterRef) -> bool:
-        """Whether an adapter that has been in a slot changes the text encoder."""
+        """Whether an adapter that is in a slot changes the text encoder."""
         return self._changes_text[key]
 
     def forget(self, key: AdapterRef) -> None:
@@ -118,7 +122,9 @@ class Adapters:
             self.host.release(key)
 
     def _lay_out(self, key: AdapterRef) -> HostRow:
-        row = self.bank.pack(self._fetch(key))
+        adapter = self._fetch(key)
+        check_fit(adapter, self._spec, self._facts)
+        row = self.bank.pack(adapter)
         if not any(row.worn.values()) and not row.words:
             raise AdapterUnavailable(f"Adapter '{key}' changes no layer of this base.")
         if not all(torch.isfinite(part).all() for part in row.parts.values()):
@@ -127,7 +133,7 @@ class Adapters:
             )
         if self._pin:
             row = dataclasses.replace(row, parts={name: part.pin_memory() for name, part in row.parts.items()})
-        return HostRow(row, bool(row.words) or any(row.worn.get(name) for name in self._text_encoders))
+        return HostRow(row, bool(row.words) or any(row.worn.get(name) for name in self._facts.text_encoders))
 
 
 def explain(key: AdapterRef, error: BaseException) -> Exception:

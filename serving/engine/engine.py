@@ -7,8 +7,9 @@ bisected, so that only the request that causes it fails. Single-threaded; knows 
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from threading import Event
 
 import torch
@@ -37,10 +38,18 @@ class Engine:
         self.stats = EngineStats()
         self.woken = Event()
         self.adapters = Adapters(base, spec, fetch, self.woken)
-        self.scheduler = Scheduler[Sample](spec.max_rows, spec.queue)
+        # no step, and no decoding, is larger than a full one at the base's own size, unless one image is
+        self._row_cells = base.facts.latent_side**2
+        self.scheduler = Scheduler[Sample](spec.max_rows, spec.queue, spec.max_rows * self._row_cells)
         self.jobs: dict[Job, None] = {}
-        self._prompts = Prompts(base, self.adapters.bank, empty=self.adapters.empty, capacity=spec.prompt_cache)
-        self._forwards: dict[tuple[int, int], Forward] = {}
+        self._prompts = Prompts(
+            base,
+            self.adapters.bank,
+            empty=self.adapters.empty,
+            capacity=spec.prompt_cache,
+            longest=spec.prompt_tokens,
+        )
+        self._forwards: dict[tuple[Hashable, ...], Forward] = {}
         self._finished: deque[Sample] = deque()
         self._outcomes: list[Outcome] = []
         self._preview: PreviewMap | None = None
@@ -54,7 +63,7 @@ class Engine:
     # -- requests in and out --
 
     def submit(self, request: GenerateRequest, pixels_CHW: Tensor | None = None) -> Job:
-        """Queues a request; its adapters begin to load at once. `pixels_CHW`: the picture of image-to-image, [-1, 1].
+        """Queues a request; its adapters begin to load at once. `pixels_CHW`: the picture of image-to-image, uint8.
 
         Raises QueueFull, or UserError for what this engine cannot do.
         """
@@ -93,9 +102,9 @@ class Engine:
         return not any(sample.ready for job in self.jobs for sample in job.samples)
 
     def snapshot(self) -> EngineStats:
-        """The counters, with the gauges of this moment."""
+        """A copy of the counters, with the gauges of this moment."""
         slots, host = self.adapters.slots, self.adapters.host
-        self.stats.gauges = {
+        gauges = {
             "waiting": self.scheduler.waiting,
             "running_rows": self.scheduler.running_rows,
             "max_rows": self.spec.max_rows,
@@ -105,7 +114,7 @@ class Engine:
             "host_adapters": len(host),
             "host_bytes": host.bytes,
         }
-        self.stats.adapters = {
+        adapters = {
             "slot_hits": slots.hits,
             "slot_loads": slots.loads,
             "slot_evictions": slots.evictions,
@@ -116,8 +125,8 @@ class Engine:
             "prompt_hits": self._prompts.hits,
             "prompt_misses": self._prompts.misses,
         }
-        self.stats.seconds["swap"] = self.adapters.swap_seconds
-        return self.stats
+        seconds = {**self.stats.seconds, "swap": self.adapters.swap_seconds}
+        return replace(self.stats, gauges=gauges, adapters=adapters, seconds=seconds)
 
     # -- one step --
 
@@ -182,22 +191,23 @@ class Engine:
 
     def _encode_prompts(self, samples: Sequence[Sample]) -> None:
         wearing = {sample.job: sample for sample in samples}
-        texts = []
-        for job, sample in wearing.items():
-            worn = [
-                (key, weight, slot)
-                for key, weight, slot in zip(job.keys, job.weights, sample.slots or (), strict=True)
-                if self.adapters.changes_text(key)
-            ]
-            mix = tuple((key, weight) for key, weight, _ in worn)
-            slots = tuple(slot for _, _, slot in worn)
-            texts.append(Text(job.request.prompt, mix, slots))
-            if job.guided:
-                texts.append(Text(job.request.negative_prompt, mix, slots))
         with self._timed("text"):
-            conds = iter(self._prompts.encode(texts))
-        for job in wearing:
-            job.conds = next(conds), next(conds) if job.guided else None
+            conds = self._prompts.encode([self._texts(job, sample) for job, sample in wearing.items()])
+        for job, (prompt, *negative) in zip(wearing, conds, strict=True):
+            job.conds = prompt, negative[0] if job.guided else None
+            job.together = self.base.family.together(job.samples[0].size, prompt)
+
+    def _texts(self, job: Job, sample: Sample) -> list[Text]:
+        """The prompt and, with guidance, the negative prompt, under those adapters of a job that change the text."""
+        worn = [
+            (key, weight, slot)
+            for key, weight, slot in zip(job.keys, job.weights, sample.slots or (), strict=True)
+            if self.adapters.changes_text(key)
+        ]
+        mix = tuple((key, weight) for key, weight, _ in worn)
+        slots = tuple(slot for _, _, slot in worn)
+        prompts = [job.request.prompt, job.request.negative_prompt] if job.guided else [job.request.prompt]
+        return [Text(prompt, mix, slots) for prompt in prompts]
 
     def _first_latents(self, samples: Sequence[Sample]) -> None:
         channels = self.base.facts.channels
@@ -207,7 +217,8 @@ class Engine:
             latents = torch.zeros(channels, *sample.size)
             if job.pixels_CHW is not None:
                 if job.image is None:
-                    mean_NCHW, std_NCHW = self.base.to_latents(job.pixels_CHW[None])
+                    pixels_NCHW = job.pixels_CHW[None].float() / 127.5 - 1
+                    mean_NCHW, std_NCHW = self.base.to_latents(pixels_NCHW)
                     job.image = mean_NCHW[0].float(), std_NCHW[0].float()
                 latents = (job.image[0] + job.image[1] * sample.draw(channels)) * job.schedule.signal
             latents = latents + sample.draw(channels) * job.schedule.noise
@@ -218,12 +229,17 @@ class Engine:
         """One step of every sample of the batch; if it raises, nothing of theirs has changed."""
         forward = self._forward(batch)
         order = forward.order
+        began = time.perf_counter()
         with self._timed("denoise"):
             lines = Lines.gather([s.job.schedule for s in order], [s.step for s in order], self.base.device)
             latents_NCHW = torch.stack([_tensor(sample.latents) for sample in order])
             output_NCHW = forward(self.base, self.adapters.bank, latents_NCHW, lines)
             before_NCHW = torch.stack([_tensor(sample.clean) for sample in order])
             latents_NCHW, clean_NCHW = lines.step(latents_NCHW, output_NCHW, before_NCHW, self._fresh_noise(order))
+            if self.base.device.type == "cuda":  # a step ends when it is done, else many would be on their way
+                torch.cuda.synchronize(self.base.device)
+        rows = sum(sample.rows for sample in order)
+        self.scheduler.pace.saw(batch[0].kind, rows, time.perf_counter() - began)
         self.stats.steps += 1
         self.stats.rows += forward.rows
         for sample, latents, clean in zip(order, latents_NCHW, clean_NCHW, strict=True):
@@ -231,15 +247,15 @@ class Engine:
             sample.step += 1
 
     def _forward(self, batch: Sequence[Sample]) -> Forward:
-        """The forward of these samples: the last one of their size while the company is the same."""
-        size = batch[0].size
-        forward = self._forwards.get(size)
+        """The forward of these samples: the last one of their kind while the company is the same."""
+        kind = batch[0].kind
+        forward = self._forwards.get(kind)
         if forward is None or set(forward.order) != set(batch):
-            fixed_rows = self.spec.max_rows if self.spec.fixed_rows else None
+            fixed_rows = self.scheduler.step_rows(batch[0].cells) if self.spec.fixed_rows else None
             forward = Forward.make(
                 batch, self.adapters.bank, self.base, empty=self.adapters.empty, fixed_rows=fixed_rows
             )
-            self._forwards[size] = forward
+            self._forwards[kind] = forward
         return forward
 
     def _fresh_noise(self, samples: Sequence[Sample]) -> Tensor | None:
@@ -264,11 +280,12 @@ class Engine:
                 sample.previews += 1
 
     def _decode(self) -> None:
-        """Decodes up to `decode_rows` finished samples of one size."""
+        """Decodes up to `decode_rows` finished samples of one size, of the tenants served least; fewer large ones."""
         if not self._finished:
             return
-        size = self._finished[0].size
-        ready = [sample for sample in self._finished if sample.size == size][: self.spec.decode_rows]
+        first, *others = sorted(self._finished, key=lambda sample: self.scheduler.service(sample.tenant))
+        room = max(1, self.spec.decode_rows * self._row_cells // first.cells)
+        ready = [first, *(sample for sample in others if sample.size == first.size)][:room]
         for sample in ready:
             self._finished.remove(sample)
         self._guarded(ready, self._decode_batch)
@@ -330,7 +347,7 @@ class Engine:
         """A sample waits and runs no more: what it held is free again."""
         if self.scheduler.remove(sample):
             self.adapters.release(sample.job.keys)
-        self._forwards.pop(sample.size, None)
+        self._forwards.pop(sample.kind, None)
 
     @contextmanager
     def _timed(self, stage: str) -> Iterator[None]:

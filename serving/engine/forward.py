@@ -23,7 +23,7 @@ from training.base.family import Cond
 
 @dataclass(frozen=True, slots=True)
 class Forward:
-    """What samples of one size need to step together. `order` are the samples, guided first."""
+    """What samples of one kind need to step together. `order` are the samples, guided first."""
 
     order: tuple[Sample, ...]
     rows: int

@@ -3,7 +3,7 @@
 State only. Who steps when is in `scheduler.py`, what a step does in `engine.py`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -21,11 +21,12 @@ class Job:
 
     request: GenerateRequest
     schedule: Schedule
-    pixels_CHW: Tensor | None  # image-to-image: the picture in [-1, 1]
+    pixels_CHW: Tensor | None  # image-to-image: the picture, uint8: many may wait
     arrived_s: float  # time.monotonic
     loads: Loads = field(default_factory=dict)
     samples: list["Sample"] = field(default_factory=list)
     conds: tuple[Cond, Cond | None] | None = None  # of the prompt and, with guidance, of the negative prompt
+    together: Hashable = None  # the family's key of the prompts: only rows with equal keys share a forward
     image: tuple[Tensor, Tensor] | None = None  # mean and std [C, h, w] of the picture's latents
     started_s: float | None = None
     over: bool = False
@@ -64,6 +65,15 @@ class Sample:
     @property
     def tenant(self) -> str:
         return self.job.request.tenant
+
+    @property
+    def kind(self) -> tuple[Hashable, ...]:
+        """What a forward has to be alike in: the latents' height and width, and what the family says of the prompts."""
+        return (*self.size, self.job.together)
+
+    @property
+    def cells(self) -> int:
+        return self.size[0] * self.size[1]
 
     @property
     def rows(self) -> int:

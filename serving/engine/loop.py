@@ -18,9 +18,10 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from serving.engine.decoding import Decoding
 from serving.engine.engine import Engine
 from serving.engine.job import Done, EngineStats, Failed, Job, Outcome
-from serving.engine.pictures import decode, encode, enlarge
+from serving.engine.pictures import encode, enlarge
 from serving.engine.request import AdapterRef, Event, GenerateRequest, Picture, Preview
 from serving.errors import Cancelled, GenerationFailed, NotReady
 
@@ -46,12 +47,14 @@ class EngineLoop:
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
+        self._decoding = Decoding()
         self._commands: deque[Callable[[], None]] = deque()
         self._listeners: dict[Job, _Listener] = {}
         self._closing = False
         self._gate = threading.Lock()  # no command slips in after the last look at them
         self._ended = False
         self._broken: BaseException | None = None
+        self._report = engine.snapshot()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -64,7 +67,8 @@ class EngineLoop:
         """Previews and pictures as they come; ends with the last picture. Leaving it early cancels the request."""
         pixels = None
         if request.image is not None:
-            pixels = await asyncio.to_thread(decode, request.image, request.width, request.height)
+            decoded = self._decoding.submit(request.tenant, request.image, request.width, request.height)
+            pixels = await asyncio.wrap_future(decoded)
         listener = _Listener(asyncio.get_running_loop())
         submitting = self._on_thread(lambda: self._submit(request, pixels, listener))
         try:
@@ -77,6 +81,8 @@ class EngineLoop:
             while left:
                 outcome = await listener.outcomes.get()
                 if isinstance(outcome, Failed):
+                    if isinstance(outcome.error, GenerationFailed):
+                        logger.error("request %s failed", request.request_id, exc_info=outcome.error)
                     raise outcome.error
                 left -= isinstance(outcome, Done)
                 yield await asyncio.to_thread(_encoded, request, outcome)
@@ -98,7 +104,8 @@ class EngineLoop:
         self._on_thread(lambda: self.engine.adapters.preload(ref))
 
     def stats(self) -> EngineStats:
-        return self.engine.snapshot()
+        """The engine's counters as they were between its last two steps; from any thread, at once, never to change."""
+        return self._report
 
     def close(self, drain_s: float = 0.0) -> None:
         """Takes no new request; waits up to `drain_s` for the running ones, then fails what is left."""
@@ -107,6 +114,7 @@ class EngineLoop:
             time.sleep(0.02)
         self._closing = True
         self.engine.woken.set()
+        self._decoding.close()
         self._thread.join(60)
         self.engine.close()
 
@@ -137,6 +145,7 @@ class EngineLoop:
     def _obey(self) -> None:
         while self._commands:
             self._commands.popleft()()
+        self._report = self.engine.snapshot()
 
     def _submit(self, request: GenerateRequest, pixels_CHW: Tensor | None, listener: _Listener) -> Job:
         if self._closing:

@@ -1,7 +1,7 @@
 """Pictures as bytes: what leaves the engine is encoded, what a client sends to start from is decoded and checked."""
 
 import io
-import warnings
+import math
 
 import torch
 from PIL import Image
@@ -9,9 +9,12 @@ from torch import Tensor
 
 from serving.engine.request import ImageFormat
 from serving.errors import Refused
+from training.photos.images import ImageError, ImageLimits, count_pixels, read_image
 
-MAX_PIXELS = 64 * 2**20  # of a picture that a client sends
-_READABLE = ("PNG", "JPEG", "WEBP")
+# Of a picture that a client sends, in what is decoded: a JPEG that is larger than it is wanted is scaled meanwhile.
+MAX_PIXELS = 24_000_000
+_LIMITS = ImageLimits(min_side_px=1, max_pixels=MAX_PIXELS, max_aspect=math.inf)
+_NAME = "picture"
 
 
 def encode(pixels_HWC: Tensor, form: ImageFormat, quality: int) -> bytes:
@@ -31,18 +34,24 @@ def enlarge(pixels_HWC: Tensor, width: int, height: int) -> Tensor:
     return torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(height, width, 3)
 
 
-def decode(data: bytes, width: int, height: int) -> Tensor:
-    """An image file as [3, height, width] in [-1, 1]. Raises Refused if it is none, or too large."""
+def count(data: bytes, width: int, height: int) -> int:
+    """How many pixels `decode` would decode, by the header alone. Raises Refused if that is enough to refuse it."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(data), formats=_READABLE) as opened:
-                if opened.width * opened.height > MAX_PIXELS:
-                    raise Refused(f"The image has {opened.width}x{opened.height} pixels; at most {MAX_PIXELS} in all.")
-                picture = opened.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
-    except Refused:
-        raise
-    except Exception as error:  # PIL raises almost anything on a broken file
-        raise Refused(f"The image cannot be read ({type(error).__name__}); send a PNG, JPEG or WebP file.") from None
+        return count_pixels(data, _NAME, _LIMITS, max(width, height))
+    except ImageError as error:
+        raise _refused(error) from None
+
+
+def decode(data: bytes, width: int, height: int) -> Tensor:
+    """An image file, upright and on white, as uint8 [3, height, width]. Raises Refused if it cannot be used."""
+    try:
+        picture = read_image(data, _NAME, _LIMITS, max(width, height))
+    except ImageError as error:
+        raise _refused(error) from None
+    picture = picture.resize((width, height), Image.Resampling.LANCZOS)
     pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(height, width, 3)
-    return pixels.permute(2, 0, 1).float() / 127.5 - 1
+    return pixels.permute(2, 0, 1).contiguous()
+
+
+def _refused(error: ImageError) -> Refused:
+    return Refused(f"The picture cannot be used: {error.reason}. Send a JPEG, PNG or WebP file.")

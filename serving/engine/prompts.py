@@ -1,21 +1,25 @@
 """Prompt embeddings under each request's own adapters, encoded together and remembered.
 
 An embedding depends on the text and on the adapters that change the text encoder, with their weights; adapters that do
-not are left out of the key, so their prompts are shared with the base.
+not are left out of the key, so their prompts are shared with the base. A prompt longer than the encoder takes several
+chunks; all prompts of a request get as many as its longest.
 """
 
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import ceil
 
 import torch
 
 from serving.engine.request import AdapterRef
+from serving.errors import Refused
 from training.adapters.bank import Bank, Route
 from training.base.base import Base
-from training.base.family import Cond
+from training.base.family import Cond, Words
 
 Mix = tuple[tuple[AdapterRef, float], ...]
+_Key = tuple[str, Mix, int]  # text, adapters that change it, chunks
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,10 +29,6 @@ class Text:
     text: str
     mix: Mix
     slots: tuple[int, ...]
-
-    @property
-    def key(self) -> tuple[str, Mix]:
-        return self.text, self.mix
 
 
 def make_routes(
@@ -54,42 +54,65 @@ def make_routes(
 
 
 class Prompts:
-    """At most `capacity` prompts are kept, least recently used out first."""
+    """At most `capacity` embeddings are kept, least recently used out first. `longest`: tokens a prompt may have."""
 
-    def __init__(self, base: Base, bank: Bank, *, empty: int, capacity: int) -> None:
+    def __init__(self, base: Base, bank: Bank, *, empty: int, capacity: int, longest: int) -> None:
         self._base = base
         self._bank = bank
         self._empty = empty
         self._capacity = capacity
-        self._known: OrderedDict[tuple[str, Mix], Cond] = OrderedDict()
+        self._room = base.facts.prompt_tokens
+        self._most = ceil(longest / self._room)
+        self._known: OrderedDict[_Key, Cond] = OrderedDict()
         self.hits = 0
         self.misses = 0
 
-    def encode(self, texts: Sequence[Text]) -> list[Cond]:
-        """The embedding of each text; those not known are encoded in one forward."""
-        missing = {text.key: text for text in texts if text.key not in self._known}
-        self.hits += len(texts) - len(missing)
+    def encode(self, requests: Sequence[Sequence[Text]]) -> list[list[Cond]]:
+        """The record of each request's texts; those not known are encoded together.
+
+        Raises Refused for a text that is longer than is served.
+        """
+        keys: list[list[_Key]] = []
+        texts: dict[_Key, Text] = {}
+        for request in requests:
+            chunks = max(map(self._chunks, request))
+            keys.append([(text.text, text.mix, chunks) for text in request])
+            texts |= zip(keys[-1], request, strict=True)
+        missing = [key for key in texts if key not in self._known]
+        self.hits += sum(map(len, keys)) - len(missing)
         self.misses += len(missing)
-        fresh: dict[tuple[str, Mix], Cond] = {}
-        if missing:
-            rows = list(missing.values())
-            routes = make_routes(
-                self._bank,
-                self._base.facts.text_encoders,
-                [row.slots for row in rows],
-                [tuple(weight for _, weight in row.mix) for row in rows],
-                self._empty,
-            )
-            with self._bank.using(*routes):
-                words = [{w: v for slot in row.slots for w, v in self._bank.words(slot).items()} for row in rows]
-                conds = self._base.encode([row.text for row in rows], words)
-            fresh = dict(zip(missing, conds, strict=True))
-        found = [fresh[text.key] if text.key in fresh else self._known[text.key] for text in texts]
-        for text, cond in zip(texts, found, strict=True):
-            # a copy: a row of the batch would keep the whole batch
-            kept = {name: part.clone() for name, part in cond.items()} if text.key in fresh else cond
-            self._known[text.key] = kept
-            self._known.move_to_end(text.key)
+        found = {key: self._known[key] for key in texts if key in self._known}
+        for chunks in {key[2] for key in missing}:
+            alike = [key for key in missing if key[2] == chunks]
+            found |= zip(alike, self._encode([texts[key] for key in alike], chunks), strict=True)
+        for key, state in found.items():
+            self._known[key] = state
+            self._known.move_to_end(key)
         while len(self._known) > self._capacity:
             self._known.popitem(last=False)
-        return found
+        return [[found[key] for key in request] for request in keys]
+
+    def _chunks(self, text: Text) -> int:
+        chunks = self._base.count_chunks(text.text, self._words(text))
+        if chunks > self._most:
+            raise Refused(
+                f"The prompt '{text.text[:40]}...' takes {chunks} chunks of {self._room} tokens; at most {self._most} "
+                "are served. Shorten it."
+            )
+        return chunks
+
+    def _encode(self, texts: Sequence[Text], chunks: int) -> list[Cond]:
+        routes = make_routes(
+            self._bank,
+            self._base.facts.text_encoders,
+            [text.slots for text in texts],
+            [tuple(weight for _, weight in text.mix) for text in texts],
+            self._empty,
+        )
+        with self._bank.using(*routes):
+            conds = self._base.encode([text.text for text in texts], list(map(self._words, texts)), chunks)
+        # copies, so that one that is kept does not keep the others
+        return [{name: part.clone() for name, part in cond.items()} for cond in conds]
+
+    def _words(self, text: Text) -> Words:
+        return {word: vectors for slot in text.slots for word, vectors in self._bank.words(slot).items()}

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from training.base.facts import SamplerName
 
 ImageFormat = Literal["png", "jpeg", "webp"]
-MAX_SEED = 2**63 - 1
+MAX_SEED = 2**53 - 1  # above it JavaScript, and the floats of an OpenAPI document, do not hold every whole number
 
 
 class Closed(BaseModel):

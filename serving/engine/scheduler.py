@@ -1,16 +1,20 @@
 """Which images wait, which run, and which of those take the next step. Policy only: no tensors, no adapters' weights.
 
-Tenants share by service: every step costs its tenant `rows x latent cells`, and the tenant served least goes first,
-both into the running set and into a forward. A tenant that was idle starts level with the least served active one, so
-it can neither be starved by a flood nor save up. Images of one size step together; sizes take turns, longest unstepped
-first.
+Tenants share by service: every step costs its tenant `rows x latent cells`. The step belongs to the tenant that would
+have been served least after it, whatever the sizes of the others; so a small image does not wait for the steps of a
+large one, and a large one not for ever. Images of the same kind go with it: of each other tenant no more than of the
+leader, unless the device has room for them. The images of one tenant share in the same way.
+
+A tenant, or an image, that comes starts level with what is served at that moment: it can neither be starved by a flood
+nor save up. Source: self-clocked fair queueing, Golestani 1994.
 """
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
+from serving.engine.pace import Pace
 from serving.errors import QueueFull
 
 
@@ -21,8 +25,12 @@ class Item(Protocol):
     def tenant(self) -> str: ...
 
     @property
-    def size(self) -> tuple[int, int]:
-        """Height and width of its latents; only equal sizes share a forward."""
+    def kind(self) -> Hashable:
+        """What a forward has to be alike in: only images of equal kinds share one."""
+
+    @property
+    def cells(self) -> int:
+        """Latent cells of a row."""
 
     @property
     def rows(self) -> int:
@@ -38,7 +46,8 @@ T = TypeVar("T", bound=Item)
 
 @dataclass(slots=True)
 class _Tenant(Generic[T]):
-    service: float = 0.0
+    service: float = 0.0  # rows x cells
+    level: float = 0.0  # where an image that starts stands among the tenant's own
     waiting: deque[T] = field(default_factory=deque)
     running: int = 0  # rows
 
@@ -48,21 +57,25 @@ class _Tenant(Generic[T]):
 
 
 class Scheduler(Generic[T]):
-    """`max_rows` bounds one forward and what one tenant runs; twice as many rows run where tenants compete.
+    """`max_rows` and `max_cells` (rows x cells) bound one step, except that one image always fits.
 
-    `queue` bounds the images that wait. A tenant below its equal share of the queue is let in also when others have
-    filled it, up to twice `queue` in all.
+    A tenant runs up to `max_rows`, and all together twice as many, beyond which only those are let in who have less
+    than an equal share of them. `queue` bounds the images that wait. A tenant below its equal share of the queue is let
+    in also when others have filled it, up to twice `queue` in all. `pace` tells which rows a step gets almost for free.
     """
 
     patience = 64  # admissions that may overtake an image whose adapters find no free slots
+    stretch = 2.0  # how many times longer a step may be for the sake of others than for the tenant that leads it
 
-    def __init__(self, max_rows: int, queue: int) -> None:
+    def __init__(self, max_rows: int, queue: int, max_cells: float = float("inf")) -> None:
         self.max_rows = max_rows
+        self.max_cells = max_cells
         self.queue = queue
+        self.pace = Pace()
         self._tenants: dict[str, _Tenant[T]] = {}
-        self._running: dict[T, int] = {}  # the clock at its last step
+        self._running: dict[T, float] = {}  # what each has been served, on its tenant's scale
         self._overtaken: dict[T, int] = {}
-        self._clock = 0
+        self._level = 0.0  # the service of the tenant that led the last step: where those start that come
 
     @property
     def waiting(self) -> int:
@@ -93,22 +106,25 @@ class Scheduler(Generic[T]):
                 retry_after_s,
             )
         if not tenant.active:
-            others = [state.service for state in self._tenants.values() if state.active]
-            tenant.service = max(tenant.service, min(others, default=0.0))
+            tenant.service = max(tenant.service, self._level)
         self._tenants[name] = tenant
         tenant.waiting.extend(items)
 
     def admit(self, start: Callable[[T], bool]) -> None:
         """Moves images from waiting to running, fairest first. `start(item)` takes what it needs; False: not now."""
         tried: set[str] = set()
+        due = {name: tenant.service for name, tenant in self._tenants.items()}
+        for running in self._running:
+            due[running.tenant] += _cost(running)  # so that admissions alternate between tenants
         while names := [name for name, tenant in self._tenants.items() if tenant.waiting and name not in tried]:
-            name = min(names, key=lambda name: self._tenants[name].service)
+            name = min(names, key=due.__getitem__)
             tenant = self._tenants[name]
             item = next((item for item in tenant.waiting if item.ready), None)
             if item is None or not self._room(tenant, item):
                 tried.add(name)
             elif start(item):
                 self._start(tenant, item)
+                due[name] += _cost(item)
             else:
                 self._overtaken.setdefault(item, 0)
                 if self._overtaken[item] > self.patience:
@@ -116,47 +132,95 @@ class Scheduler(Generic[T]):
                 tried.add(name)
 
     def _room(self, tenant: _Tenant[T], item: T) -> bool:
+        active = sum(state.active for state in self._tenants.values())
         alone = sum(state.running > 0 for state in self._tenants.values()) <= (tenant.running > 0)
-        bound = self.max_rows if alone else 2 * self.max_rows
-        if tenant.running == 0 and alone:
-            return True  # also an image that is larger than a forward, which would never run otherwise
-        return tenant.running + item.rows <= self.max_rows and self.running_rows + item.rows <= bound
+        most = max(self.max_rows, item.rows)  # an image that is larger than a forward runs, too
+        rows, bound = tenant.running + item.rows, most if alone else 2 * most
+        return rows <= most and (self.running_rows + item.rows <= bound or rows <= bound / active)
 
     def _start(self, tenant: _Tenant[T], item: T) -> None:
         tenant.waiting.remove(item)
         tenant.running += item.rows
-        self._running[item] = self._clock
+        self._running[item] = tenant.level
         self._overtaken.pop(item, None)
         for other in self._overtaken:
             self._overtaken[other] += 1
-        # charged for a step at once, so that admissions between two steps alternate between tenants
-        tenant.service += self._cost(item)
+
+    def step_rows(self, cells: int) -> int:
+        """The most rows of so many cells that take a step together; one image may have more."""
+        return max(1, int(min(self.max_rows, self.max_cells // cells)))
+
+    def service(self, tenant: str) -> float:
+        """Rows x cells that a tenant has been served, on a scale on which less is due earlier."""
+        return self._tenants[tenant].service if tenant in self._tenants else self._level
 
     def batch(self) -> list[T]:
         """The images that take the next step together; empty if none runs. Charges their tenants."""
         if not self._running:
             return []
-        size = min(self._running, key=lambda item: self._running[item]).size
-        queues: dict[str, deque[T]] = {}
-        for item in sorted(self._running, key=lambda item: self._running[item]):
-            if item.size == size:
-                queues.setdefault(item.tenant, deque()).append(item)
-        chosen: list[T] = []
-        rows = 0
-        while queues:
-            name = min(queues, key=lambda name: self._tenants[name].service)
-            item = queues[name].popleft()
-            if chosen and rows + item.rows > self.max_rows:
-                break
-            chosen.append(item)
-            rows += item.rows
-            self._tenants[name].service += self._cost(item)
-            if not queues[name]:
-                del queues[name]
-        self._clock += 1
-        for item in chosen:
-            self._running[item] = self._clock
+        own: dict[str, list[T]] = {}
+        for item in sorted(self._running, key=self._running.__getitem__):
+            own.setdefault(item.tenant, []).append(item)
+        parts = {name: self._part(items) for name, items in own.items()}
+        lead = min(parts, key=lambda name: self._tenants[name].service + _cost_of(parts[name]))
+        kind = parts[lead][0].kind
+        queues = {name: deque(item for item in items if item.kind == kind) for name, items in own.items()}
+        chosen = self._fill(parts[lead], queues)
+        self._charge(chosen, lead, parts)
         return chosen
+
+    def _charge(self, chosen: Sequence[T], lead: str, parts: Mapping[str, Sequence[T]]) -> None:
+        for item in chosen:
+            tenant = self._tenants[item.tenant]
+            tenant.service += _cost(item)
+            self._running[item] += _cost(item)
+            tenant.level = max(tenant.level, self._running[item])
+        self._level = max(self._level, self._tenants[lead].service)
+        for name, part in parts.items():  # what a tenant got because there was room is not held against it for long
+            tenant = self._tenants[name]
+            tenant.service = min(tenant.service, self._level + _cost_of(part))
+
+    def _part(self, items: Sequence[T]) -> list[T]:
+        """What a tenant would step next if it were alone. `items` are those of it that run, served least first."""
+        kind = min(items, key=lambda item: self._running[item] + _cost(item)).kind
+        part: list[T] = []
+        for item in items:
+            if item.kind == kind and self._fits(part, item):
+                part.append(item)
+        return part
+
+    def _fill(self, part: Sequence[T], queues: Mapping[str, deque[T]]) -> list[T]:
+        """The step led by the tenant of `part`. `queues` are what each tenant has of this kind, served least first.
+
+        First come those who are due, each tenant up to what the leader has; then whatever makes the step not much
+        longer than the leader's own.
+        """
+        lead, kind, own_rows, share = part[0].tenant, part[0].kind, _rows(part), _cost_of(part)
+        chosen = [queues[lead].popleft()]
+        taken = dict.fromkeys(queues, 0.0) | {lead: float(_cost(chosen[0]))}
+
+        def in_share(item: T) -> bool:
+            return taken[item.tenant] + _cost(item) <= share
+
+        def nearly_free(item: T) -> bool:
+            return self.pace.stretch(kind, _rows(chosen) + item.rows, than=own_rows) <= self.stretch
+
+        for allowed in (in_share, nearly_free):
+            open_ = {name: queue for name, queue in queues.items() if queue}
+            while open_:
+                name = min(open_, key=lambda name: self._tenants[name].service + taken[name] + _cost(open_[name][0]))
+                if not (self._fits(chosen, open_[name][0]) and allowed(open_[name][0])):
+                    del open_[name]
+                    continue
+                item = open_[name].popleft()
+                chosen.append(item)
+                taken[name] += _cost(item)
+                if not open_[name]:
+                    del open_[name]
+        return chosen
+
+    def _fits(self, chosen: Sequence[T], item: T) -> bool:
+        return not chosen or _rows(chosen) + item.rows <= self.step_rows(item.cells)
 
     def remove(self, item: T) -> bool:
         """Forgets an image wherever it is; True if it was running."""
@@ -173,12 +237,20 @@ class Scheduler(Generic[T]):
             del self._tenants[item.tenant]  # a name costs nothing for long; its service starts level again anyway
         return was_running
 
-    @staticmethod
-    def _cost(item: T) -> float:
-        return item.rows * item.size[0] * item.size[1]
-
     def check_integrity(self) -> None:
         """Raises AssertionError if a tenant's count of running rows is not what runs."""
         for name, tenant in self._tenants.items():
             rows = sum(item.rows for item in self._running if item.tenant == name)
             assert rows == tenant.running, f"tenant {name}: counted {tenant.running} rows, running {rows}"
+
+
+def _cost(item: Item) -> int:
+    return item.rows * item.cells
+
+
+def _rows(items: Sequence[Item]) -> int:
+    return sum(item.rows for item in items)
+
+
+def _cost_of(items: Sequence[Item]) -> int:
+    return sum(map(_cost, items))

@@ -1,30 +1,50 @@
 """The HTTP app: the same over a local engine, over Ray's engines and in tests.
 
-Assembles the routes and what is common to all: errors in OpenAI's envelope, request ids, limits of bodies, metrics.
+Assembles the routes and what is common to all: errors in OpenAI's envelope, request ids, limits of bodies, metrics. Who
+may ask is decided in `guard.py`, before anything of a body is read.
 Knows nothing about tensors, slots or Ray.
 """
 
 import time
+from dataclasses import replace
 from pathlib import Path
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Request, Security
 from fastapi.exceptions import RequestValidationError
+from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, Response
+from fastapi.security.http import HTTPBase
+from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving.config import Limits, ServeSpec
 from serving.errors import GenerationFailed
-from serving.http import adapters as api_adapters, images as api_images, sdapi as api_sdapi
+from serving.http import (
+    adapters as api_adapters,
+    images as api_images,
+    sdapi as api_sdapi,
+    sdapi_info as api_sdapi_info,
+)
+from serving.http.guard import UPLOAD, Guard
 from serving.http.intake import Intake
 from serving.http.library import Library
-from serving.http.problems import ApiError, Problem, describe
+from serving.http.problems import REQUEST_ID, ApiError, Problem, describe
 from serving.http.replies import KeyReused, Replies
 from serving.http.service import Engines, Generate, Service, request_id, service_of
 from serving.http.tenants import Keys, Quota
+from serving.http.timeouts import BodyTimeout
 from serving.http.wire import ErrorAnswer, Health
 from training.errors import UserError
 
+# `guard.py` checks keys; this is for the document, so that /docs can send one
+SECURITY = [
+    Security(HTTPBase(scheme="bearer", scheme_name="key", description="an API key", auto_error=False)),
+    Security(
+        HTTPBase(scheme="basic", scheme_name="password", description="any user, the key as password", auto_error=False)
+    ),
+]
 DESCRIPTION = """One base, any number of adapters, each request its own mix.
 
 `POST /v1/images/generations` is OpenAI's images call: name an adapter in `model` (`<base>:<tenant>/<id>`), or mix
@@ -36,11 +56,21 @@ def create_app(
     generate: Generate, engines: Engines, library: Library, spec: ServeSpec, keys: Keys | None = None
 ) -> FastAPI:
     """The app. `generate` makes the events of a request; `keys` None: this machine only, one tenant."""
-    app = FastAPI(
+    app = FastAPIOffline(  # a /docs that loads nothing from elsewhere
+        redoc_url=None,
+        static_url="/docs/static",
+        swagger_ui_parameters={"validatorUrl": None},
         title="dreamfleet",
         version="1",
         description=DESCRIPTION,
-        responses={400: {"model": ErrorAnswer, "description": "a field is wrong; `param` names it"}},
+        responses={
+            status: {"model": ErrorAnswer, "description": text}
+            for status, text in {
+                400: "a field is wrong; `param` names it",
+                401: "a server without keys answers to this machine's names only",
+                405: "the path knows other methods; see `Allow`",
+            }.items()
+        },
     )
     app.state.service = Service(
         generate=generate,
@@ -53,12 +83,21 @@ def create_app(
     app.state.under = {}
     for kind in (ApiError, UserError, GenerationFailed, KeyReused, RequestValidationError, HTTPException):
         app.add_exception_handler(kind, _told)
-    app.include_router(api_images.router)
-    app.include_router(api_adapters.router)
-    app.include_router(api_sdapi.router)
+    for router in (api_images.router, api_adapters.router, api_sdapi.router, api_sdapi_info.router):
+        app.include_router(router, dependencies=SECURITY)
     app.get("/healthz", tags=["operation"], responses={503: {"model": Health}})(_health)
     app.get("/metrics", tags=["operation"], response_class=Response)(_metrics)
     app.add_middleware(BodyLimit, limits=spec.limits)
+    app.add_middleware(BodyTimeout)
+    app.add_middleware(Guard, cors=spec.cors)
+    if spec.cors:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=spec.cors,
+            allow_methods=["GET", "POST", "PATCH", "DELETE"],
+            allow_headers=["*"],
+            expose_headers=["X-Request-Id", "Retry-After"],
+        )
     app.add_middleware(Observed)
     return app
 
@@ -74,12 +113,30 @@ async def _health(request: Request, response: Response) -> Health:
 async def _metrics(request: Request) -> Response:
     """Prometheus' text format."""
     service = service_of(request)
+    service.metrics.damaged.set(service.intake.library.damaged)
     return Response(service.metrics.render(await service.engines.stats()), media_type="text/plain; version=0.0.4")
 
 
 async def _told(request: Request, error: Exception) -> Response:
     problem = describe(error)
+    asked = f"{request.method} {request.url.path[:200]}"
+    if isinstance(error, HTTPException) and problem.status == 404:
+        problem = replace(problem, message=f"Invalid URL ({asked}). See /docs.", code="unknown_url")
+    elif isinstance(error, HTTPException) and problem.status == 405:
+        allowed = ", ".join(_methods(request))
+        message = f"Not allowed: {asked}. Use {allowed}."
+        problem = Problem(405, message, code="method_not_supported", headers={"Allow": allowed})
     return JSONResponse(problem.body(), problem.status, headers=problem.headers)
+
+
+def _methods(request: Request) -> list[str]:
+    """What the request's path knows; several routes may have the same path."""
+
+    def known(method: str) -> bool:
+        scope = {**request.scope, "method": method}
+        return any(route.matches(scope)[0] is Match.FULL for route in request.app.routes)
+
+    return [method for method in ("DELETE", "GET", "PATCH", "POST", "PUT") if known(method)]
 
 
 class Observed:
@@ -95,6 +152,7 @@ class Observed:
         request = Request(scope)
         metrics = service_of(request).metrics
         name = request_id(request).encode()
+        REQUEST_ID.set(name.decode())
         began, status = time.perf_counter(), 0
 
         async def marked(message: Message) -> None:
@@ -135,7 +193,7 @@ class BodyLimit:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        upload = scope["path"] == "/v1/adapters"
+        upload = scope["path"] == UPLOAD
         limit = self._limits.upload_bytes + 2**16 if upload else self._limits.body_bytes
         told = dict(scope["headers"]).get(b"content-length", b"0")
         if not told.isdigit() or int(told) > limit:

@@ -5,7 +5,7 @@ import base64
 import hashlib
 import json
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Annotated, Any
 
@@ -14,7 +14,8 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from serving.engine.request import Event, GenerateRequest, Picture
 from serving.errors import GenerationFailed
-from serving.http.intake import used
+from serving.http.intake import usage_of, used
+from serving.http.library import Library
 from serving.http.problems import describe
 from serving.http.replies import Replies
 from serving.http.service import Service, request_id, service_of, unless_gone
@@ -28,10 +29,14 @@ ERRORS: dict[int | str, dict[str, Any]] = {
     for status, text in {
         400: "a field is wrong; `param` names it",
         401: "no or wrong key",
+        403: "the key lacks a scope, or a web page of another origin asks",
         404: "unknown model or adapter",
+        405: "the path knows other methods; see `Allow`",
+        409: "the version is the one that is served",
         413: "the body is too large",
         422: "the adapter cannot be loaded, or the idempotency key was used for another request",
-        429: "too much is waiting; see `Retry-After`",
+        429: "too much is waiting, see `Retry-After`; or a quota is used up (`insufficient_quota`)",
+        499: "the call was interrupted",
         500: "a fault of the server",
         503: "starting or draining",
         504: "not done within the deadline",
@@ -70,10 +75,8 @@ async def generate_images(
 
 
 async def _collect(service: Service, wanted: GenerateRequest) -> list[Picture]:
-    with service.quota.request(wanted.tenant):
-        stream = service.generate(wanted)
-        async with aclosing(as_generator(stream)) as events:
-            pictures = [event async for event in events if isinstance(event, Picture)]
+    async with aclosing(service.events(wanted)) as events:
+        pictures = [event async for event in events if isinstance(event, Picture)]
     if len(pictures) != wanted.count:
         raise GenerationFailed(f"{len(pictures)} of {wanted.count} images came.")
     return sorted(pictures, key=lambda picture: picture.index)
@@ -90,13 +93,14 @@ def _answer(pictures: list[Picture], wanted: GenerateRequest, body: ImagesBody, 
         model=body.model or service.intake.library.base,
         size=f"{wanted.width}x{wanted.height}",
         output_format=wanted.output_format,
+        usage=usage_of(wanted, service.intake.library, range(wanted.count)),
     )
     return JSONResponse(answer.model_dump())
 
 
 async def _streamed(request: Request, service: Service, wanted: GenerateRequest, body: ImagesBody) -> Response:
     """Starts the work; what fails at once is an HTTP error, what fails later an event."""
-    events = _queued(service, wanted)
+    events = service.events(wanted)
     first = asyncio.ensure_future(anext(events))
     try:
         await unless_gone(request, asyncio.wait({first}, timeout=HEAD_START_S))
@@ -108,19 +112,14 @@ async def _streamed(request: Request, service: Service, wanted: GenerateRequest,
         await events.aclose()
         raise
     return StreamingResponse(
-        _server_sent(first, events, wanted), media_type="text/event-stream", headers={"Cache-Control": "no-store"}
+        _server_sent(first, events, wanted, service.intake.library),
+        media_type="text/event-stream",
+        headers={"Cache-Control": "no-store"},
     )
 
 
-async def _queued(service: Service, wanted: GenerateRequest) -> AsyncGenerator[Event, None]:
-    with service.quota.request(wanted.tenant):
-        async with aclosing(as_generator(service.generate(wanted))) as events:
-            async for event in events:
-                yield event
-
-
 async def _server_sent(
-    first: "asyncio.Task[Event]", events: AsyncGenerator[Event, None], wanted: GenerateRequest
+    first: "asyncio.Task[Event]", events: AsyncGenerator[Event, None], wanted: GenerateRequest, library: Library
 ) -> AsyncGenerator[bytes, None]:
     pending = first
     try:
@@ -133,7 +132,7 @@ async def _server_sent(
                 event = pending.result()
             except StopAsyncIteration:
                 return
-            name, data = _told(event, wanted)
+            name, data = _told(event, wanted, library)
             yield f"event: {name}\ndata: {data}\n\n".encode()
             pending = asyncio.ensure_future(anext(events))
     except Exception as error:
@@ -144,7 +143,7 @@ async def _server_sent(
         await events.aclose()
 
 
-def _told(event: Event, wanted: GenerateRequest) -> tuple[str, str]:
+def _told(event: Event, wanted: GenerateRequest, library: Library) -> tuple[str, str]:
     image = base64.b64encode(event.data).decode()
     size, now = f"{wanted.width}x{wanted.height}", int(time.time())
     if isinstance(event, Picture):
@@ -156,6 +155,7 @@ def _told(event: Event, wanted: GenerateRequest) -> tuple[str, str]:
             created_at=now,
             size=size,
             output_format=wanted.output_format,
+            usage=usage_of(wanted, library, (event.index,)),
         )
         return completed.type, completed.model_dump_json()
     partial = PartialImage(
@@ -169,13 +169,3 @@ def _told(event: Event, wanted: GenerateRequest) -> tuple[str, str]:
         output_format=wanted.output_format,
     )
     return partial.type, partial.model_dump_json()
-
-
-async def as_generator(events: AsyncIterator[Event]) -> AsyncGenerator[Event, None]:
-    """`events`, closed for certain when it is left."""
-    try:
-        async for event in events:
-            yield event
-    finally:
-        if isinstance(events, AsyncGenerator):
-            await events.aclose()

@@ -10,11 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from serving.config import ServeSpec
+from serving.engine.pictures import count
 from serving.engine.request import AdapterRef, AdapterUse, GenerateRequest
 from serving.errors import Refused
 from serving.http.library import Library
 from serving.http.problems import ApiError
-from serving.http.wire import ImagesBody, UsedAdapter, WornAdapter
+from serving.http.wire import ImagesBody, TokenDetails, Usage, UsedAdapter, WornAdapter
 from training.base.facts import Facts
 from training.storage.registry import Resolved, UnknownAdapter
 
@@ -34,13 +35,20 @@ class Intake:
         """The request of an OpenAI images body."""
         if body.partial_images and not body.stream:
             raise ApiError(400, "'partial_images' needs 'stream': true.", param="partial_images")
+        if body.background == "transparent":
+            raise ApiError(
+                400,
+                "'background' is 'transparent', but images of this server are opaque. Allowed: 'opaque' and 'auto'.",
+                param="background",
+            )
+        self.library.load_tokenizer()  # on this thread, so that counting tokens later does not hold up the event loop
         width, height = self._size(body.size)
-        return self._checked(
+        return self.checked(
             GenerateRequest(
                 request_id=request_id,
                 tenant=tenant,
-                prompt=self._prompt(body.prompt, "prompt"),
-                negative_prompt=self._prompt(body.negative_prompt or "", "negative_prompt"),
+                prompt=self.prompt(body.prompt, "prompt"),
+                negative_prompt=self.prompt(body.negative_prompt or "", "negative_prompt"),
                 adapters=self.adapters(tenant, body.model, body.adapters or ()),
                 width=width,
                 height=height,
@@ -49,7 +57,7 @@ class Intake:
                 steps=body.steps or self.spec.steps,
                 guidance_scale=self.spec.guidance_scale if body.guidance_scale is None else body.guidance_scale,
                 scheduler=body.scheduler or self.spec.scheduler,
-                image=None if body.image is None else read_base64(body.image, "image"),
+                image=None if body.image is None else read_picture_field(body.image, "image", width, height),
                 strength=body.strength or 0.8,
                 previews=body.partial_images or 0,
                 output_format=body.output_format or "png",
@@ -58,7 +66,8 @@ class Intake:
             )
         )
 
-    def _checked(self, request: GenerateRequest) -> GenerateRequest:
+    def checked(self, request: GenerateRequest) -> GenerateRequest:
+        """`request`, if it is within the limits. Raises ApiError."""
         limits = self.spec.limits
         _at_most(request.count, limits.images, "n")
         _at_most(request.steps, limits.steps, "steps")
@@ -80,12 +89,6 @@ class Intake:
                     param="adapters",
                 )
         return request
-
-    def text_to_image(self, request: GenerateRequest) -> GenerateRequest:
-        """A request made elsewhere (the AUTOMATIC1111 shim), checked like any other."""
-        self._prompt(request.prompt, "prompt")
-        self._prompt(request.negative_prompt, "negative_prompt")
-        return self._checked(request)
 
     def adapters(self, tenant: str, model: str | None, worn: Sequence[WornAdapter]) -> tuple[AdapterUse, ...]:
         """The versions that a model name and a mix mean now."""
@@ -113,15 +116,22 @@ class Intake:
         try:
             resolved = self.library.resolve(tenant, name)
         except UnknownAdapter as error:
-            raise ApiError(404, str(error), param=param, code="adapter_not_found") from None
+            code = "model_not_found" if param == "model" else "adapter_not_found"
+            raise ApiError(404, str(error), param=param, code=code) from None
         except Refused as error:
             raise ApiError(400, str(error), param=param, code="wrong_base") from None
         return AdapterUse(ref=ref_of(resolved), weight=weight)
 
-    def _prompt(self, prompt: str, field: str) -> str:
+    def prompt(self, prompt: str, field: str) -> str:
+        """`prompt`, if it is within the limits. Raises ApiError."""
         limit = self.spec.limits.prompt_chars
         if len(prompt) > limit:
-            raise ApiError(400, f"'{field}' has {len(prompt)} characters; at most {limit} are allowed.", param=field)
+            raise ApiError(
+                400,
+                f"'{field}' has {len(prompt)} characters; at most {limit} are allowed.",
+                param=field,
+                code="string_above_max_length",
+            )
         if "\0" in prompt:
             raise ApiError(400, f"'{field}' holds a null character.", param=field)
         return prompt
@@ -131,6 +141,25 @@ class Intake:
             return self.facts.resolution, self.facts.resolution
         width, height = str(size).split("x")
         return int(width), int(height)
+
+
+def usage_of(request: GenerateRequest, library: Library, indices: Sequence[int]) -> Usage:
+    """What images `indices` of a request take; the prompts and the start picture count with image 0.
+
+    A token of text is one of the base's tokenizer, a token of an image one latent cell.
+    """
+    cells = -(-request.width // library.outline.facts.cell_px) * -(-request.height // library.outline.facts.cell_px)
+    first = 0 in indices
+    text = library.count_tokens(request.prompt) + library.count_tokens(request.negative_prompt) if first else 0
+    start = cells if first and request.image is not None else 0
+    made = cells * len(indices)
+    return Usage(
+        input_tokens=text + start,
+        input_tokens_details=TokenDetails(text_tokens=text, image_tokens=start),
+        output_tokens=made,
+        output_tokens_details=TokenDetails(text_tokens=0, image_tokens=made),
+        total_tokens=text + start + made,
+    )
 
 
 def used(request: GenerateRequest) -> list[UsedAdapter]:
@@ -150,15 +179,23 @@ def any_seed() -> int:
     return secrets.randbits(31)
 
 
-def read_base64(text: str, field: str) -> bytes:
-    """The bytes of base64 or of a data URL."""
-    payload = text.partition(",")[2] if text.startswith("data:") else text
+def read_picture_field(text: str, field: str, width: int, height: int) -> bytes:
+    """The bytes of a picture sent as base64 or as a data URL; lines may be wrapped, padding may be missing.
+
+    Only its header is looked at. Raises ApiError if that says that it cannot be decoded to `width` x `height`.
+    """
+    payload = "".join((text.partition(",")[2] if text.startswith("data:") else text).split()).rstrip("=")
     try:
-        return base64.b64decode(payload, validate=True)
+        data = base64.b64decode(payload + "=" * (-len(payload) % 4), validate=True)
+        count(data, width, height)
     except (binascii.Error, ValueError):
         raise ApiError(400, f"'{field}' is not base64.", param=field) from None
+    except Refused as error:
+        raise ApiError(400, str(error), param=field) from None
+    return data
 
 
 def _at_most(value: int, limit: int, field: str, what: str | None = None) -> None:
     if value > limit:
-        raise ApiError(400, f"{value} {what or field} asked for; at most {limit} allowed.", param=field)
+        code = "integer_above_max_value"
+        raise ApiError(400, f"{value} {what or field} asked for; at most {limit} allowed.", param=field, code=code)

@@ -4,25 +4,31 @@ What a tenant may not see does not exist for it: another's adapter and a missing
 registry to one base; blocking, so an event loop calls it from a thread. Knows nothing about HTTP or the engine.
 """
 
+import logging
 import threading
 import time
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
+from contextlib import suppress
 from datetime import UTC, datetime
+from typing import Any
 
-from serving.config import EngineSpec
+from serving.config import EngineSpec, Limits
+from serving.engine.fit import check_fit
 from serving.engine.request import AdapterRef
-from serving.errors import Refused
+from serving.errors import QuotaExceeded, Refused
 from serving.http.disk import DiskCache
 from training.adapters.adapter import Adapter, AdapterError, check_adapter, load_adapter, save_adapter
 from training.adapters.formats.formats import import_adapter
-from training.base.facts import Facts
+from training.base.families import open_family
 from training.base.folder import hash_base, public_name
 from training.base.outline import Outline
 from training.storage.card import Card
-from training.storage.registry import Registry, Resolved, UnknownAdapter, check_id
+from training.storage.registry import WEIGHTS, CorruptAdapter, Registry, Resolved, UnknownAdapter, Usage, check_id
 from training.storage.storage import content_id
 
 REMEMBERED = 4096
+USAGE_S = 10.0  # how old what is known about a tenant's stored bytes may be
+logger = logging.getLogger(__name__)
 
 
 class Library:
@@ -38,15 +44,24 @@ class Library:
         self.base_hash = hash_base(outline.folder)
         self._refresh_s = refresh_s
         self._resolved: OrderedDict[tuple[str, str | None], tuple[float, Resolved]] = OrderedDict()
+        self._usage: dict[str, tuple[float, Usage]] = {}
+        self._uploads: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
+        self._damaged: dict[str, str] = {}
         self._lock = threading.Lock()
+        self._tokenizer: Any = None
 
     def resolve(self, tenant: str, name: str) -> Resolved:
         """What `id`, `tenant/id` or either with `@version` means to `tenant` now. Raises UnknownAdapter."""
         path, _, version = name.partition("@")
         owner, slash, id = path.partition("/")
         owner, id = (owner, id) if slash else (tenant, path)
-        resolved = self._cached(f"{owner}/{id}", version or None, tenant)
-        if resolved.tenant != tenant and not resolved.card.public:
+        try:
+            resolved = self._cached(f"{owner}/{id}", version or None)
+        except CorruptAdapter:
+            if owner != tenant:  # whose card cannot be read is not known to be public
+                raise unknown(name) from None
+            raise
+        if resolved is None or (resolved.tenant != tenant and not resolved.public):
             raise unknown(name)
         if resolved.card.base_hash != self.base_hash:
             raise Refused(
@@ -54,27 +69,73 @@ class Library:
             )
         return resolved
 
-    def list(self, tenant: str) -> "list[Resolved]":
-        """The tenant's own adapters, and those that others have made public, for this base."""
-        found = self.registry.list(tenant)
-        for other in self.registry.storage.folders("adapters"):
-            if other != tenant:
-                found += [resolved for resolved in self.registry.list(other) if resolved.card.public]
-        return [resolved for resolved in found if resolved.card.base_hash == self.base_hash]
+    def page(self, tenant: str, after: str | None = None, limit: int | None = None) -> tuple[list[Resolved], bool]:
+        """At most `limit` adapters for this base that follow `after`, and whether there are more.
 
-    def upload(self, tenant: str, id: str, data: bytes, spec: EngineSpec, *, public: bool, trigger: str) -> Resolved:
-        """Checks an adapter file against the base, publishes it as the tenant's `id` and answers its version.
+        The tenant's own come first, by id, then public ones. Reads two listings and the cards of this page. Passes over
+        damaged adapters, which the log and `damaged` tell.
+        """
+        names = [f"{tenant}/{id}" for id in self.registry.ids(tenant)]
+        names += [name for name in self.registry.public_names() if not name.startswith(f"{tenant}/")]
+        if after is not None:
+            last = _place(after if "/" in after else f"{tenant}/{after}", tenant)
+            names = [name for name in names if _place(name, tenant) > last]
+        found: list[Resolved] = []
+        for name in names:
+            resolved = self._listed(name, tenant)
+            if resolved is None:
+                continue
+            if len(found) == limit:
+                return found, True
+            found.append(resolved)
+        return found, False
 
-        Raises AdapterError saying which modules or values are wrong; then nothing has been stored.
+    @property
+    def damaged(self) -> int:
+        """How many adapters were damaged when they were last read."""
+        return len(self._damaged)
+
+    def upload(
+        self,
+        tenant: str,
+        id: str,
+        data: bytes,
+        spec: EngineSpec,
+        *,
+        public: bool | None = None,
+        trigger: str = "",
+        limits: Limits | None = None,
+    ) -> Resolved:
+        """Checks an adapter file against the base, publishes it as the tenant's `id` and returns its version.
+
+        `public` None leaves an existing adapter as visible as it is; a new one is private. Raises AdapterError saying
+        which modules or values are wrong, QuotaExceeded if `limits` allow no more; then nothing has been stored.
         """
         check_id(id)
         shapes = self.shapes()
         adapter = import_adapter({"adapter.safetensors": data}, shapes.keys())
+        check_fit(adapter, spec, self.outline.facts)
         check_adapter(adapter, shapes, spec.rank)
-        self._check_words(adapter, spec)
-        _check_targets(adapter, spec, self.outline.facts)
+        self._check_words(adapter)
         weights = save_adapter(adapter)
-        card = Card.model_validate(
+        card = self._card(adapter, weights, trigger)
+        with self._lock:
+            mine = self._uploads[tenant]
+        with mine:  # one after another: each counts what those before have stored
+            if limits is not None:
+                self._check_room(tenant, id, len(weights), limits)
+            if public is False:  # first: what is private is never public for a moment
+                with suppress(UnknownAdapter):
+                    self.registry.describe(tenant, id, public=False)
+            published = self.registry.publish(tenant, id, weights, card)
+            if not published.new:  # the same file again: it is what the tenant wants served, whatever came between
+                self.registry.set_current(tenant, id, published.version)
+            self.registry.describe(tenant, id, public=public, trigger=trigger or None)
+            self._forget(tenant, id)
+        return self.registry.resolve(f"{tenant}/{id}", published.version)
+
+    def _card(self, adapter: Adapter, weights: bytes, trigger: str) -> Card:
+        return Card.model_validate(
             {
                 "sha256": content_id(weights),
                 "size": len(weights),
@@ -89,22 +150,62 @@ class Library:
                 "instance_prompt": trigger,
                 "class": "",
                 "trigger": trigger,
-                "public": public,
             }
         )
-        published = self.registry.publish(tenant, id, weights, card)
-        if not published.new:  # the same file again: it is what the tenant wants served, whatever came between
-            self.registry.set_current(tenant, id, published.version)
-        self._forget(tenant, id)
-        return self.registry.resolve(f"{tenant}/{id}", published.version)
 
-    def delete(self, tenant: str, id: str) -> Resolved:
-        """Deletes the tenant's own adapter and answers what was current. Raises UnknownAdapter."""
+    def change(
+        self,
+        tenant: str,
+        id: str,
+        *,
+        public: bool | None = None,
+        trigger: str | None = None,
+        version: str | None = None,
+    ) -> Resolved:
+        """Changes who may see the tenant's adapter, its trigger or the served version. Raises UnknownAdapter."""
+        self.resolve(tenant, check_id(id))
+        if version is not None:
+            self.registry.set_current(tenant, id, version)
+        self.registry.describe(tenant, id, public=public, trigger=trigger)
+        self._forget(tenant, id)
+        return self.resolve(tenant, id)
+
+    def versions(self, tenant: str, id: str) -> list[Resolved]:
+        """All versions of the tenant's adapter that can be read, newest first. Raises UnknownAdapter."""
+        self.resolve(tenant, check_id(id))
+        found = [self._listed(f"{tenant}/{id}", tenant, version) for version in self.registry.versions(tenant, id)]
+        return sorted((one for one in found if one is not None), key=lambda one: one.card.created, reverse=True)
+
+    def files(self, tenant: str, id: str, version: str) -> tuple[Resolved, dict[str, int]]:
+        """A version of the tenant's adapter, and the bytes of each of its files."""
+        resolved = self.resolve(tenant, f"{check_id(id)}@{version}")
+        return resolved, self.registry.sizes(resolved)
+
+    def read(self, tenant: str, id: str, version: str, file: str) -> bytes:
+        """One file of a version of the tenant's adapter. Raises UnknownAdapter, CorruptAdapter."""
+        resolved, files = self.files(tenant, id, version)
+        if file not in files:
+            raise UnknownAdapter(
+                f"Version {resolved.version[:12]} of '{id}' has no such file. It has {', '.join(files)}."
+            )
+        return self.registry.weights(resolved) if file == WEIGHTS else self.registry.read(resolved, file)
+
+    def remove_version(self, tenant: str, id: str, version: str) -> AdapterRef:
+        """Removes one version of the tenant's adapter. Raises UnknownAdapter, CurrentVersion."""
+        gone = self.registry.remove_version(tenant, id, version)
+        self._forget(tenant, id)
+        return AdapterRef(tenant=tenant, id=id, version=gone)
+
+    def delete(self, tenant: str, id: str) -> Resolved | None:
+        """Deletes the tenant's own adapter and returns what was current, if it can be read. Raises UnknownAdapter."""
         try:
-            resolved = self.registry.resolve(f"{tenant}/{check_id(id)}")
+            resolved = self.registry.look(f"{tenant}/{check_id(id)}")
+        except CorruptAdapter:
+            resolved = None
+        try:
+            self.registry.delete(tenant, id)
         except UnknownAdapter:
             raise unknown(id) from None
-        self.registry.delete(tenant, id)
         self._forget(tenant, id)
         return resolved
 
@@ -112,39 +213,91 @@ class Library:
         """Canonical name and weight shape of every layer of the base that an adapter may change."""
         return self.outline.shapes
 
-    def _check_words(self, adapter: Adapter, spec: EngineSpec) -> None:
+    def count_tokens(self, text: str) -> int:
+        """How many tokens of the base's tokenizer `text` has, without its begin and end."""
+        tokenizer = self.load_tokenizer()
+        return len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]) if text else 0
+
+    def load_tokenizer(self) -> Any:
+        """The base's tokenizer; the first call takes a moment."""
+        if self._tokenizer is None:
+            self._tokenizer = open_family(self.outline.folder, self.base).tokenizer()
+        return self._tokenizer
+
+    def _check_words(self, adapter: Adapter) -> None:
         width = self.outline.facts.word_width
-        vectors = [vectors.reshape(-1, vectors.shape[-1]) for vectors in adapter.embeddings.values()]
-        if any(one.shape[1] != width for one in vectors):
+        if any(vectors.shape[-1] != width for vectors in adapter.embeddings.values()):
             raise AdapterError(f"The words {', '.join(adapter.embeddings)} need vectors of width {width} on this base.")
-        if sum(map(len, vectors)) > spec.words:
-            raise AdapterError(
-                f"The file's words take {sum(map(len, vectors))} vectors; at most {spec.words} are served."
+
+    def _check_room(self, tenant: str, id: str, size: int, limits: Limits) -> None:
+        now = time.monotonic()
+        expires, usage = self._usage.get(tenant, (0.0, Usage(0, 0)))
+        if now >= expires:
+            usage = self.registry.usage(tenant)
+            self._usage[tenant] = now + USAGE_S, usage
+        if usage.bytes + size > limits.tenant_bytes:
+            raise QuotaExceeded(
+                f"Your adapters take {usage.bytes} bytes, this one {size}; at most {limits.tenant_bytes} are allowed. "
+                "Delete adapters or old versions."
+            )
+        if usage.adapters >= limits.tenant_adapters and self.registry.look(f"{tenant}/{id}") is None:
+            raise QuotaExceeded(
+                f"You have {usage.adapters} adapters; at most {limits.tenant_adapters} are allowed. Delete one, or "
+                "upload this as a new version of one."
             )
 
-    def _cached(self, path: str, version: str | None, tenant: str) -> Resolved:
+    def _listed(self, name: str, tenant: str, version: str | None = None) -> Resolved | None:
+        """What `name` is, if a list of `tenant` may have it."""
+        try:
+            resolved = self._cached(name, version)
+        except CorruptAdapter:
+            return None
+        mine = resolved is not None and (resolved.tenant == tenant or resolved.public)
+        return resolved if resolved and mine and resolved.card.base_hash == self.base_hash else None
+
+    def _cached(self, path: str, version: str | None = None) -> Resolved | None:
+        """What `tenant/id` means; None if there is none. Raises CorruptAdapter."""
         key, now = (path, version), time.monotonic()
         with self._lock:
             expires, resolved = self._resolved.get(key, (0.0, None))
         if resolved is not None and now < expires:
             return resolved
         try:
-            resolved = self.registry.resolve(path, version, tenant)
-        except UnknownAdapter:
-            with self._lock:
-                self._resolved.pop(key, None)
-            raise unknown(path if version is None else f"{path}@{version}") from None
+            resolved = self.registry.look(path, version)
+        except UnknownAdapter:  # no such version, or no name that any adapter could have
+            resolved = None
+        except CorruptAdapter as error:
+            self._note(path, error)
+            raise
         with self._lock:
+            self._damaged.pop(path, None)
+            if resolved is None:
+                self._resolved.pop(key, None)
+                return None
             self._resolved[key] = now + self._refresh_s, resolved
             self._resolved.move_to_end(key)
             while len(self._resolved) > REMEMBERED:
                 self._resolved.popitem(last=False)
         return resolved
 
+    def _note(self, path: str, error: CorruptAdapter) -> None:
+        """Logs a damage once, and counts it."""
+        with self._lock:
+            known = self._damaged.get(path)
+            self._damaged[path] = str(error)
+        if known != str(error):
+            logger.error("%s", error)
+
     def _forget(self, tenant: str, id: str) -> None:
         with self._lock:
+            self._usage.pop(tenant, None)
+            self._damaged.pop(f"{tenant}/{id}", None)
             for key in [key for key in self._resolved if key[0] == f"{tenant}/{id}"]:
                 del self._resolved[key]
+
+    def list(self, tenant: str) -> list[Resolved]:
+        """All of `page`."""
+        return self.page(tenant)[0]
 
 
 class Fetcher:
@@ -168,19 +321,12 @@ def unknown(name: str) -> UnknownAdapter:
     return UnknownAdapter(f"Unknown adapter '{name}'. See GET /v1/adapters for yours.")
 
 
+def _place(name: str, tenant: str) -> tuple[bool, str]:
+    """Where `tenant/id` stands in a list of `tenant`: its own come first."""
+    return not name.startswith(f"{tenant}/"), name
+
+
 def _ends(adapter: Adapter, *components: str) -> tuple[str, ...]:
     """The last parts of the names of some components' modules, each once: `to_q`, `to_out.0`."""
     names = (name.split(".") for name in adapter.modules if name.partition(".")[0] in components)
     return tuple(sorted({".".join(parts[-2:]) if parts[-1].isdigit() else parts[-1] for parts in names}))
-
-
-def _check_targets(adapter: Adapter, spec: EngineSpec, facts: Facts) -> None:
-    """The server's bank lies over some layers only; an adapter must not be served in part."""
-    ends = (*(spec.targets or facts.layers), *(spec.text_encoder_targets or facts.text_layers))
-    served = tuple(f".{end}" for end in ends)
-    left = [name for name in adapter.modules if not name.endswith(served)]
-    if left:
-        raise AdapterError(
-            f"{len(left)} of {len(adapter.modules)} modules are layers that this server does not adapt, the first is "
-            f"'{min(left)}'. Ask its operator to add them to `targets`."
-        )

@@ -72,6 +72,11 @@ class Metrics:
             buckets=SECONDS,
             registry=self._registry,
         )
+        self.damaged = Gauge(
+            "dreamfleet_damaged_adapters",
+            "Adapters that lists pass over because a file of theirs cannot be read; the log names them",
+            registry=self._registry,
+        )
         self.open = Gauge("dreamfleet_http_open", "HTTP requests being answered", registry=self._registry)
 
     def render(self, reports: Mapping[str, EngineStats]) -> bytes:

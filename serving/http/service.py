@@ -8,23 +8,23 @@ import base64
 import binascii
 import re
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
 from fastapi import Request
 
 from serving.engine.job import EngineStats
-from serving.engine.request import AdapterRef, Event, GenerateRequest
+from serving.engine.request import AdapterRef, Event, GenerateRequest, Picture
+from serving.http.infotext import infotext, with_infotext
 from serving.http.intake import Intake
 from serving.http.metrics import Metrics
 from serving.http.problems import ApiError
-from serving.http.tenants import Keys, Quota
+from serving.http.tenants import Keys, Quota, Scope
 from training.storage.registry import DEFAULT_TENANT
 
 Generate = Callable[[GenerateRequest], AsyncIterator[Event]]
 T = TypeVar("T")
-_LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1", "testserver"})
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 
@@ -55,30 +55,47 @@ class Service:
     quota: Quota
     metrics: Metrics = field(default_factory=Metrics)
 
-    def tenant(self, request: Request) -> str:
-        """Whose request this is. Raises ApiError 401."""
+    async def events(self, wanted: GenerateRequest) -> AsyncGenerator[Event, None]:
+        """The events of a request, counted for its tenant; leaving them early cancels it. Raises QueueFull.
+
+        PNG files of finished pictures hold what made them, where the server is set up so.
+        """
+        with self.quota.request(wanted.tenant):
+            events = self.generate(wanted)
+            try:
+                async for event in events:
+                    yield self._signed(event, wanted) if isinstance(event, Picture) else event
+            finally:
+                if isinstance(events, AsyncGenerator):
+                    await events.aclose()
+
+    def _signed(self, picture: Picture, wanted: GenerateRequest) -> Picture:
+        if wanted.output_format != "png" or not self.intake.spec.picture_parameters:
+            return picture
+        text = infotext(wanted, picture.seed, self.intake.library.base, self.intake.library.base_hash)
+        return picture.model_copy(update={"data": with_infotext(picture.data, text)})
+
+    def tenant(self, request: Request, scope: Scope | None = None) -> str:
+        """Whose request this is. Raises ApiError: 401 without a valid key, 403 if the key is not good for `scope`."""
         if self.keys is None:
-            return self._local(request)
+            return DEFAULT_TENANT
         token = _token(request.headers.get("authorization", ""))
-        tenant = self.keys.tenant_of(token) if token else None
-        if tenant is None:
+        key = self.keys.find(token) if token else None
+        if key is None or key.expired:
             missing = "No API key was sent" if not token else "The API key is not valid"
+            if key is not None:
+                missing = f"The API key {key.name} has expired on {key.expires}"
             error = ApiError(401, f"{missing}. Send 'Authorization: Bearer <key>'.", code="invalid_api_key")
             error.problem.headers["WWW-Authenticate"] = "Bearer"
             raise error
-        return tenant
-
-    @staticmethod
-    def _local(request: Request) -> str:
-        """Without keys only this machine may ask, and no web page that has renamed itself to it."""
-        if request.url.hostname not in _LOOPBACK:
+        if scope is not None and not key.may(scope):
             raise ApiError(
-                401,
-                f"This server has no keys, so it answers to localhost only, not to '{request.url.hostname}'. Make keys "
-                "with `python -m serving keys make`.",
-                code="invalid_api_key",
+                403,
+                f"The API key {key.name} has the scopes {', '.join(key.scopes)}; this call needs '{scope}'. Use a key "
+                "that has it.",
+                code="missing_scope",
             )
-        return DEFAULT_TENANT
+        return key.tenant
 
 
 def service_of(request: Request) -> Service:

@@ -1,28 +1,41 @@
 """Who may ask: keys, which are kept hashed, and how much of a server one tenant may take.
 
 A key is 256 random bits, so its SHA-256 is as good as a slow hash. The file is read again when it changes, so making
-and revoking keys needs no restart. Knows nothing about HTTP.
+and revoking keys needs no restart. What a key is good for:
+
+    images    make images
+    train     put adapters in, change and delete them
+    admin     everything that the tenant may do
+
+Every key reads the lists of its tenant. Knows nothing about HTTP.
 """
 
+import fcntl
 import hashlib
 import json
+import logging
 import os
 import secrets
 import threading
 import time
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Literal, get_args
 
 from serving.config import Limits
 from serving.engine.request import Closed
-from serving.errors import QueueFull
+from serving.errors import NotReady, QueueFull
 from training.errors import UserError
 from training.storage.registry import check_id
 
+logger = logging.getLogger(__name__)
 PREFIX = "dfk_"
+Scope = Literal["images", "train", "admin"]
+SCOPES: tuple[Scope, ...] = get_args(Scope)
+USUAL: tuple[Scope, ...] = ("images", "train")
 
 
 class Key(Closed):
@@ -32,7 +45,17 @@ class Key(Closed):
     tenant: str
     sha256: str
     created: str
+    scopes: tuple[Scope, ...] = USUAL
+    expires: str | None = None  # ISO 8601 with an offset
     revoked: str | None = None
+
+    def may(self, scope: Scope) -> bool:
+        """Whether the key is good for `scope`."""
+        return scope in self.scopes or "admin" in self.scopes
+
+    @property
+    def expired(self) -> bool:
+        return self.expires is not None and datetime.fromisoformat(self.expires) <= datetime.now(UTC)
 
 
 class KeyFile(Closed):
@@ -45,14 +68,14 @@ class Keys:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._stamp: tuple[int, int] | None = None
-        self._tenants: dict[str, str] = {}
+        self._valid: dict[str, Key] = {}
         self._lock = threading.Lock()
 
-    def tenant_of(self, token: str) -> str | None:
-        """Whose key this is; None for an unknown or revoked one."""
+    def find(self, token: str) -> Key | None:
+        """The key that this is, expired or not; None for an unknown or revoked one. Raises NotReady."""
         with self._lock:
             self._refresh()
-            return self._tenants.get(_hash(token))
+            return self._valid.get(_hash(token))
 
     def all(self) -> tuple[Key, ...]:
         try:
@@ -62,22 +85,39 @@ class Keys:
         except ValueError as error:
             raise UserError(f"'{self._path}' is no keys file: {error}") from None
 
-    def make(self, tenant: str) -> tuple[Key, str]:
+    def make(self, tenant: str, scopes: tuple[Scope, ...] = USUAL, expires: datetime | None = None) -> tuple[Key, str]:
         """A new key of `tenant`: as it is kept, and the token, which is shown this once."""
         check_id(tenant, "tenant")
         token = PREFIX + secrets.token_urlsafe(32)
-        key = Key(name=secrets.token_hex(4), tenant=tenant, sha256=_hash(token), created=_now())
-        self._write((*self.all(), key))
+        key = Key(
+            name=secrets.token_hex(4),
+            tenant=tenant,
+            sha256=_hash(token),
+            created=_now(),
+            scopes=scopes,
+            expires=expires.isoformat(timespec="seconds") if expires else None,
+        )
+        with self._alone():
+            self._write((*self.all(), key))
         return key, token
 
     def revoke(self, name: str) -> Key:
         """The key `name` is refused from now on; raises UserError if there is none."""
-        keys = {key.name: key for key in self.all()}
-        if name not in keys:
-            raise UserError(f"No key '{name}' in '{self._path}'. Known: {', '.join(keys) or 'none'}.")
-        keys[name] = keys[name].model_copy(update={"revoked": keys[name].revoked or _now()})
-        self._write(tuple(keys.values()))
+        with self._alone():
+            keys = {key.name: key for key in self.all()}
+            if name not in keys:
+                raise UserError(f"No key '{name}' in '{self._path}'. Known: {', '.join(keys) or 'none'}.")
+            keys[name] = keys[name].model_copy(update={"revoked": keys[name].revoked or _now()})
+            self._write(tuple(keys.values()))
         return keys[name]
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Two commands at once must not undo each other."""
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        with self._path.with_name(f".{self._path.name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
 
     def _refresh(self) -> None:
         try:
@@ -86,11 +126,15 @@ class Keys:
         except FileNotFoundError:
             stamp = None
         if stamp != self._stamp or stamp is None:
-            self._tenants = {key.sha256: key.tenant for key in self.all() if key.revoked is None}
+            try:
+                keys = self.all()
+            except (UserError, OSError) as error:  # names the path and shows what is in the file: for the log only
+                logger.error("%s", error)
+                raise NotReady("The server cannot read its keys; its log says why. Try again later.") from None
+            self._valid = {key.sha256: key for key in keys if key.revoked is None}
             self._stamp = stamp
 
     def _write(self, keys: tuple[Key, ...]) -> None:
-        self._path.parent.mkdir(parents=True, exist_ok=True)
         temporary = self._path.with_name(f".{self._path.name}.{secrets.token_hex(4)}")
         with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
             json.dump(KeyFile(keys=keys).model_dump(), file, indent=1)
@@ -99,28 +143,29 @@ class Keys:
         os.replace(temporary, self._path)
 
 
-class Quota:
-    """How many requests each tenant has under way and has begun in the last minute. For one event loop."""
+class Meter:
+    """How many of one kind each tenant has under way and has begun in the last minute. For one event loop."""
 
-    def __init__(self, limits: Limits) -> None:
-        self._running_limit = limits.tenant_running
-        self._minute_limit = limits.tenant_per_minute
+    def __init__(self, what: str, at_once: int, per_minute: int) -> None:
+        self.what = what
+        self.at_once = at_once
+        self.per_minute = per_minute
         self._running: dict[str, int] = {}
         self._begun: dict[str, deque[float]] = {}
 
     @contextmanager
-    def request(self, tenant: str) -> Iterator[None]:
-        """Counts a request while inside; raises QueueFull if the tenant has too many."""
+    def one(self, tenant: str) -> Iterator[None]:
+        """Counts one while inside; raises QueueFull if the tenant has too many."""
         now = time.monotonic()
         running = self._running.get(tenant, 0)
-        if running >= self._running_limit:
-            raise QueueFull(f"You have {running} requests under way; at most {self._running_limit} may be.", 1.0)
+        if running >= self.at_once:
+            raise QueueFull(f"You have {running} {self.what} under way; at most {self.at_once} may be.", 1.0)
         begun = self._begun.setdefault(tenant, deque())
         while begun and begun[0] <= now - 60:
             begun.popleft()
-        if len(begun) >= self._minute_limit:
+        if len(begun) >= self.per_minute:
             wait_s = begun[0] + 60 - now
-            raise QueueFull(f"You have made {len(begun)} requests within a minute, which is the limit.", wait_s)
+            raise QueueFull(f"You have made {len(begun)} {self.what} within a minute, which is the limit.", wait_s)
         begun.append(now)
         self._running[tenant] = running + 1
         try:
@@ -131,7 +176,27 @@ class Quota:
                 del self._running[tenant]
 
     def running(self) -> int:
+        """Of all tenants."""
         return sum(self._running.values())
+
+
+class Quota:
+    """How much of a server each tenant may take at once and within a minute."""
+
+    def __init__(self, limits: Limits) -> None:
+        self.requests = Meter("requests", limits.tenant_running, limits.tenant_per_minute)
+        self.uploads = Meter("uploads", limits.tenant_uploads, limits.tenant_uploads_per_minute)
+
+    def request(self, tenant: str) -> AbstractContextManager[None]:
+        """Counts a request for images while inside; raises QueueFull."""
+        return self.requests.one(tenant)
+
+    def upload(self, tenant: str) -> AbstractContextManager[None]:
+        """Counts an upload while inside; raises QueueFull."""
+        return self.uploads.one(tenant)
+
+    def running(self) -> int:
+        return self.requests.running()
 
 
 def _hash(token: str) -> str:

@@ -11,6 +11,13 @@ from pydantic import BaseModel, ConfigDict, Field
 from serving.engine.request import MAX_SEED, Closed, ImageFormat
 from training.base.facts import SamplerName
 
+# No string is longer than its field may be, whatever the server's own limits are: looked at before anything else is
+# done with it. A length is also what makes pydantic refuse a lone surrogate, which no encoder and no answer can hold.
+MAX_PROMPT = 20_000
+MAX_NAME = 300
+MAX_PICTURE = 96 * 2**20  # base64 of the largest picture
+Prompt = Annotated[str, Field(max_length=MAX_PROMPT)]
+Name = Annotated[str, Field(max_length=MAX_NAME)]
 SIZE = r"^(auto|[1-9][0-9]{0,4}x[1-9][0-9]{0,4})$"
 ADAPTER_NAME = r"^[a-z0-9][a-z0-9._-]{0,62}(/[a-z0-9][a-z0-9._-]{0,62})?(@[0-9a-f]{6,64})?$"
 
@@ -21,7 +28,10 @@ class WornAdapter(Closed):
     id: Annotated[
         str,
         Field(
-            pattern=ADAPTER_NAME, description="`<id>`, `<tenant>/<id>`, either with `@<version>`", examples=["rusty"]
+            pattern=ADAPTER_NAME,
+            max_length=MAX_NAME,
+            description="`<id>`, `<tenant>/<id>`, either with `@<version>`",
+            examples=["rusty"],
         ),
     ]
     weight: Annotated[float, Field(description="scales its effect; negative subtracts it", examples=[1.0])] = 1.0
@@ -46,32 +56,34 @@ class ImagesBody(Closed):
         }
     )
 
-    prompt: str
-    model: str | None = Field(
-        None, max_length=300, description="`<base>`, `<base>:<tenant>/<id>[@version]`, or `<id>` of the caller's tenant"
+    prompt: Prompt
+    model: Name | None = Field(
+        None, description="`<base>`, `<base>:<tenant>/<id>[@version]`, or `<id>` of the caller's tenant"
     )
     n: int | None = Field(None, ge=1, description="images; image i has seed + i")
-    size: str | None = Field(None, pattern=SIZE, description="`WIDTHxHEIGHT` in pixels, or `auto`")
+    size: str | None = Field(None, pattern=SIZE, max_length=11, description="`WIDTHxHEIGHT` in pixels, or `auto`")
     response_format: Literal["b64_json"] | None = None
     output_format: ImageFormat | None = None
     output_compression: int | None = Field(None, ge=0, le=100, description="quality of jpeg and webp")
     stream: bool | None = None
     partial_images: int | None = Field(None, ge=0, le=3, description="previews of each image, with `stream`")
-    user: str | None = None
+    user: Name | None = None
     # known to OpenAI's models only
-    background: Literal["opaque", "auto"] | None = None
+    background: Literal["transparent", "opaque", "auto"] | None = Field(
+        None, description="images are opaque: `transparent` is refused"
+    )
     moderation: Literal["low", "auto"] | None = None
     quality: Literal["low", "medium", "high", "xhigh", "max", "auto", "standard", "hd"] | None = None
     style: Literal["vivid", "natural"] | None = None
-    safety_identifier: str | None = None
+    safety_identifier: Name | None = None
     # ours
     adapters: tuple[WornAdapter, ...] | None = Field(None, description="the mix; with that of `model`, if it names one")
-    negative_prompt: str | None = None
+    negative_prompt: Prompt | None = None
     seed: int | None = Field(None, ge=0, le=MAX_SEED)
     steps: int | None = Field(None, ge=1)
     guidance_scale: float | None = Field(None, ge=0, le=100)
     scheduler: SamplerName | None = None
-    image: str | None = Field(None, description="a picture to start from, base64 or a data URL")
+    image: str | None = Field(None, max_length=MAX_PICTURE, description="a picture to start from, base64 or a data URL")
     strength: float | None = Field(None, gt=0, le=1, description="how much of `image` is made anew")
 
 
@@ -91,6 +103,21 @@ class ImageData(BaseModel):
     adapters: list[UsedAdapter]
 
 
+class TokenDetails(BaseModel):
+    text_tokens: int
+    image_tokens: int
+
+
+class Usage(BaseModel):
+    """What a request took: text in tokens of the base's tokenizer, images in latent cells."""
+
+    input_tokens: int
+    input_tokens_details: TokenDetails
+    output_tokens: int
+    output_tokens_details: TokenDetails
+    total_tokens: int
+
+
 class ImagesAnswer(BaseModel):
     """OpenAI's images answer."""
 
@@ -100,6 +127,7 @@ class ImagesAnswer(BaseModel):
     size: str
     output_format: ImageFormat
     background: Literal["opaque"] = "opaque"
+    usage: Usage
 
 
 class PartialImage(BaseModel):
@@ -114,8 +142,8 @@ class PartialImage(BaseModel):
     created_at: int
     size: str
     output_format: ImageFormat
-    quality: str = "auto"
-    background: str = "opaque"
+    quality: Literal["auto"] = "auto"
+    background: Literal["opaque"] = "opaque"
 
 
 class CompletedImage(BaseModel):
@@ -129,8 +157,9 @@ class CompletedImage(BaseModel):
     created_at: int
     size: str
     output_format: ImageFormat
-    quality: str = "auto"
-    background: str = "opaque"
+    quality: Literal["auto"] = "auto"
+    background: Literal["opaque"] = "opaque"
+    usage: Usage = Field(description="of this image; the prompts count with image 0")
 
 
 class Model(BaseModel):
@@ -145,6 +174,7 @@ class Model(BaseModel):
 class Models(BaseModel):
     object: Literal["list"] = "list"
     data: list[Model]
+    has_more: bool = False
 
 
 class AdapterInfo(BaseModel):
@@ -163,19 +193,67 @@ class AdapterInfo(BaseModel):
 
 
 class AdapterDetails(AdapterInfo):
-    """An adapter with its card: how it was made and judged."""
+    """An adapter with its card: how it was made and judged. Of another tenant's, what it takes to use it."""
 
     card: dict[str, object]
 
 
+class AdapterChange(Closed):
+    """`PATCH /v1/adapters/{id}`: what belongs to an adapter, not to a version. What is left out stays."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"public": False}]})
+
+    public: bool | None = Field(None, description="other tenants may generate with it, with every version")
+    trigger: str | None = Field(None, max_length=1000, description="what its prompts say")
+    version: str | None = Field(
+        None, pattern=r"^[0-9a-f]{6,64}$", max_length=64, description="the version to serve from now on"
+    )
+
+
 class Adapters(BaseModel):
+    """A page of a list: the next one begins `after` its `last_id`."""
+
     object: Literal["list"] = "list"
     data: list[AdapterInfo]
+    first_id: str | None = None
+    last_id: str | None = Field(None, description="`<tenant>/<id>` of the last")
+    has_more: bool = False
+
+
+class AdapterVersion(BaseModel):
+    """One version of an adapter."""
+
+    id: str
+    object: Literal["adapter.version"] = "adapter.version"
+    version: str
+    created: int
+    bytes: int
+    steps: int
+    current: bool = Field(description="whether it is the one that is served")
+
+
+class AdapterVersions(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[AdapterVersion]
+
+
+class AdapterFile(BaseModel):
+    """One file of a version."""
+
+    name: str
+    object: Literal["adapter.file"] = "adapter.file"
+    bytes: int
+
+
+class AdapterFiles(BaseModel):
+    object: Literal["list"] = "list"
+    version: str
+    data: list[AdapterFile]
 
 
 class Deleted(BaseModel):
     id: str
-    object: Literal["adapter"] = "adapter"
+    object: Literal["adapter", "adapter.version"] = "adapter"
     deleted: Literal[True] = True
 
 
@@ -197,59 +275,3 @@ class ErrorAnswer(BaseModel):
     """OpenAI's error envelope."""
 
     error: ErrorDetail
-
-
-class Txt2ImgBody(BaseModel):
-    """`POST /sdapi/v1/txt2img`. Fields of AUTOMATIC1111 that are not here are ignored, as its clients send dozens."""
-
-    model_config = ConfigDict(
-        extra="ignore",
-        json_schema_extra={"examples": [{"prompt": "a sks dog <lora:rusty:0.8>", "steps": 20, "cfg_scale": 5}]},
-    )
-
-    prompt: str = ""
-    negative_prompt: str = ""
-    seed: int = Field(-1, ge=-1, le=MAX_SEED, description="-1: any")
-    sampler_name: str | None = None
-    sampler_index: str | None = None
-    batch_size: int = Field(1, ge=1)
-    n_iter: int = Field(1, ge=1)
-    steps: int | None = Field(None, ge=1)
-    cfg_scale: float | None = Field(None, ge=0, le=100)
-    width: int | None = Field(None, ge=1)
-    height: int | None = Field(None, ge=1)
-    send_images: bool = True
-
-
-class Img2ImgBody(Txt2ImgBody):
-    """`POST /sdapi/v1/img2img`: starts from the first of `init_images` (base64)."""
-
-    init_images: tuple[str, ...] = Field(min_length=1)
-    denoising_strength: float = Field(0.75, gt=0, le=1)
-
-
-class SdImages(BaseModel):
-    images: list[str]
-    parameters: dict[str, object]
-    info: str
-
-
-class SdProgress(BaseModel):
-    progress: float
-    eta_relative: float
-    state: dict[str, object]
-    current_image: str | None = None
-    textinfo: str | None = None
-
-
-class SdLora(BaseModel):
-    name: str
-    alias: str
-    path: str
-    metadata: dict[str, object]
-
-
-class SdSampler(BaseModel):
-    name: str
-    aliases: list[str]
-    options: dict[str, str]

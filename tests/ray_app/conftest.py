@@ -1,5 +1,7 @@
 """A manifest on the tiny base, and the command line as users run it."""
 
+import contextlib
+import ipaddress
 import json
 import os
 import subprocess
@@ -9,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 # Ray reads these when it is imported, once a process: everything on 127.0.0.1, and tokens
@@ -91,6 +94,19 @@ class Desk:
                 out, err = process.communicate(timeout=60)
                 raise AssertionError(f"timed out; stdout:\n{out}\nstderr:\n{err}") from None
             return Result(process.returncode, out, err)
+
+
+def open_ports(pid: int) -> dict[int, str]:
+    """The ports on which a process and those it has started listen beyond loopback, with the process's title."""
+    found = {}
+    root = psutil.Process(pid)
+    for process in (root, *root.children(recursive=True)):
+        with contextlib.suppress(psutil.Error):
+            for connection in process.net_connections("tcp"):
+                address = ipaddress.ip_address(connection.laddr.ip.removeprefix("::ffff:"))
+                if connection.status == psutil.CONN_LISTEN and not address.is_loopback:
+                    found[connection.laddr.port] = " ".join(process.cmdline())
+    return found
 
 
 @pytest.fixture

@@ -17,9 +17,9 @@ import torch
 
 from training.adapters.tensor_file import TensorFileError, read_tensors, write_tensors
 from training.errors import UserError
+from training.storage.card import MAX_BYTES as MAX_BYTES
 from training.storage.storage import content_id
 
-MAX_BYTES = 256 << 20
 METADATA = ("base", "base_hash", "class", "trigger")  # the file carries these and nothing else that is not a tensor
 _PADDED = "dreamfleet.padded"
 CANONICAL = "dreamfleet"  # the metadata key, with the version of the layout, that marks a canonical file

@@ -168,8 +168,11 @@ class Bank:
         return self._columns[component]
 
     def words(self, slot: int) -> dict[str, Tensor]:
-        """The textual-inversion words of a slot, each [vectors, width]; differentiable towards `weights_SP`."""
-        words = self._words[slot]
+        """The textual-inversion words of a slot, each [vectors, width]; differentiable towards `weights_SP`.
+
+        Raises IndexError for a slot that is not there, as all calls about one slot do.
+        """
+        words = self._words[self._known(slot)]
         if not words:
             return {}
         vectors_VD = self._weights_read[slot, self._columns[self.WORDS]].view(self._vectors, self._width)
@@ -293,21 +296,21 @@ class Bank:
 
     def put(self, slot: int, row: Row) -> None:
         """A row into a slot: as many ranks as the adapter has, or its predecessor had, are written."""
-        self._write(self.weights_SP.detach()[slot], row, clear_to=self._ranks[slot])
+        self._write(self.weights_SP.detach()[self._known(slot)], row, clear_to=self._ranks[slot])
         self._worn[slot], self._words[slot], self._ranks[slot] = row.worn, row.words, row.rank
 
     def take(self, slot: int) -> Row:
         """A copy of a slot, on the CPU."""
-        return self.row_of(self.weights_SP.detach()[slot], slot)
+        return self.row_of(self.weights_SP.detach()[self._known(slot)], slot)
 
     def clear(self, slot: int) -> None:
         """Empties a slot: what wears it is the base."""
-        self.weights_SP.detach()[slot].zero_()
+        self.weights_SP.detach()[self._known(slot)].zero_()
         self._worn[slot], self._words[slot], self._ranks[slot] = {}, {}, 0
 
     def row_of(self, values_P: Tensor, slot: int) -> Row:
         """`values_P`, laid out as `slot` is (an optimizer's moment, say), as a row of its own on the CPU."""
-        rank, words = self._ranks[slot], self._words[slot]
+        rank, words = self._ranks[self._known(slot)], self._words[slot]
         parts = {c: self._ranked(values_P, c)[:rank].to("cpu", copy=True) for c in self.sites}
         vectors_VD = values_P[self._columns[self.WORDS]].view(self._vectors, self._width)
         parts[self.WORDS] = vectors_VD[: sum(words.values())].to("cpu", copy=True)
@@ -318,6 +321,12 @@ class Bank:
         values_P = torch.zeros(self.weights_SP.shape[1], dtype=self.weights_SP.dtype)
         self._write(values_P, row, clear_to=0)
         return values_P
+
+    def _known(self, slot: int) -> int:
+        """`slot`, which exists: a negative index would silently be a slot counted from the end, another subject's."""
+        if not 0 <= slot < self.slots:
+            raise IndexError(f"slot {slot} is none of this bank's, which are 0 to {self.slots - 1}")
+        return slot
 
     def _write(self, values_P: Tensor, row: Row, clear_to: int) -> None:
         for component in self.sites:

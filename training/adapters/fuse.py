@@ -2,37 +2,68 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from diffusers import DiffusionPipeline
 
 from training.adapters.adapter import Adapter
 from training.adapters.bank import find_sites
-from training.base.base import load_base
+from training.adapters.merge import merge_adapters
+from training.base.base import Base, load_base
+from training.base.weights import find_weights
 from training.errors import UserError
+from training.storage.delivery import delivered
 
 
-def fuse_base(base_name: str, parts: Sequence[tuple[Adapter, float]], out: Path, *, root: str = ".") -> int:
+class Fused(NamedTuple):
+    """How many layers were changed, and the tokens that stand for each word: diffusers puts in all for the first."""
+
+    layers: int
+    words: dict[str, list[str]]
+
+
+def fuse_base(base_name: str, parts: Sequence[tuple[Adapter, float]], out: Path, *, root: str = ".") -> Fused:
     """Writes a diffusers folder of the base with every adapter, times its weight, added to its layers; fp16.
 
-    Answers how many layers were changed. Raises UserError if `out` holds something, or a module has no layer.
+    Trained words become tokens of its tokenizer and text encoder, as they are, whatever the weight. Raises UserError,
+    and writes nothing, if `out` holds something, a module has no layer, or a word is one of the base's or means two
+    things.
     """
     if out.exists() and any(out.iterdir()):
         raise UserError(f"'{out}' is not empty. Name a new folder.")
+    adapter = merge_adapters(parts)
     base = load_base(base_name, device="cpu", root=root)
+    _add_deltas(base, adapter)
+    variant = find_weights(base.folder, base.facts.denoiser).variant
+    pipeline = DiffusionPipeline.from_pretrained(base.folder, variant=variant, **base.parts.models)
+    words = {word: _add_word(pipeline, word, adapter.embeddings[word]) for word in sorted(adapter.embeddings)}
+    with delivered(out) as folder:
+        pipeline.to(torch.float16).save_pretrained(folder)
+    return Fused(len(adapter.modules), words)
+
+
+def _add_deltas(base: Base, adapter: Adapter) -> None:
     layers = {
         site.key: site.layer
         for component, model in base.models.items()
         for site in find_sites(component, model, [name for name, _ in model.named_modules() if name])
     }
-    changed: set[str] = set()
-    for adapter, weight in parts:
-        for key, low in adapter.modules.items():
-            if key not in layers:
-                raise UserError(f"Adapter module '{key}' has no layer in base '{base_name}'.")
-            with torch.no_grad():
-                layers[key].weight += weight * low.delta().to(layers[key].weight)
-            changed.add(key)
-    pipeline = DiffusionPipeline.from_pretrained(base.folder, **base.parts.models)
-    pipeline.to(torch.float16).save_pretrained(out)
-    return len(changed)
+    for key, low in adapter.modules.items():
+        if key not in layers:
+            raise UserError(f"Adapter module '{key}' has no layer in base '{base.name}'.")
+        with torch.no_grad():
+            layers[key].weight += low.delta().to(layers[key].weight)
+
+
+def _add_word(pipeline: Any, word: str, vectors: torch.Tensor) -> list[str]:
+    """Adds a word of one or more vectors [V, D]; returns its tokens."""
+    vectors_VD = vectors.reshape(-1, vectors.shape[-1])
+    width = pipeline.text_encoder.config.hidden_size
+    if vectors_VD.shape[1] != width:
+        raise UserError(f"Word {word} has vectors of width {vectors_VD.shape[1]}; this base needs {width}.")
+    if not pipeline.tokenizer.get_vocab().keys().isdisjoint((word, word.lower())):  # the tokenizer reads lower case
+        raise UserError(f"Word {word} is one of the base's own. Fuse an adapter whose words are new, such as <s1>.")
+    before = len(pipeline.tokenizer)
+    pipeline.load_textual_inversion({word: vectors_VD}, token=word)
+    return pipeline.tokenizer.convert_ids_to_tokens(range(before, len(pipeline.tokenizer)))

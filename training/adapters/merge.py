@@ -1,10 +1,20 @@
 """Adapters made of adapters: several as one, and one at a lower rank. Pure tensor maths on the form in memory."""
 
+import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
 from training.adapters.adapter import Adapter, AdapterError, LowRank, some
+
+
+class Error(NamedTuple):
+    """How far one adapter is from another, as a share of the latter's size (Frobenius norm of all deltas)."""
+
+    all: float
+    worst: float
+    worst_module: str  # empty if there is none
 
 
 def merge_adapters(parts: Sequence[tuple[Adapter, float]]) -> Adapter:
@@ -36,6 +46,18 @@ def reduce_rank(adapter: Adapter, rank: int) -> Adapter:
         raise AdapterError(f"Bad rank {rank}: expected at least 1.")
     modules = {name: low if low.rank <= rank else _nearest(low, rank) for name, low in adapter.modules.items()}
     return Adapter(modules, dict(adapter.embeddings), dict(adapter.metadata))
+
+
+def relative_error(adapter: Adapter, made: Adapter) -> Error:
+    """How far the deltas of `made`, an adapter of the same modules, are from those of `adapter`."""
+    norms, gaps = dict[str, float](), dict[str, float]()
+    for name, low in adapter.modules.items():
+        delta = low.delta()
+        norms[name] = float(delta.norm())
+        gaps[name] = float((made.modules[name].delta() - delta).norm())
+    shares = {name: gap / norms[name] for name, gap in gaps.items() if norms[name]}
+    worst = max(shares, key=lambda name: shares[name], default="")
+    return Error(math.hypot(*gaps.values()) / (math.hypot(*norms.values()) or 1.0), shares.get(worst, 0.0), worst)
 
 
 def _concatenate(name: str, parts: Sequence[tuple[LowRank, float]]) -> LowRank:

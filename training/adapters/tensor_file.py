@@ -19,6 +19,7 @@ MAX_HEADER_BYTES = 1 << 20
 MAX_TENSORS = 4096
 MAX_FILE_BYTES = 1 << 30
 _DTYPES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}
+_NUMBERS = ("F64", "I64", "I32", "I16", "I8", "U8")  # types that a single number may have, such as kohya's alpha
 
 
 class TensorFileError(UserError):
@@ -51,7 +52,7 @@ def write_tensors(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, st
 def read_tensors(data: bytes, what: str = "file", max_bytes: int = MAX_FILE_BYTES) -> TensorFile:
     """What the safetensors file `data` holds; raises TensorFileError, naming `what`, before anything is allocated.
 
-    Only floating-point tensors of at most 32 bits pass.
+    Floating-point tensors of at most 32 bits pass, and single numbers of any type, which become float32.
     """
     if len(data) > max_bytes:
         raise TensorFileError(f"{what} has {len(data)} bytes; at most {max_bytes} are allowed.")
@@ -62,14 +63,14 @@ def read_tensors(data: bytes, what: str = "file", max_bytes: int = MAX_FILE_BYTE
     if len(header) > MAX_TENSORS:
         raise TensorFileError(f"{what} holds {len(header)} tensors; at most {MAX_TENSORS} are allowed.")
     for name, entry in header.items():
-        dtype = entry.get("dtype") if isinstance(entry, dict) else None
-        if dtype not in _DTYPES.values():
+        dtype, shape = (entry.get("dtype"), entry.get("shape")) if isinstance(entry, dict) else (None, None)
+        if dtype not in _DTYPES.values() and not (dtype in _NUMBERS and shape in ([], [1])):
             raise TensorFileError(f"{what}: tensor {name!r} has type {dtype!r}; use {', '.join(_DTYPES.values())}.")
     try:
         tensors = safetensors.torch.load(data)
     except safetensors.SafetensorError as error:
         raise TensorFileError(f"{what} is no valid safetensors file: {error}. Upload it again, whole.") from error
-    return TensorFile(tensors, metadata)
+    return TensorFile({name: t if t.dtype in _DTYPES else t.float() for name, t in tensors.items()}, metadata)
 
 
 def _header(data: bytes, what: str) -> dict[str, object]:

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from training.base.check import check_base
 from training.base.facts import Facts
-from training.base.families import open_family
 from training.base.family import Cond, Family, Parts, RowFacts, Words
 from training.base.folder import find_base, hash_base
+from training.base.footprint import images_at_once
 from training.base.process import Process
 from training.base.words import first_vector
 
@@ -81,23 +82,35 @@ class Base:
         """Cells down and across of a picture's latents."""
         return height_px // self.facts.cell_px, width_px // self.facts.cell_px
 
+    def cells(self, resolution: int | None = None) -> int:
+        """Cells of a square picture's latent; of the base's own resolution by default."""
+        return ((resolution or self.facts.resolution) // self.facts.cell_px) ** 2
+
     # -- what the family does --
 
-    def encode(self, prompts: Sequence[str], words: Sequence[Words] | None = None) -> list[Cond]:
+    def encode(self, prompts: Sequence[str], words: Sequence[Words] | None = None, chunks: int = 1) -> list[Cond]:
         """The record of each prompt; differentiable where a bank's route is in use, and towards `words[n]`, the trained
-        vectors of textual-inversion words in prompt n."""
-        return self.family.encode(self.parts, prompts, words)
+        vectors of textual-inversion words in prompt n. Prompts are cut after `chunks`, and filled up to it."""
+        return self.family.encode(self.parts, prompts, words, chunks)
+
+    def count_chunks(self, prompt: str, words: Words) -> int:
+        """How often the text encoder must run to take all of a prompt in."""
+        return self.family.count_chunks(self.parts, prompt, words)
 
     @torch.no_grad()
     def to_latents(self, pixels_N3HW: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and std of the latents of pictures in [-1, 1]: two tensors [N, C, h, w] on the CPU."""
-        mean, std = self.family.to_latents(self.parts, pixels_N3HW.to(self.device, self._vae_dtype))
+        parts = pixels_N3HW.split(images_at_once(pixels_N3HW[0, 0].numel()))
+        found = [self.family.to_latents(self.parts, part.to(self.device, self._vae_dtype)) for part in parts]
+        mean, std = (torch.cat(kind) for kind in zip(*found, strict=True))
         return mean.cpu(), std.cpu()
 
     @torch.no_grad()
     def to_pixels(self, latents_NCHW: Tensor) -> Tensor:
         """Pictures in [-1, 1], [N, 3, H, W]."""
-        return self.family.to_pixels(self.parts, latents_NCHW.to(self.device, self._vae_dtype)).clamp(-1, 1)
+        latents = latents_NCHW.to(self.device, self._vae_dtype)
+        parts = latents.split(images_at_once(latents[0, 0].numel() * self.facts.cell_px**2))
+        return torch.cat([self.family.to_pixels(self.parts, part).clamp(-1, 1) for part in parts])
 
     def predict(
         self, x_NCHW: Tensor, times_N: Tensor, conds: Sequence[Cond], rows: Sequence[RowFacts] | None = None
@@ -136,7 +149,7 @@ def load_base(
     not found, or of a family that is not supported.
     """
     folder = find_base(name, root)
-    family = open_family(folder, name)
+    family = check_base(name, folder)
     target = torch.device(device) if device is not None else best_device()
     parts = family.load(target, dtype)
     for model in parts.models.values():

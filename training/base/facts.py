@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from training.errors import UserError
 
-SamplerName = Literal["ddim", "euler", "euler_a", "dpm++_2m"]
+SamplerName = Literal["ddim", "euler", "euler_a", "dpm++_2m", "euler_karras", "euler_a_karras", "dpm++_2m_karras"]
 Guidance = Literal["cfg", "embedded", "none"]
 DEFAULTS_FILE = "dreamfleet.json"  # in a base's folder: what its makers recommend
 
@@ -33,7 +33,11 @@ class Facts:
     text_targets: tuple[str, ...]
     layers: tuple[str, ...]
     text_layers: tuple[str, ...]
-    activation_bytes: float  # what the forward of one training row at `resolution` keeps for backward, in 16 bit
+    # what a row that trains and one that draws hold per latent cell, and the VAE per pixel, in 16 bit
+    trained_bytes: float
+    drawn_bytes: float
+    pixel_bytes: float
+    prompt_tokens: int  # that the text encoder takes at once
     word_widths: tuple[int, ...] = ()  # of a textual-inversion vector, one for each of `text_encoders`
     frozen_encoders: tuple[str, ...] = ()
     guidance: Guidance = "cfg"
@@ -50,6 +54,11 @@ class Facts:
         return (self.denoiser, *self.text_encoders)
 
     @property
+    def weighted(self) -> tuple[str, ...]:
+        """The components that have weights."""
+        return (*self.components, *self.frozen_encoders, "vae")
+
+    @property
     def word_width(self) -> int:
         """The length of a textual-inversion vector: of all encoders together."""
         return sum(self.word_widths)
@@ -58,6 +67,35 @@ class Facts:
     def latent_side(self) -> int:
         """Cells a side of a latent at the base's own resolution."""
         return self.resolution // self.cell_px
+
+
+def read_config(folder: Path, component: str) -> dict[str, Any]:
+    """A component's config. Raises UserError if it is missing or no JSON object."""
+    file = folder / component / "config.json"
+    if not file.is_file():
+        raise UserError(f"Base folder '{folder}' has no {component}/config.json.")
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        config = None
+    if not isinstance(config, dict):
+        raise UserError(f"Base file '{file}' is no JSON object. Download it again.")
+    return config
+
+
+def check_class(name: str, component: str, config: dict[str, Any], wanted: str) -> None:
+    """Raises UserError unless the config is of the class `wanted`."""
+    found = config.get("_class_name", wanted)
+    if found != wanted:
+        raise UserError(f"Base '{name}': its {component} is a {found}; supported is {wanted}.")
+
+
+def check_files(name: str, folder: Path, *needed: tuple[tuple[str, ...], ...]) -> None:
+    """Raises UserError unless of each of `needed` one of its groups of files is there, whole."""
+    for groups in needed:
+        if not any(all((folder / file).is_file() for file in files) for files in groups):
+            said = ", or ".join(" and ".join(files) for files in groups)
+            raise UserError(f"Base '{name}': folder '{folder}' has no {said}. Give a whole diffusers folder.")
 
 
 _DEFAULTS = ("steps", "guidance_scale", "sampler", "judge")

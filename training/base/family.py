@@ -48,14 +48,17 @@ class Parts:
 
 
 class Family(Protocol):
-    """One family, for one base. `pipelines` are the diffusers pipelines that are of it."""
+    """One family, for one base. `pipelines` are the diffusers pipelines that are of it; `title` is what people say."""
 
     pipelines: ClassVar[tuple[str, ...]]
-
-    def __init__(self, folder: Path) -> None:
-        """Reads the configs. Raises UserError if the folder lacks one, or is of a kind that is not supported."""
-
+    title: ClassVar[str]
     facts: Facts
+
+    def __init__(self, folder: Path, name: str) -> None:
+        """Reads the configs; `name` is what messages call the base.
+
+        Raises UserError if the folder lacks one, or is of a kind that is not supported.
+        """
 
     @property
     def process(self) -> "Process":
@@ -64,8 +67,19 @@ class Family(Protocol):
     def load(self, device: "torch.device", dtype: "torch.dtype") -> Parts:
         """All models, frozen and in eval mode, on `device`."""
 
-    def encode(self, parts: Parts, prompts: Sequence[str], words: Sequence[Words] | None = None) -> list[Cond]:
-        """The record of each prompt. `words[n]`: what prompt n may use; differentiable towards them and routes."""
+    def tokenizer(self) -> Any:
+        """The tokenizer in whose tokens prompts are counted."""
+
+    def count_chunks(self, parts: Parts, prompt: str, words: Words) -> int:
+        """How often the text encoder must run to take all of a prompt in."""
+
+    def encode(
+        self, parts: Parts, prompts: Sequence[str], words: Sequence[Words] | None = None, chunks: int = 1
+    ) -> list[Cond]:
+        """The record of each prompt. `words[n]`: what prompt n may use; differentiable towards them and routes.
+
+        Prompts are cut after `chunks`, and filled up to it.
+        """
 
     def to_latents(self, parts: Parts, pixels_N3HW: "Tensor") -> tuple["Tensor", "Tensor"]:
         """Mean and std [N, C, h, w] of the latents of pictures in [-1, 1], in the space that noise is added in."""

@@ -4,17 +4,17 @@
 """
 
 import hashlib
-import json
-import os
-import struct
 import subprocess
 import sys
 from collections.abc import Iterator
+from math import prod
 from pathlib import Path
-from typing import Any
 
 from training.base.facts import DEFAULTS_FILE
+from training.base.families import open_family
+from training.base.weights import checkpoint_version, find_weights, read_header
 from training.errors import UserError
+from training.storage.file_hash import cache_folder, hash_file
 
 EMBEDDED = Path(__file__).parents[1] / "bases"
 
@@ -41,10 +41,8 @@ def find_base(name: str, root: str | Path = ".") -> Path:
 
 def _converted(file: Path) -> Path:
     """The diffusers folder of a checkpoint in one file, made once a content and kept in the user's cache."""
-    with file.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-    folder = cache / "dreamfleet" / "bases" / f"{file.stem}-{digest[:16]}"
+    checkpoint_version(file)  # said before gigabytes are hashed
+    folder = cache_folder() / "bases" / f"{file.stem}-{hash_file(file)[:16]}"
     if not (folder / "model_index.json").is_file():
         # a process of its own, so that planning needs no torch
         command = [sys.executable, "-m", "training.base.single_file", str(file), str(folder)]
@@ -56,13 +54,14 @@ def _converted(file: Path) -> Path:
 
 
 def _download(name: str) -> Path:
-    """A hub id's files, from the local hub cache where they are there already."""
+    """A hub id's files, from the local hub cache where they are there already; weights only if the configs are good."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
-    patterns = ["*.json", "*.txt", "*/*.json", "*/*.txt", "*/*.safetensors"]
+    small = ["*.json", "*.txt", "*/*.json", "*/*.txt"]
     try:
-        return Path(snapshot_download(name, allow_patterns=patterns))
+        open_family(Path(snapshot_download(name, allow_patterns=small)), name)
+        return Path(snapshot_download(name, allow_patterns=[*small, "*/*.safetensors"]))
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError, ValueError) as error:
         raise UserError(
             f"Base '{name}' is no folder here, and the hub does not give it: {error}. Check the name, the network, "
@@ -78,22 +77,21 @@ def public_name(name: str) -> str:
 
 def layer_shapes(folder: Path, component: str) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Name and weight shape of every layer of a component, from the safetensors headers alone."""
-    for file in sorted((folder / component).glob("*.safetensors")):
-        with file.open("rb") as stream:
-            (length,) = struct.unpack("<Q", stream.read(8))
-            header = json.loads(stream.read(length))
-        for name, tensor in header.items():
-            if name.endswith(".weight"):
-                yield name.removesuffix(".weight"), tuple(tensor["shape"])
+    for name, shape in _tensor_shapes(folder, component):
+        if name.endswith(".weight"):
+            yield name.removesuffix(".weight"), shape
 
 
-def read_config(folder: Path, component: str) -> dict[str, Any]:
-    """A component's config. Raises UserError if it is missing."""
-    file = folder / component / "config.json"
-    if not file.is_file():
-        raise UserError(f"Base folder '{folder}' has no {component}/config.json.")
-    config: dict[str, Any] = json.loads(file.read_text())
-    return config
+def count_parameters(folder: Path, component: str) -> int:
+    """Of a whole component, from the safetensors headers alone."""
+    return sum(prod(shape) for _, shape in _tensor_shapes(folder, component))
+
+
+def _tensor_shapes(folder: Path, component: str) -> Iterator[tuple[str, tuple[int, ...]]]:
+    for file in find_weights(folder, component).files:
+        for name, tensor in read_header(file).items():
+            if name != "__metadata__":
+                yield name, tuple(tensor["shape"])
 
 
 def hash_base(folder: Path) -> str:
@@ -105,6 +103,5 @@ def hash_base(folder: Path) -> str:
     for file in sorted(folder.rglob("*")):
         if file.suffix in (".json", ".safetensors", ".txt") and file.is_file() and file.name != DEFAULTS_FILE:
             digest.update(f"{file.relative_to(folder).as_posix()}\0".encode())
-            with file.open("rb") as stream:
-                digest.update(hashlib.file_digest(stream, "sha256").digest())
+            digest.update(bytes.fromhex(hash_file(file)))
     return digest.hexdigest()

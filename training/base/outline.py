@@ -3,12 +3,11 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from math import prod
 from pathlib import Path
 
+from training.base.check import check_base
 from training.base.facts import Facts
-from training.base.families import open_family
-from training.base.folder import find_base, layer_shapes
+from training.base.folder import count_parameters, find_base, layer_shapes
 from training.base.names import canonical
 
 
@@ -20,11 +19,7 @@ class Outline:
     folder: Path
     facts: Facts
     layers: Mapping[str, Mapping[str, tuple[int, ...]]]
-
-    @cached_property
-    def parameters(self) -> int:
-        """Weights of all layers of the components that an adapter may change."""
-        return sum(prod(shape) for found in self.layers.values() for shape in found.values())
+    parameters: int  # of all its models
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -38,8 +33,12 @@ class Outline:
 
 
 def outline(name: str, root: str = ".") -> Outline:
-    """The outline of a base, from configs and file headers. Raises UserError for an unknown or unsupported base."""
+    """The outline of a base, from configs and file headers.
+
+    Raises UserError for a base that is unknown or cannot be trained.
+    """
     folder = find_base(name, root)
-    facts = open_family(folder, name).facts
+    facts = check_base(name, folder).facts
     layers = {component: dict(layer_shapes(folder, component)) for component in facts.components}
-    return Outline(name, folder, facts, layers)
+    parameters = sum(count_parameters(folder, component) for component in facts.weighted)
+    return Outline(name, folder, facts, layers, parameters)

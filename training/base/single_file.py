@@ -13,12 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from training.base.folder import EMBEDDED
+from training.base.weights import checkpoint_version
 from training.errors import UserError
 
-_VERSION_KEYS = {
-    "cond_stage_model.transformer.text_model.embeddings.token_embedding.weight": "1",
-    "cond_stage_model.model.token_embedding.weight": "2",
-}
 _BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
 
 
@@ -148,26 +145,12 @@ def _byte_letters() -> list[str]:
 
 
 def _describe(file: Path) -> dict[str, dict[str, Any]]:
-    keys = _header_keys(file)
-    version = next((found for key, found in _VERSION_KEYS.items() if key in keys), None)
-    if version is None:
-        raise UserError(
-            f"Base '{file.name}' has not the keys of a Stable Diffusion 1.x or 2.x checkpoint. Give a diffusers folder."
-        )
+    version = checkpoint_version(file)
     beside = file.with_suffix(".json")
     said = json.loads(beside.read_text()) if beside.is_file() else {}
     # the large 2.x predicts v at 768 px; the file itself does not say
     defaults = ("epsilon", 512) if version == "1" else ("v_prediction", 768)
     return configs(version, said.get("prediction_type", defaults[0]), said.get("resolution", defaults[1]))
-
-
-def _header_keys(file: Path) -> set[str]:
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        try:
-            return set(json.loads(stream.read(length)))
-        except ValueError:
-            raise UserError(f"Base '{file.name}' is no safetensors file.") from None
 
 
 if __name__ == "__main__":

@@ -18,34 +18,60 @@ Words = Mapping[str, Tensor]  # word -> [V, D]; V token places, D the text encod
 
 @dataclass(frozen=True)
 class Tokenised:
-    """Ids int64 [N, L]; `places[n]` is (position, vector [D]) of each trained vector in prompt n."""
+    """A chunk of each prompt: ids int64 [N, L]; `places[n]` is (position, vector [D]) of each trained vector in it."""
 
     ids: Tensor
     places: tuple[tuple[tuple[int, Tensor], ...], ...]
 
 
-def tokenise(tokenizer: CLIPTokenizer, prompts: Sequence[str], words: Sequence[Words]) -> Tokenised:
-    """Token ids of each prompt, padded and cut to the tokenizer's length; `words[n]` are those prompt n may use."""
+def tokenise(tokenizer: CLIPTokenizer, prompts: Sequence[str], words: Sequence[Words], chunk: int = 0) -> Tokenised:
+    """Token ids of one chunk of each prompt; `words[n]` are those prompt n may use.
+
+    A chunk is what the encoder takes at once: the tokenizer's length, with its marks of start and end. A prompt that
+    ends before has an empty one.
+    """
     rows, places = [], []
     for prompt, known in zip(prompts, words, strict=True):
-        row, found = _tokenise_one(tokenizer, prompt, known)
+        row, found = _row(tokenizer, _split(tokenizer, prompt, known)[chunk : chunk + 1])
         rows.append(row)
         places.append(tuple(found))
     return Tokenised(torch.tensor(rows), tuple(places))
 
 
-def _tokenise_one(tokenizer: CLIPTokenizer, prompt: str, words: Words) -> tuple[list[int], list[tuple[int, Tensor]]]:
-    length, end, pad = tokenizer.model_max_length, tokenizer.eos_token_id, tokenizer.pad_token_id
+def count_chunks(tokenizer: CLIPTokenizer, prompt: str, words: Words) -> int:
+    """How many chunks a prompt takes; one if it is empty."""
+    return len(_split(tokenizer, prompt, words))
+
+
+def _split(tokenizer: CLIPTokenizer, prompt: str, words: Words) -> list[list[int | Tensor]]:
+    """Ids, and the vectors of trained words, of each chunk; a trained word is not split if a chunk can hold it."""
+    room = tokenizer.model_max_length - 2
+    chunks: list[list[int | Tensor]] = [[]]
+    for piece in _cut(prompt, words):
+        trained = piece in words
+        tokens = list(words[piece]) if trained else tokenizer(piece, add_special_tokens=False).input_ids
+        if trained and len(chunks[-1]) + len(tokens) > room >= len(tokens):
+            chunks.append([])
+        for token in tokens:
+            if len(chunks[-1]) == room:
+                chunks.append([])
+            chunks[-1].append(token)
+    return chunks
+
+
+def _row(
+    tokenizer: CLIPTokenizer, chunk: Sequence[Sequence[int | Tensor]]
+) -> tuple[list[int], list[tuple[int, Tensor]]]:
+    """The ids [L] of a chunk, and its trained vectors' places; no chunk is an empty one."""
+    end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
     ids: list[int] = [tokenizer.bos_token_id]
     found: list[tuple[int, Tensor]] = []
-    for piece in _cut(prompt, words):
-        if piece in words:
-            found += [(len(ids) + place, vector) for place, vector in enumerate(words[piece])]
-            ids += [end] * len(words[piece])  # the id does not matter: its embedding is replaced
-        else:
-            ids += tokenizer(piece, add_special_tokens=False).input_ids
-    ids = ids[: length - 1] + [end]
-    return ids + [pad] * (length - len(ids)), [(place, vector) for place, vector in found if place < length - 1]
+    for token in (token for tokens in chunk for token in tokens):
+        if isinstance(token, Tensor):
+            found.append((len(ids), token))
+        ids.append(end if isinstance(token, Tensor) else token)  # a vector's id does not matter: it is replaced
+    ids.append(end)
+    return ids + [pad] * (tokenizer.model_max_length - len(ids)), found
 
 
 def _cut(prompt: str, words: Words) -> list[str]:

@@ -23,6 +23,7 @@ Model = TypeVar("Model", bound=BaseModel)
 # the C parser is ten times faster; it is absent only where libyaml is
 Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
+USUAL_SAMPLES = 4
 LR_SCHEDULERS = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
 
 
@@ -168,6 +169,16 @@ class TrainSpec(Closed):
         return "random" if self.center_crop is False and self.crop == "center" else self.crop
 
 
+class SampleSpec(Closed):
+    """The pictures that are drawn of a subject to be looked at: beside the published adapter, and while it trains."""
+
+    images: int | None = Field(
+        None, ge=0, le=64, description="how many, the sample prompts in turn; 4 by default, or one a prompt; 0: none"
+    )
+    steps: int = Field(20, ge=1, le=1000, description="denoising steps a picture")
+    guidance_scale: float = Field(3.0, ge=0, le=50)
+
+
 class SubjectSettings(Closed):
     """Everything `defaults` may set and a subject may override."""
 
@@ -177,6 +188,7 @@ class SubjectSettings(Closed):
     instance_prompt: str = Field("a photo of sks {class}", min_length=1, max_length=1000)
     class_prompt: str = Field("a photo of {class}", min_length=1, max_length=1000)
     sample_prompts: tuple[str, ...] = Field((), max_length=16, description="what sample images show")
+    samples: SampleSpec = SampleSpec.model_construct()
     negative_prompt: str = Field("", max_length=1000)
     min_images: int = Field(5, ge=1, le=1000)
     public: bool = Field(False, description="other tenants may generate with the adapter")
@@ -214,14 +226,29 @@ class SubjectSpec(SubjectSettings):
                 raise ValueError(
                     f"word {token!r} is not in `instance_prompt` {self.instance_prompt!r}: nothing trains it"
                 )
+        if self.samples.images == 0 and self.train.sample_every is not None:
+            raise ValueError("`samples.images: 0` contradicts `train.sample_every`: leave out one of the two")
         if self.train.strategy == "zero" and self.train.against_zero is not None:
             raise ValueError(f"`strategy: zero` {self.train.against_zero}")
         if self.class_ is None:
             raise ValueError("`class` is missing: name the class noun (dog, person, backpack), here or in `defaults`")
         return self
 
+    def calmed(self, factor: float) -> "SubjectSpec":
+        """The same subject, all of its learning rates multiplied by `factor`."""
+        train, words = self.train, self.words
+        rates = {name: getattr(train, name) * factor for name in ("learning_rate", "text_encoder_learning_rate")}
+        slow = words.model_copy(update={"learning_rate": words.learning_rate * factor})
+        return self.model_copy(update={"train": train.model_copy(update=rates), "words": slow})
+
     def fill(self, prompt: str) -> str:
         return prompt.replace("{class}", self.class_ or "")
+
+    @property
+    def sample_seeds(self) -> range:
+        """The seeds of its sample pictures: one a picture."""
+        usual = max(USUAL_SAMPLES, len(self.sample_prompts))
+        return range(usual if self.samples.images is None else self.samples.images)
 
     @property
     def filled_instance_prompt(self) -> str:

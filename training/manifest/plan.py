@@ -8,13 +8,12 @@ from collections.abc import Iterable, Sequence
 from math import ceil, prod
 from typing import Literal
 
+from training.base.footprint import MOST_PICTURES, PROCESS_BYTES, STATE_BYTES, drawing_bytes, training_bytes, vae_bytes
 from training.base.outline import Outline
 from training.manifest.manifest import Closed, Manifest, SubjectSpec, ZeroSpec
 
 MAX_ROWS = 32  # rows of one fused batch: throughput has flattened by there
 ADAPTER_LIMIT_MB = 6.0
-# fp32 weight, gradient and Adam's two moments
-STATE_BYTES = 16
 
 
 class Profile(Closed):
@@ -32,7 +31,7 @@ class PackPlan(Closed):
     """Subjects that train on one device: `slots` at once, the rest follow as slots become free.
 
     `rows` of the fused batch and textual-inversion `words` are the most that one of them takes; `state_bytes` is
-    weights, gradients and moments of all slots. `memory_mb` is per device.
+    weights, gradients and moments of all slots. `memory_mb` is the most that a worker holds, all in all, per device.
     """
 
     profile: Profile
@@ -108,7 +107,7 @@ def _packs(
             rows=rows,
             words=max(len(subject.words.tokens) for subject in subjects),
             state_bytes=state,
-            memory_mb=_memory_mb(profile, state, slots * rows, base),
+            memory_mb=_memory_mb(profile, state, slots * rows, max(map(_pictures, group)) * slots, base),
         )
 
 
@@ -157,18 +156,29 @@ def adapter_bytes(subject: SubjectSpec, base: Outline) -> int:
     return 2 * adapter_parameters(subject, base)
 
 
-def _memory_mb(profile: Profile, state_bytes: int, rows: int, base: Outline) -> float:
-    """Of one device: its share of the state and of the rows."""
+def _pictures(subject: SubjectSpec) -> int:
+    """How many pictures are drawn of a subject, or for it, about together."""
+    if subject.evaluate.enabled or (subject.prior.enabled and subject.prior.source == "generate"):
+        return MOST_PICTURES
+    return len(subject.sample_seeds)
+
+
+def _memory_mb(profile: Profile, state_bytes: int, rows: int, pictures: int, base: Outline) -> float:
+    """Of one device: the process, the base, its share of the state, and the greediest of what it does in turn.
+
+    A lane measures the activations before it starts.
+    """
     workers = profile.zero.workers if profile.zero else 1
-    return (state_bytes / workers + _activation_bytes(profile, ceil(rows / workers), base)) / 1e6
-
-
-def _activation_bytes(profile: Profile, rows: int, base: Outline) -> float:
-    """An estimate of the frozen base and what the forward of all rows saves; a lane measures before it starts."""
     wide = 4 if profile.mixed_precision == "no" else 2
-    cells = (profile.resolution / base.facts.resolution) ** 2
-    saved = 0.15 if profile.gradient_checkpointing is True else 1.0
-    return wide * base.parameters + rows * saved * base.facts.activation_bytes * cells * wide / 2
+    facts = base.facts
+    cells = (profile.resolution // facts.cell_px) ** 2
+    recompute = profile.gradient_checkpointing is True
+    busy = max(
+        training_bytes(ceil(rows / workers), cells, facts.trained_bytes, recompute=recompute),
+        drawing_bytes(pictures, cells, facts.drawn_bytes),
+        vae_bytes(profile.resolution**2, facts.pixel_bytes),
+    )
+    return (PROCESS_BYTES + wide * base.parameters + state_bytes / workers + wide / 2 * busy) / 1e6
 
 
 def unmatched_targets(subject: SubjectSpec, base: Outline) -> list[str]:

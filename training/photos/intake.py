@@ -11,8 +11,9 @@ from typing import Any
 
 from training.errors import UserError
 from training.manifest.manifest import SubjectSpec
-from training.photos.photos import PhotoFile, list_photo_files
-from training.storage.interface import Storage
+from training.photos.photos import Photo, PhotoFile, list_photo_files, subfolders
+from training.storage.file_hash import hash_file
+from training.storage.interface import Storage, masked
 from training.storage.storage import open_storage
 
 UPLOADED = "storage:"
@@ -21,6 +22,7 @@ _NO_EFFECT: dict[str, Any] = {
     "id": True,
     "images": True,
     "sample_prompts": True,
+    "samples": True,
     "min_images": True,
     "public": True,
     "train": {"keep_checkpoints", "sample_every", "gradient_checkpointing", "strategy", "zero"},
@@ -32,7 +34,7 @@ def read_files(subject: SubjectSpec, storage: Storage, root: str = ".") -> tuple
     if subject.images.startswith(UPLOADED):
         return _read_keys(storage, subject.images.removeprefix(UPLOADED), subject.images)
     if "://" in subject.images:
-        return _read_keys(open_storage(subject.images), "", subject.images)
+        return _read_keys(open_storage(subject.images), "", masked(subject.images))
     return list_photo_files(Path(root, subject.images).expanduser())
 
 
@@ -41,14 +43,53 @@ def _read_keys(storage: Storage, prefix: str, shown: str) -> tuple[PhotoFile, ..
     if not keys:
         raise UserError(f"images '{shown}' holds no files. Put the subject's photos there.")
     start = len(prefix) + 1 if prefix else 0
-    return tuple(PhotoFile(key[start:], storage.get(key)) for key in keys if "/" not in key[start:])
+    names = [key[start:] for key in keys]
+    files = (PhotoFile(name, storage.get(key)) for name, key in zip(names, keys, strict=True) if "/" not in name)
+    return (*files, *subfolders(name for name in names if "/" in name))
 
 
-def fingerprint(subject: SubjectSpec, base_hash: str, files: Sequence[PhotoFile]) -> str:
-    """What the adapter depends on, as sha256 hex: base, settings and every file. Two equal ones are one training."""
+def check_words(subject: SubjectSpec, photos: Sequence[Photo]) -> None:
+    """Raises UserError for textual-inversion words that would not train: the captions leave them out, all of them."""
+    prompts = {photo.caption or subject.filled_instance_prompt for photo in photos}
+    if subject.train.backgrounds and any(photo.mask is not None for photo in photos):
+        prompts.add(subject.filled_instance_prompt)  # where the background is replaced, the caption is not used
+    lost = [word for word in subject.words.tokens if not any(word in prompt for prompt in prompts)]
+    if lost:
+        raise UserError(
+            f"Word '{lost[0]}' of `words.tokens` is in none of the photos' captions, so nothing would train it. Write "
+            "it into captions, or leave a photo without one: that photo takes the `instance_prompt`."
+        )
+
+
+def current_fingerprint(subject: SubjectSpec, base_hash: str, storage: Storage, root: str = ".") -> str:
+    """The fingerprint of a subject with its files as they lie now. Raises UserError saying what is missing where."""
+    return fingerprint(subject, base_hash, read_files(subject, storage, root), root)
+
+
+def class_folder(subject: SubjectSpec, root: str = ".") -> Path:
+    """The folder of a subject's own class images (`prior.source: folder`). Raises UserError if it is none."""
+    folder = Path(root, subject.prior.folder or "").expanduser()
+    if not folder.is_dir():
+        raise UserError(
+            f"prior.folder '{subject.prior.folder}' of subject '{subject.id}' is no folder. Give the folder of the "
+            "class images, relative to the manifest."
+        )
+    return folder
+
+
+def fingerprint(subject: SubjectSpec, base_hash: str, files: Sequence[PhotoFile], root: str = ".") -> str:
+    """What the adapter depends on, as sha256 hex: base, settings, and every file of its own and of its class folder.
+
+    Two equal ones are one training. `root` is where relative folders start. Raises UserError without the class folder.
+    """
     digest = hashlib.sha256()
     digest.update(f"dreamfleet-subject-1\n{base_hash}\n".encode())
     digest.update(subject.model_dump_json(by_alias=True, exclude=_NO_EFFECT).encode())
-    for file in sorted(files, key=lambda file: file.name):
+    readable = [file for file in files if not file.problem]  # the others are not learned from, nor uploaded
+    for file in sorted(readable, key=lambda file: file.name):
         digest.update(f"\n{file.name} {hashlib.sha256(file.data).hexdigest()}".encode())
+    if subject.prior.enabled and subject.prior.source == "folder":
+        folder = class_folder(subject, root)
+        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+            digest.update(f"\nclass {path.relative_to(folder).as_posix()} {hash_file(path)}".encode())
     return digest.hexdigest()

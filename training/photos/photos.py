@@ -4,8 +4,11 @@ Knows where photos come from only as far as `list_photo_files`; knows nothing ab
 """
 
 import hashlib
+import itertools
+import os
 import stat
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 
@@ -29,19 +32,26 @@ KEPT_RESOLUTIONS = 2
 
 @dataclass(frozen=True, slots=True)
 class PhotoFile:
-    """One file of a subject's folder; `problem` says why it could not be read (then `data` is empty)."""
+    """One file of a subject's folder; `problem` says why it could not be read (then `data` is empty).
+
+    A subfolder with files in it is one too: a problem that is said, and no part of what is trained on.
+    """
 
     name: str
     data: bytes
     problem: str = ""
+
+    @property
+    def is_folder(self) -> bool:
+        return self.name.endswith("/")
 
 
 @dataclass(frozen=True, slots=True)
 class Photo:
     """One usable photo: RGB on white, upright, shorter side at most twice the resolution.
 
-    `sha256` is the file's, `source_size` its upright (width, height) in px, `mask` (L, 255 = the subject) its
-    transparency if it had any.
+    `sha256` is the file's, `source_size` its upright (width, height) in px as it was read (a JPEG of 100 megapixels is
+    read at half its sides), `mask` (L, 255 = the subject) its transparency if it had any.
     """
 
     name: str
@@ -67,6 +77,11 @@ class Photos:
     good: tuple[Photo, ...]
     rejected: tuple[Rejected, ...]
     warnings: tuple[PhotoWarning, ...]
+
+    @property
+    def refusals(self) -> tuple[str, ...]:
+        """What is not used and why, in words."""
+        return tuple(f"{shown(file.name)} is not used: {file.reason}" for file in self.rejected)
 
 
 class TooFewPhotos(UserError):
@@ -103,16 +118,17 @@ def photos(
     compares all pairs. Raises `TooFewPhotos`, and `UserError` for more than `max_photos` files.
     """
     ordered = sorted((file for file in files if not _hidden(file.name)), key=lambda file: file.name)
-    wanted = [file for file in ordered if not _sidecar(file.name)]
+    wanted = [file for file in ordered if not _sidecar(file.name) and not file.is_folder]
     if len({file.name for file in ordered}) < len(ordered):
         raise UserError("Two of the files have the same name. Give every photo a name of its own.")
     if len(wanted) > max_photos:
         raise UserError(f"Too many photos: {len(wanted)}, at most {max_photos}. Choose the best: 5 to 30 are plenty.")
     limits = ImageLimits(min_side_px=max(16, resolution // 4) if min_side_px is None else min_side_px)
-    texts = {file.name: file.data for file in ordered if PurePath(file.name).suffix.lower() == ".txt"}
+    notes = [file for file in ordered if PurePath(file.name).suffix.lower() == ".txt" and not file.is_folder]
+    texts = {file.name: file.data for file in notes}
     words, caption_warnings = captions(texts, [file.name for file in wanted])
     good: list[Photo] = []
-    rejected: list[Rejected] = []
+    rejected = [Rejected(file.name, file.problem) for file in ordered if file.is_folder]
     for file in wanted:
         try:
             good.append(_photo(file, words.get(file.name), limits, resolution))
@@ -125,9 +141,10 @@ def photos(
 
 
 def list_photo_files(folder: Path) -> tuple[PhotoFile, ...]:
-    """The files of a folder, without its subfolders and hidden files. Raises `UserError` if there is nothing to read.
+    """The files of a folder without hidden ones, then its subfolders that hold any, unread and with that as problem.
 
-    Reads at most one byte more of a file than an image may have, and `MAX_TOTAL_BYTES` in all.
+    Reads at most one byte more of a file than an image may have, and `MAX_TOTAL_BYTES` in all. Raises `UserError` if
+    there is nothing to read.
     """
     if not folder.exists():
         raise UserError(f"No folder {folder}. Give the folder that holds the subject's photos.")
@@ -151,7 +168,27 @@ def list_photo_files(folder: Path) -> tuple[PhotoFile, ...]:
         inside = [path.name for path in paths if path.is_dir()]
         hint = f" Its subfolders ({listed(inside)}) are not searched." if inside else ""
         raise UserError(f"No photos in {folder}.{hint} Put JPEG, PNG or WebP files there.")
-    return tuple(files)
+    return (*files, *subfolders(_names_below(folder)))
+
+
+def subfolders(names: Iterable[str]) -> tuple[PhotoFile, ...]:
+    """The subfolders among relative file names such as `trip/a.jpg`, as files that cannot be read. They say how many
+    files they hold that may be photos; those that hold none are left out."""
+    paths = (PurePath(name) for name in names)
+    counts = Counter(path.parts[0] for path in paths if not any(map(_hidden, path.parts)) and not _sidecar(path.name))
+    return tuple(
+        PhotoFile(
+            f"{name}/", b"", f"a subfolder, which is not searched; move its files ({count}) up if they belong here"
+        )
+        for name, count in sorted(counts.items())
+    )
+
+
+def _names_below(folder: Path) -> Iterator[str]:
+    """The files in the subfolders of a folder, relative to it; `MAX_LISTED` at most."""
+    found = (Path(where, name) for where, _, names in os.walk(folder) for name in names)
+    for path in itertools.islice((path for path in found if path.parent != folder), MAX_LISTED):
+        yield path.relative_to(folder).as_posix()
 
 
 def _read_file(path: Path) -> PhotoFile:

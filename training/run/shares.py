@@ -126,7 +126,7 @@ def read_quota(storage: Storage, tenant: str) -> int | None:
         return None
     except (ValidationError, yaml.YAMLError) as error:
         raise UserError(
-            f"{storage.uri}/{QUOTAS} is not understood: {error}. It maps tenants to devices: `acme: 4`."
+            f"{storage}: {QUOTAS} is not understood: {error}. It maps tenants to devices: `acme: 4`."
         ) from None
 
 

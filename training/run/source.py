@@ -16,12 +16,19 @@ Kind = Literal["done", "bad subject", "diverged", "out of memory", "too large", 
 class Task:
     """A leased subject. `fingerprint` identifies what will be published.
 
-    `may_spread`: it has somewhere to go if this device is too small for it; without, it is tried anyway.
+    `spec` is as it was submitted. `may_spread`: it has somewhere to go if this device is too small for it; without, it
+    is tried anyway. `rate_factor`: its learning rates are multiplied by it.
     """
 
     spec: SubjectSpec
     fingerprint: str
     may_spread: bool = False
+    rate_factor: float = 1.0
+
+    @property
+    def trained(self) -> SubjectSpec:
+        """The settings it is trained with."""
+        return self.spec.calmed(self.rate_factor)
 
 
 @dataclass

@@ -231,11 +231,16 @@ class SubjectQueue:
             self._end(outcome.id, state, reason=outcome.reason, version=outcome.version)
 
     def release(self, lane: int, reason: str, kind: Release = "lost") -> None:
-        """Everything the lane holds goes back to the queue; the lane is forgotten."""
-        if kind == "lost":
-            self._troubles[lane] = reason
+        """Everything the lane holds goes back to the queue; the lane is forgotten. One that is forgotten already has
+        given its reason: what follows from that (Ray ends the worker) is none."""
         gone = self._lanes.pop(lane, None)
-        for id in sorted(gone.held, key=lambda id: self._items[id].order) if gone else ():
+        if gone is None:
+            return
+        if kind != "stopped":
+            self._troubles[lane] = reason
+            if not gone.held:
+                self._note(f"pack {lane}: {reason}")
+        for id in sorted(gone.held, key=lambda id: self._items[id].order):
             self._let_go(id)
             self._again(id, reason, kind)
 

@@ -14,7 +14,7 @@ from training.base.outline import Outline, outline
 from training.errors import UserError
 from training.manifest.manifest import Manifest, SubjectSpec, load_manifest
 from training.manifest.plan import unmatched_targets
-from training.photos.intake import UPLOADED, fingerprint, read_files
+from training.photos.intake import UPLOADED, check_words, current_fingerprint, read_files
 from training.photos.photos import PhotoFile, list_photo_files, photos
 from training.run.run import RunRecord, RunStore, SubjectRecord, digest_of, find_unfinished, new_run_id
 from training.storage.registry import Registry
@@ -128,10 +128,11 @@ def photo_report(manifest: Manifest, base: Outline) -> tuple[dict[str, str], dic
                 crop=train.cropping,
                 backgrounds=train.backgrounds,
             )
+            check_words(subject, found.good)
         except UserError as error:
             return subject.id, str(error), []
-        refused = [f"{file.name} is not used: {file.reason}" for file in found.rejected]
-        return subject.id, None, refused + [f"{warning.message} {warning.advice}" for warning in found.warnings]
+        warned = [f"{warning.message} {warning.advice}" for warning in found.warnings]
+        return subject.id, None, [*found.refusals, *warned]
 
     local = [s for s in manifest.subjects if "://" not in s.images and not s.images.startswith(UPLOADED)]
     with ThreadPoolExecutor(READERS) as pool:
@@ -166,10 +167,9 @@ def _problems(manifest: Manifest, base: Outline) -> Iterator[str]:
 
 def _find(subject: SubjectSpec, record: RunRecord, manifest: Manifest, storage: Storage) -> Found:
     try:
-        files = read_files(subject, storage, manifest.root)
+        return Found(current_fingerprint(subject, record.base_hash, storage, manifest.root), None)
     except UserError as error:
         return Found(None, str(error))
-    return Found(fingerprint(subject, record.base_hash, files), None)
 
 
 def _state(

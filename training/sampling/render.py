@@ -12,9 +12,9 @@ from PIL import Image
 from training.adapters.adapter import Adapter
 from training.adapters.bank import Bank, find_sites
 from training.base.base import Base
+from training.base.footprint import MOST_PICTURES, pictures_at_once
 from training.sampling.sampler import sample, to_uint8
 
-ROWS = 32
 BARE = -1
 
 
@@ -64,16 +64,19 @@ def render(
     bank: Bank,
     shots: Iterable[Shot],
     *,
-    rows: int = ROWS,
+    rows: int = MOST_PICTURES,
     alive: Callable[[int, int], None] | None = None,
 ) -> Mapping[Shot, Image.Image]:
-    """Every shot once, `rows` at a time, fewer when memory runs out. `alive(done, all)` is called after each batch."""
+    """Every shot once, `rows` at a time, fewer of large ones and when memory runs out.
+
+    `alive(done, all)` is called after each batch.
+    """
     wanted = list(dict.fromkeys(shots))
     made: dict[Shot, Image.Image] = {}
     for look in dict.fromkeys(shot.look for shot in wanted):
         left = [shot for shot in wanted if shot.look == look]
         while left:
-            batch = left[:rows]
+            batch = left[: min(rows, pictures_at_once(base.cells(look.resolution)))]
             try:
                 made.update(zip(batch, _draw(base, bank, batch, look), strict=True))
             except torch.OutOfMemoryError:

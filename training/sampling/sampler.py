@@ -30,13 +30,13 @@ def sample(
 ) -> Tensor:
     """Latents [N, C, h, w] (scaled, on the base's device), one row a prompt; row n depends on its own seed alone.
 
-    With a `bank`, row n wears slot `slots[n]` at `scales[n]`, its negative prompt too.
+    With a `bank`, row n wears slot `slots[n]` (-1: nothing) at `scales[n]`, its negative prompt too.
     """
     guided = guidance_scale > 1
     texts = [*prompts, *([negative_prompt] * len(prompts) if guided else [])]
     routes, words = [], None
     if bank is not None:
-        words = [bank.words(slot) for slot in slots] * (2 if guided else 1)
+        words = [bank.words(slot) if slot >= 0 else {} for slot in slots] * (2 if guided else 1)
         times = 2 if guided else 1
         slots_NK = torch.tensor(list(slots) * times)[:, None]
         weights_NK = torch.tensor(list(scales) * times)[:, None]

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, StringConstraints
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Fingerprint = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{8,64}$")]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
+MAX_BYTES = 256 << 20  # of an adapter file
 
 
 class _Part(BaseModel):
@@ -73,5 +74,5 @@ class Card(_Part):
     loss: Finite | None = None
     scores: tuple[Score, ...] = ()
     chosen: Chosen | None = None
-    # who may see it
+    # read where `current.json` does not say who may see the adapter
     public: bool = False

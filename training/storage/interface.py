@@ -19,7 +19,8 @@ from urllib.parse import parse_qsl, quote, urlencode, urlsplit
 
 from training.errors import UserError
 
-SECRET_OPTIONS = frozenset({"access_key", "secret_key", "session_token"})
+PLAIN_OPTIONS = ("endpoint_override", "scheme", "region", "anonymous", "request_timeout", "attempts")
+SECRET_OPTIONS = ("access_key", "secret_key", "session_token")
 TEMPORARY = ".tmp-"
 LOCKS = ".locks"
 _SEGMENT = re.compile(r"[A-Za-z0-9._=@+,-][A-Za-z0-9 ._=@+,()-]*")
@@ -130,6 +131,10 @@ class Storage(ABC):
         """All keys below the folder `prefix`, sorted; empty if there is none."""
 
     @abstractmethod
+    def sizes(self, prefix: str = "") -> dict[str, int]:
+        """The bytes of every key below the folder `prefix`."""
+
+    @abstractmethod
     def delete(self, key: str) -> None:
         """Removes `key`; nothing happens if it does not exist."""
 
@@ -150,10 +155,27 @@ class Storage(ABC):
 
 
 def masked(uri: str) -> str:
-    """`uri` with the values of its credentials replaced by `***`, for messages and logs."""
-    if "://" not in uri:
+    """`uri` for messages and logs: everything that may be a credential is `***`.
+
+    That is what stands before an `@`, a fragment (a key with `#` in it), and the value of every option that is not
+    known to be harmless: a misspelled `secret_key` is a secret, too.
+    """
+    scheme, separator, _ = uri.partition("://")
+    if not separator:
         return uri
-    parts = urlsplit(uri)
-    host = f"***@{parts.netloc.rpartition('@')[2]}" if "@" in parts.netloc else parts.netloc
-    options = [(name, "***" if name in SECRET_OPTIONS else value) for name, value in parse_qsl(parts.query)]
-    return parts._replace(netloc=host, query=urlencode(options, safe="*:/", quote_via=quote)).geturl()
+    try:
+        parts = urlsplit(uri)
+    except ValueError:
+        return f"{scheme}://***"
+    options = [(name, _nameless(value) if name in PLAIN_OPTIONS else "***") for name, value in parse_qsl(parts.query)]
+    shown = parts._replace(
+        netloc=_nameless(parts.netloc),
+        query=urlencode(options, safe="*:/@", quote_via=quote),
+        fragment="***" if parts.fragment else "",
+    )
+    return shown.geturl()
+
+
+def _nameless(host: str) -> str:
+    """A host or address without the user and password before its `@`."""
+    return re.sub(r"[^/]*@", "***@", host)

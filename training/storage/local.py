@@ -84,6 +84,13 @@ class LocalStorage(Storage):
         with self._explained("list", prefix):
             return sorted(str(path.relative_to(self.root)) for path in _files(folder))
 
+    def sizes(self, prefix: str = "") -> dict[str, int]:
+        found = {}
+        for key in self.list(prefix):
+            with contextlib.suppress(FileNotFoundError):  # deleted meanwhile
+                found[key] = self._path(key).stat().st_size
+        return found
+
     def delete(self, key: str) -> None:
         path = self._path(key)
         with self._explained("delete", key), self._locked(key):

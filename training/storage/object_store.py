@@ -6,6 +6,7 @@ whoever retries a conditional write knows that a refusal may be its own first at
 
 import contextlib
 import random
+import re
 import time
 from collections.abc import Callable, Iterator
 from difflib import get_close_matches
@@ -25,6 +26,8 @@ from obstore.exceptions import (
 from obstore.store import GCSStore, S3Store
 
 from training.storage.interface import (
+    PLAIN_OPTIONS,
+    SECRET_OPTIONS,
     NotFound,
     Storage,
     StorageError,
@@ -41,17 +44,7 @@ if TYPE_CHECKING:  # obstore has these only as types
 
 T = TypeVar("T")
 
-_OPTIONS = (
-    "endpoint_override",
-    "scheme",
-    "region",
-    "access_key",
-    "secret_key",
-    "session_token",
-    "anonymous",
-    "request_timeout",
-    "attempts",
-)
+_OPTIONS = (*PLAIN_OPTIONS, *SECRET_OPTIONS)
 _REFUSED = (AlreadyExistsError, PreconditionError)
 _LARGE = 64 << 20  # bytes; a larger file goes up in parts, which a killed writer leaves to the bucket's lifecycle rule
 _CHUNK = 4 << 20
@@ -62,7 +55,10 @@ class ObjectStorage(Storage):
 
     def __init__(self, uri: str) -> None:
         super().__init__(uri)
-        parts = urlsplit(uri)
+        try:
+            parts = urlsplit(uri)
+        except ValueError as error:
+            raise StorageError(f"Bad storage {masked(uri)!r}: {error}. Expected s3://bucket/prefix.") from None
         options = _options(uri)
         self.scheme = parts.scheme
         self.attempts = int(options.get("attempts", "5"))
@@ -72,7 +68,12 @@ class ObjectStorage(Storage):
                 "environment or as the options access_key and secret_key."
             )
         prefix = check_prefix(parts.path.strip("/"))
-        self._store = _connect(parts.scheme, parts.netloc, prefix, options)
+        if parts.fragment:
+            raise StorageError(f"Bad storage {masked(uri)!r}: it ends at the '#'. Write %23 for a '#' in an option.")
+        try:
+            self._store = _connect(parts.scheme, parts.netloc, prefix, options)
+        except BaseError as error:
+            raise StorageError(f"Storage {self} cannot be opened: {_short(error)}. Check its options.") from None
 
     def get_tagged(self, key: str) -> tuple[bytes, str]:
         path = check_key(key)
@@ -112,12 +113,15 @@ class ObjectStorage(Storage):
         return sorted(path.rstrip("/").rpartition("/")[2] for path in found["common_prefixes"])
 
     def list(self, prefix: str = "") -> list[str]:
+        return sorted(self.sizes(prefix))
+
+    def sizes(self, prefix: str = "") -> dict[str, int]:
         folder = check_prefix(prefix)
 
-        def collect() -> Iterator[str]:
-            return iter([meta["path"] for page in obstore.list(self._store, folder or None) for meta in page])
+        def collect() -> dict[str, int]:
+            return {meta["path"]: meta["size"] for page in obstore.list(self._store, folder or None) for meta in page}
 
-        return sorted(self._tried("list", prefix, collect))
+        return self._tried("list", prefix, collect)
 
     def delete(self, key: str) -> None:
         path = check_key(key)
@@ -256,6 +260,6 @@ def _final(error: Exception, what: str) -> StorageError | None:
 
 
 def _short(error: Exception) -> str:
-    """The first line of a client's error, without the pages of debug output behind it."""
-    text = str(error).strip().splitlines()
+    """The first line of a client's error, without the pages of debug output behind it and without passwords in it."""
+    text = re.sub(r"://[^/\s]*@", "://***@", str(error)).strip().splitlines()
     return f"{type(error).__name__}: {text[0][:200]}" if text else type(error).__name__

@@ -4,11 +4,15 @@ Owns ids, versions and their files, names people give, and what nobody refers to
 are bytes, a version is their hash. Which versions count is the `ledger.py` of each id to say.
 
     adapters/<tenant>/<id>/<version>/adapter.safetensors, card.json, samples/...   immutable; nothing until committed
+    public/<tenant>/<id>                                                           the index of public adapters
+
+The index may hold too much after a crash, never too little: what is public is for `current.json` to say.
 """
 
+import logging
 import re
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from difflib import get_close_matches
 from typing import NamedTuple
 
@@ -16,13 +20,26 @@ from pydantic import ValidationError
 
 from training.errors import UserError
 from training.storage.card import Card
-from training.storage.ledger import Commit, Ledger
+from training.storage.ledger import Commit, CorruptAdapter, Current, Ledger
 from training.storage.storage import NotFound, Storage, StorageUnavailable, check_key, content_id
 
+__all__ = [
+    "CorruptAdapter",
+    "CurrentVersion",
+    "Published",
+    "Registry",
+    "Resolved",
+    "UnknownAdapter",
+    "Usage",
+    "check_id",
+]
+
+logger = logging.getLogger(__name__)
 DEFAULT_TENANT = "default"
 GRACE_S = 86400.0  # an uncommitted version younger than this may belong to a publication under way
 WEIGHTS = "adapter.safetensors"
 _ROOT = "adapters"
+_PUBLIC = "public"
 _ID = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
 _VERSION = re.compile(r"[0-9a-f]{6,64}")
 _SHOWN = 5
@@ -33,8 +50,8 @@ class UnknownAdapter(UserError):
     """No such tenant, id or version, or it was deleted: whoever asks may not learn which."""
 
 
-class CorruptAdapter(UserError):
-    """The stored bytes are not those that were published."""
+class CurrentVersion(UserError):
+    """The version is the one that is served, which cannot be removed alone."""
 
 
 class Published(NamedTuple):
@@ -51,11 +68,20 @@ class Resolved(NamedTuple):
     id: str
     version: str
     card: Card
+    public: bool = False  # the adapter's, not the version's, as is the trigger
+    trigger: str = ""
 
     @property
     def name(self) -> str:
         """`tenant/id`"""
         return f"{self.tenant}/{self.id}"
+
+
+class Usage(NamedTuple):
+    """What a tenant has stored."""
+
+    adapters: int
+    bytes: int
 
 
 def check_id(name: str, what: str = "adapter id") -> str:
@@ -106,11 +132,18 @@ class Registry:
         `name` is `tenant/id`, or an id of `tenant`; who may see it is the caller's to decide. Raises UnknownAdapter,
         CorruptAdapter. Without `version`, reads two objects and lists none.
         """
-        owner, _, id = name.partition("/") if "/" in name else (tenant, "", name)
+        found = self.look(name, version, tenant)
+        if found is None:
+            raise self._unknown(*_split(name, tenant))
+        return found
+
+    def look(self, name: str, version: str | None = None, tenant: str = DEFAULT_TENANT) -> Resolved | None:
+        """Like `resolve`; None if there is no such adapter, without looking for names that are near."""
+        owner, id = _split(name, tenant)
         ledger = self._ledger(owner, id)
         current = ledger.read().current
         if current.version is None:
-            raise self._unknown(owner, id)
+            return None
         chosen = current.version
         if version is not None and version != chosen:
             chosen = _match(f"{owner}/{id}", version, ledger.committed(current.epoch))
@@ -118,9 +151,11 @@ class Registry:
             card = Card.model_validate_json(self.storage.get(f"{ledger.folder}/{chosen}/card.json"))
         except (NotFound, ValidationError) as error:
             if ledger.read().current != current:  # deleted or replaced between the two reads
-                return self.resolve(name, version, tenant)
-            raise CorruptAdapter(f"Adapter {name}@{chosen[:12]} has no readable card. Publish it again.") from error
-        return Resolved(owner, id, chosen, card)
+                return self.look(name, version, tenant)
+            raise CorruptAdapter(
+                f"Adapter {owner}/{id}@{chosen[:12]} has no readable card. Delete the adapter and publish it again."
+            ) from error
+        return _resolved(owner, id, chosen, card, current)
 
     def weights(self, resolved: Resolved) -> bytes:
         """The file of a version; raises CorruptAdapter if it is not what was published, UnknownAdapter if deleted."""
@@ -132,11 +167,13 @@ class Registry:
             try:
                 data = self.read(resolved, WEIGHTS)  # or it was, and is published again
             except NotFound as error:
-                raise CorruptAdapter(f"Adapter {name} has lost its weights. Publish it again.") from error
+                raise CorruptAdapter(
+                    f"Adapter {name} has lost its weights. Delete the adapter and publish it again."
+                ) from error
         if content_id(data) != resolved.version:
             raise CorruptAdapter(
-                f"Adapter {name} is damaged: its {len(data)} stored bytes do not have the published hash. Publish it "
-                "again."
+                f"Adapter {name} is damaged: its {len(data)} stored bytes do not have the published hash. Delete the "
+                "adapter and publish it again."
             )
         return data
 
@@ -146,8 +183,13 @@ class Registry:
 
     def files(self, resolved: Resolved) -> list[str]:
         """The names of all files of a version, sorted."""
+        return list(self.sizes(resolved))
+
+    def sizes(self, resolved: Resolved) -> dict[str, int]:
+        """The bytes of each file of a version, by name, sorted."""
         folder = f"{self._ledger(resolved.tenant, resolved.id).folder}/{resolved.version}"
-        return [key.removeprefix(f"{folder}/") for key in self.storage.list(folder)]
+        sizes = self.storage.sizes(folder)
+        return {key.removeprefix(f"{folder}/"): sizes[key] for key in sorted(sizes)}
 
     def versions(self, tenant: str, id: str) -> list[str]:
         """All committed versions of an adapter, sorted; raises UnknownAdapter."""
@@ -167,19 +209,68 @@ class Registry:
                 return resolved
         raise StorageUnavailable(f"Adapter {tenant}/{id} is deleted again and again. Try again.")
 
+    def describe(self, tenant: str, id: str, *, public: bool | None = None, trigger: str | None = None) -> None:
+        """Says who may see an adapter and what its prompts say, for all its versions; None leaves it as it is.
+
+        Raises UnknownAdapter.
+        """
+        given = {"public": public, "trigger": trigger}
+        changes = {name: value for name, value in given.items() if value is not None}
+        mark = f"{_PUBLIC}/{tenant}/{id}"
+        ledger = self._ledger(tenant, id)
+        if public and ledger.read().current.version is not None:
+            self.storage.put(mark, b"")  # before and below after: the index never lacks a public one
+        if not ledger.describe(changes):
+            raise self._unknown(tenant, id)
+        if public is False:
+            self.storage.delete(mark)
+
+    def remove_version(self, tenant: str, id: str, version: str) -> str:
+        """Removes one version (or unique prefix) for good and returns its name.
+
+        Raises UnknownAdapter; CurrentVersion if it is the one that is served.
+        """
+        ledger = self._ledger(tenant, id)
+        current = ledger.read().current
+        if current.version is None:
+            raise self._unknown(tenant, id)
+        chosen = _match(f"{tenant}/{id}", version, ledger.committed(current.epoch))
+        if not ledger.withdraw(chosen, current.epoch):
+            raise CurrentVersion(
+                f"Version {chosen[:12]} of {tenant}/{id} is the one that is served. Make another version current "
+                "first, or delete the adapter."
+            )
+        self.storage.delete_tree(f"{ledger.folder}/{chosen}")
+        return chosen
+
+    def usage(self, tenant: str) -> Usage:
+        """What `tenant` has stored, all versions with all their files. One listing of the storage."""
+        prefix = f"{_ROOT}/{check_id(tenant, 'tenant')}"
+        sizes = self.storage.sizes(prefix)
+        ids = {key.split("/")[2] for key in sizes if key.endswith(f"/{WEIGHTS}")}
+        return Usage(len(ids), sum(sizes.values()))
+
     def delete(self, tenant: str, id: str) -> None:
-        """Removes an adapter: at once for every reader, then its files. Raises UnknownAdapter if there is none."""
+        """Removes an adapter: at once for every reader, then its files. Raises UnknownAdapter if there is none.
+
+        A damaged adapter is deleted like any other.
+        """
         if not self._ledger(tenant, id).delete():
             raise self._unknown(tenant, id)
+        self.storage.delete(f"{_PUBLIC}/{tenant}/{id}")
 
     def orphans(self, grace_s: float = GRACE_S) -> list[str]:
         """Folders of versions that no commit refers to and nothing has touched for `grace_s` seconds, as keys."""
         found = []
         for tenant in self.storage.folders(_ROOT):
-            for id in self._ids(tenant):
+            for id in self.ids(tenant):
                 ledger = self._ledger(tenant, id)
-                current = ledger.read().current
-                known = ledger.committed(current.epoch) | {"commits", current.version}
+                try:
+                    current = ledger.read().current
+                    known = ledger.committed(current.epoch) | {"commits", current.version}
+                except CorruptAdapter as error:  # nobody can say what belongs to it
+                    _logged(f"{tenant}/{id}", error)
+                    continue
                 unknown = [name for name in self.storage.folders(ledger.folder) if name not in known]
                 found += [f"{ledger.folder}/{name}" for name in unknown]
         return [folder for folder in found if self._age_s(folder) >= grace_s]
@@ -196,9 +287,11 @@ class Registry:
     def _ledger(self, tenant: str, id: str) -> Ledger:
         return Ledger(self.storage, f"{_ROOT}/{check_id(tenant, 'tenant')}/{check_id(id)}")
 
-    def _ids(self, tenant: str) -> list[str]:
-        names = self.storage.folders(f"{_ROOT}/{check_id(tenant, 'tenant')}")
-        return [name for name in names if _ID.fullmatch(name)]
+    def _exists(self, tenant: str, id: str) -> bool:
+        try:
+            return self._ledger(tenant, id).read().current.version is not None
+        except CorruptAdapter:
+            return False
 
     def _write_version(self, folder: str, weights: bytes, card: Card, extras: Mapping[str, bytes]) -> None:
         """Creates the files of a version; those that are there already hold the same or were first."""
@@ -218,15 +311,52 @@ class Registry:
 
     def _unknown(self, tenant: str, id: str) -> UnknownAdapter:
         """The error for a missing id: names that are near it, of the same tenant only."""
-        near = get_close_matches(id, self._ids(tenant), n=_SHOWN, cutoff=0.5)
-        alive = [name for name in near if self._ledger(tenant, name).read().current.version]
+        near = get_close_matches(id, self.ids(tenant), n=_SHOWN, cutoff=0.5)
+        alive = [name for name in near if self._exists(tenant, name)]
         hint = f" Near: {', '.join(alive)}." if alive else ""
         return UnknownAdapter(f"Unknown adapter {tenant}/{id}.{hint} `dreamfleet adapters list` shows all.")
 
-    def list(self, tenant: str = DEFAULT_TENANT) -> list[Resolved]:
-        """The current version of every adapter of `tenant`, by id. Reads two objects for each."""
-        ids = [id for id in self._ids(tenant) if self._ledger(tenant, id).read().current.version]
-        return [self.resolve(f"{tenant}/{id}") for id in ids]
+    def ids(self, tenant: str) -> list[str]:
+        """The ids below which `tenant` has anything, sorted; some may be deleted or damaged. One listing."""
+        names = self.storage.folders(f"{_ROOT}/{check_id(tenant, 'tenant')}")
+        return [name for name in names if _ID.fullmatch(name)]
+
+    def public_names(self) -> list[str]:
+        """`tenant/id` of every adapter that may be public, sorted. One listing."""
+        return [key.removeprefix(f"{_PUBLIC}/") for key in self.storage.list(_PUBLIC)]
+
+    def list(self, tenant: str = DEFAULT_TENANT, on_damage: "OnDamage | None" = None) -> list[Resolved]:
+        """The current version of every adapter of `tenant`, by id. Reads two objects for each.
+
+        Passes over damaged ones: `on_damage` gets the name and the error, by default the log does.
+        """
+        found = []
+        for id in self.ids(tenant):
+            try:
+                found.append(self.look(f"{tenant}/{id}"))
+            except CorruptAdapter as error:
+                (on_damage or _logged)(f"{tenant}/{id}", error)
+        return [resolved for resolved in found if resolved is not None]
+
+
+OnDamage = Callable[[str, CorruptAdapter], None]
+
+
+def _logged(name: str, error: CorruptAdapter) -> None:
+    logger.error("passed over %s: %s", name, error)
+
+
+def _resolved(tenant: str, id: str, version: str, card: Card, current: Current) -> Resolved:
+    """A version with what belongs to its adapter. A card's own `public` counts only while it is the current one's."""
+    public = current.public if current.public is not None else card.public and version == current.version
+    trigger = current.trigger if current.trigger is not None else card.trigger
+    return Resolved(tenant, id, version, card, public, trigger or card.instance_prompt)
+
+
+def _split(name: str, tenant: str) -> tuple[str, str]:
+    """Tenant and id of `tenant/id`, or of an id of `tenant`."""
+    owner, slash, id = name.partition("/")
+    return (owner, id) if slash else (tenant, name)
 
 
 def _check_card(card: Card, version: str, size: int) -> None:

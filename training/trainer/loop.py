@@ -7,10 +7,12 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
-from training.errors import SubjectFailed, UserError
+from training.run.fault import apart, kind_of, reason_of
+from training.run.source import Kind
 from training.trainer.member import Report, Subject
 from training.trainer.pack import Pack
 
@@ -19,20 +21,20 @@ from training.trainer.pack import Pack
 class Ended:
     """A subject that ends: finished (`reason` None), or failed with its reason.
 
-    `kind`: done | diverged | out of memory | bad subject (it could not join, so it has no slot).
+    `kind`: done, diverged, out of memory; anything else could not join, so it has no slot.
     """
 
     id: str
     reason: str | None = None
-    kind: str = "done"
+    kind: Kind = "done"
 
 
 @dataclass(frozen=True)
 class Progress:
     """One fused step. `rows` images went through the denoiser in `seconds`.
 
-    Those that `ended` (but for a bad subject) are still in their slots while this is being looked at: ask the pack for
-    their state, adapter or samples. They leave when the iteration goes on.
+    Those that `ended`, unless they could not join, are still in their slots while this is being looked at: ask the pack
+    for their state, adapter or samples. They leave when the iteration goes on.
     """
 
     seconds: float = 0.0
@@ -91,17 +93,23 @@ def _part(pack: Pack, progress: Progress) -> Iterator[Progress]:
 def _join(pack: Pack, waiting: deque[Subject], room: int) -> tuple[tuple[str, ...], list[Ended]]:
     joined: list[str] = []
     ended: list[Ended] = []
+
+    def refused(id: str, error: Exception) -> None:
+        ended.append(Ended(id, reason_of(error), kind_of(error)))
+
     while waiting and len(joined) < room:
         subject = waiting.popleft()
-        try:
-            pack.join(subject)
-        except (SubjectFailed, UserError) as error:
-            ended.append(Ended(subject.spec.id, str(error), "bad subject"))
+        id = subject.spec.id
+        if not apart([id], partial(_take_in, pack, subject), refused):
             continue
-        joined.append(subject.spec.id)
+        joined.append(id)
         if subject.state is not None and subject.state.step >= subject.spec.train.max_steps:
-            ended.append(Ended(subject.spec.id))  # its last checkpoint was its end
+            ended.append(Ended(id))  # its last checkpoint was its end
     return tuple(joined), ended
+
+
+def _take_in(pack: Pack, subject: Subject, id: str) -> None:
+    pack.join(subject)
 
 
 def _end(pack: Pack, report: Report) -> Ended | None:

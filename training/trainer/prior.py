@@ -6,13 +6,13 @@ Generated class images never leave latent space. Image i depends on its prompt, 
 import contextlib
 import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import torch
 
 from training.base.base import Base
-from training.errors import UserError
+from training.base.footprint import pictures_at_once
 from training.manifest.manifest import PriorSpec, SubjectSpec
+from training.photos.intake import class_folder
 from training.photos.photos import list_photo_files, photos
 from training.run.lead import Lead, Lost
 from training.sampling.sampler import sample
@@ -60,7 +60,7 @@ def prepare_prior(
     """
     prior = subject.prior
     if prior.source == "folder":
-        yield 1, 1, _from_folder(base, storage, subject, Path(root))
+        yield 1, 1, _from_folder(base, storage, subject, root)
         return
     prompts = class_prompts(subject, captions if prior.captions else ())
     key = prior_key(base, subject, prompts)
@@ -81,9 +81,10 @@ def _make(
 ) -> Iterator[int]:
     """Generates and keeps the prior, as long as this worker has the lead. Yields how many images there are."""
     wanted, made = subject.prior.images, []
-    for start in range(0, wanted, BATCH):
+    size = min(BATCH, pictures_at_once(base.cells(subject.train.resolution)))
+    for start in range(0, wanted, size):
         lead.renew()
-        made.append(_generate(base, subject, prompts, range(start, min(start + BATCH, wanted))))
+        made.append(_generate(base, subject, prompts, range(start, min(start + size, wanted))))
         yield start + len(made[-1])
     mean = torch.cat(made)
     save_latents(storage, key, posteriors(mean, torch.zeros_like(mean)))
@@ -111,12 +112,9 @@ def _generate(base: Base, subject: SubjectSpec, prompts: Sequence[str], indices:
     )
 
 
-def _from_folder(base: Base, storage: Storage, subject: SubjectSpec, root: Path) -> LatentSet:
-    folder = root / (subject.prior.folder or "")
-    if not folder.is_dir():
-        raise UserError(f"prior.folder '{subject.prior.folder}' of subject '{subject.id}' is no folder.")
+def _from_folder(base: Base, storage: Storage, subject: SubjectSpec, root: str) -> LatentSet:
     resolution = subject.train.resolution or base.facts.resolution
-    files = list_photo_files(folder)[: subject.prior.images]
+    files = list_photo_files(class_folder(subject, root))[: subject.prior.images]
     found = photos(files, resolution=resolution, min_photos=1, max_photos=len(files), with_report=False).good
     key = photos_key(base, found, subject.train)
     cached = load_latents(storage, key)

@@ -3,15 +3,28 @@
 import json
 import subprocess
 import sys
-import time
 
 import pytest
 
 from tests.ray_app.conftest import Desk, Result
+from tests.tiny import tiny_images
 from training.run.run import RunRecord, RunStore, SubjectRecord
 from training.storage.storage import open_storage
 
-COMMANDS = ["demo", "validate", "train", "status", "logs", "cancel", "retry", "serve", "generate", "adapters", "base"]
+COMMANDS = [
+    "demo",
+    "validate",
+    "train",
+    "status",
+    "logs",
+    "cancel",
+    "retry",
+    "serve",
+    "generate",
+    "adapters",
+    "base",
+    "keys",
+]
 
 
 def refused(result: Result, *parts: str) -> None:
@@ -31,17 +44,16 @@ def test_help_names_every_command(desk: Desk) -> None:
         assert desk.run(command, "--help").status == 0
 
 
-def test_validate_and_help_are_quick_and_import_neither_torch_nor_ray(desk: Desk) -> None:
+def test_validate_and_help_import_neither_torch_nor_ray(desk: Desk) -> None:
+    """What makes them answer at once."""
     manifest = desk.manifest("rusty")
     code = (
         "import sys; from ray_app.cli.main import main; main(sys.argv[1:], standalone_mode=False);"
         "print([m for m in ('torch', 'ray', 'diffusers', 'transformers') if m in sys.modules], file=sys.stderr)"
     )
     for arguments in (["--help"], ["validate", str(manifest)]):
-        began = time.perf_counter()
         done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
         assert done.stderr.splitlines()[-1] == "[]", done.stderr
-        assert time.perf_counter() - began < 5  # about 0.4 s on an idle machine
 
 
 def test_validate_prints_the_plan(desk: Desk) -> None:
@@ -52,6 +64,13 @@ def test_validate_prints_the_plan(desk: Desk) -> None:
     plan = desk.run("validate", manifest, "--json").json
     assert plan["packs"][0]["subjects"] == ["rusty", "tabby"]
     assert set(plan["adapter_mb"]) == {"rusty", "tabby"}
+
+
+def test_validate_names_the_flag_that_a_server_needs_for_a_high_rank(desk: Desk) -> None:
+    manifest = desk.manifest("rusty", tail="  - {id: high, images: images/rusty, lora: {rank: 64}}\n")
+    warnings = desk.run("validate", manifest, "--json").json["warnings"]
+    assert any("--rank 64" in warning for warning in warnings["high"])
+    assert not any("--rank" in warning for warning in warnings.get("rusty", []))
 
 
 def test_unknown_key_bad_id_and_missing_folder(desk: Desk) -> None:
@@ -69,11 +88,15 @@ def test_targets_that_no_layer_has(desk: Desk) -> None:
     refused(desk.run("validate", manifest), "subject 'bolt'", "'to_qq'", "Use names such as")
 
 
-def test_a_corrupt_photo_is_seen_by_validate(desk: Desk) -> None:
-    manifest = desk.manifest("rusty", "tabby")
+def test_photos_that_cannot_be_trained_on_are_seen_by_validate(desk: Desk) -> None:
+    words = "words: {tokens: [<s1>]}, instance_prompt: 'a photo of <s1>'"
+    manifest = desk.manifest("rusty", "tabby", tail=f"  - {{id: bolt, images: images/bolt, {words}}}\n")
     (desk.folder / "images/tabby/0.png").write_bytes(b"no picture")
+    tiny_images(desk.folder / "images/bolt")
+    (desk.folder / "images/bolt/captions.txt").write_text("".join(f"{n}.png: a photo of a dog\n" for n in range(5)))
     result = desk.run("validate", manifest)
     assert result.status == 2 and "subject 'tabby'" in result.err and "0.png" in result.err
+    assert "subject 'bolt'" in result.err and "'<s1>'" in result.err  # a word that no caption has
 
 
 @pytest.mark.parametrize(

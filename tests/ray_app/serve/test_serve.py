@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import grpc
 import httpx
 import numpy
 import psutil
@@ -19,6 +20,7 @@ from PIL import Image
 
 from ray_app.serve.deployments import Deployment, Server, start_server
 from serving.config import EngineSpec, Limits, ServeSpec
+from tests.ray_app.conftest import open_ports
 from tests.serving.company import random_adapter
 from training.adapters.adapter import save_adapter
 from training.base.base import Base
@@ -147,7 +149,7 @@ def test_a_stream_and_an_error_come_through(client: Client) -> None:
     names = [line for line in answer.text.splitlines() if line.startswith("event: ")]
     assert [name.rpartition(".")[2] for name in names] == ["partial_image", "partial_image", "completed"]
     for _ in range(5):
-        assert client.images(model="ghost").json()["error"]["code"] == "adapter_not_found"
+        assert client.images(model="ghost").json()["error"]["code"] == "model_not_found"
 
 
 @pytest.mark.ray
@@ -202,6 +204,40 @@ def test_a_replica_that_dies_costs_no_request(client: Client) -> None:
         assert abs(pixels(answer.json()["data"][0]["b64_json"]) - pixels(image)).max() <= 1
     until(lambda: len(client.metric("slots")) == 2)  # Serve has replaced it
     assert client.call("GET", "/healthz").json()["status"] == "ok"
+
+
+@pytest.mark.ray
+def test_what_listens_beyond_loopback_asks_for_the_token(client: Client) -> None:
+    from ray.serve.generated import serve_pb2, serve_pb2_grpc
+
+    found = open_ports(os.getpid())
+    assert len(found) == 3 and all("ServeReplica:dreamfleet" in title for title in found.values())
+    for port in found:
+        with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+            for sent in ([], [("authorization", "Bearer " + "0" * 64)]):
+                with pytest.raises(grpc.RpcError) as refused:
+                    stub = serve_pb2_grpc.ASGIServiceStub(channel)
+                    stub.HandleRequest(serve_pb2.ASGIRequest(), metadata=sent, timeout=20)
+                assert refused.value.code() == grpc.StatusCode.UNAUTHENTICATED
+
+
+@pytest.mark.ray
+def test_an_ingress_that_dies_is_told_in_our_words(client: Client) -> None:
+    """The requests under way are lost, and their clients told to come again. The last that is done to this server."""
+
+    async def story() -> httpx.Response:
+        async with httpx.AsyncClient(base_url=client.url, timeout=120, trust_env=False) as session:
+            body = {"prompt": "a dog", "steps": 900, "size": "64x64"}
+            call = asyncio.create_task(session.post("/v1/images/generations", json=body))
+            await asyncio.sleep(1)
+            assert not call.done()
+            for ingress in ray_processes("ServeReplica:dreamfleet:ingress"):
+                os.kill(ingress.pid, signal.SIGKILL)
+            return await call
+
+    answer = asyncio.run(story())
+    assert answer.status_code == 503 and int(answer.headers["retry-after"]) >= 1, answer.text
+    assert answer.json()["error"]["code"] == "not_ready"
 
 
 def test_without_keys_only_loopback(tmp_path: Path) -> None:

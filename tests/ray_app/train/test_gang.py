@@ -15,6 +15,7 @@ from training.base.base import Base
 from training.base.outline import outline
 from training.manifest.manifest import load_manifest
 from training.manifest.plan import plan_run
+from training.photos.intake import current_fingerprint
 from training.run.run import RunStore, list_runs
 from training.run.source import Beat, Orders, Outcome, Task
 from training.storage.registry import Registry
@@ -45,13 +46,13 @@ class OneDevice:
     def __init__(self, manifest: Path, base: Base, storage: Storage) -> None:
         self._manifest = load_manifest(manifest)
         self._todo = list(self._manifest.subjects)
+        self._base, self._storage, self._root = base, storage, str(manifest.parent)
         (plan,) = plan_run(self._manifest, outline(self._manifest.base)).packs
-        root = str(manifest.parent)
-        work(base, plan, self, RunStore(storage, "plain-1"), tenant="default", root=root)
+        work(base, plan, self, RunStore(storage, "plain-1"), tenant="default", root=self._root)
 
     def lease(self, count: int) -> Sequence[Task]:
         taken, self._todo = self._todo[:count], self._todo[count:]
-        return [Task(spec, spec.id.encode().hex().zfill(64)) for spec in taken]
+        return [Task(s, current_fingerprint(s, self._base.hash, self._storage, self._root)) for s in taken]
 
     def beat(self, beat: Beat) -> Orders:
         return Orders()

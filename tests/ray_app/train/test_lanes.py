@@ -2,11 +2,17 @@
 
 from typing import Any
 
+import pytest
+from ray.exceptions import RayTaskError
+
 from ray_app.train.cluster import Cluster, Limits
-from ray_app.train.lanes import Lanes, _Lane
-from training.manifest.manifest import ZeroSpec
+from ray_app.train.lane import QueueSource, in_words
+from ray_app.train.lanes import Lanes, _cause, _Lane
+from tests.training.subjects import spec
+from training.errors import UserError
+from training.manifest.manifest import Closed, ZeroSpec
 from training.manifest.plan import PackPlan, Profile
-from training.run.subject_queue import View
+from training.run.subject_queue import CALMER, Lease, View
 
 
 def pack(slots: int = 4, workers: int = 1) -> PackPlan:
@@ -65,3 +71,39 @@ def test_a_gang_that_can_never_be_had_is_refused() -> None:
     lanes = Counted(pack(slots=1, workers=4), pack(), gpus=2)
     assert lanes.see(p0=1, p1=1) == [(1, 1)] and lanes.refused == [0]
     assert Counted(pack(slots=1, workers=4), gpus=2, limits=Limits(gpus=4)).see(p0=1) == [(0, 1)]
+
+
+def rates(settings: Closed, path: str = "") -> dict[str, float]:
+    """Every learning rate that settings have, wherever it stands."""
+    found: dict[str, float] = {}
+    for name, value in settings:
+        if isinstance(value, Closed):
+            found |= rates(value, f"{path}{name}.")
+        elif name.endswith("learning_rate"):
+            found[path + name] = value
+    return found
+
+
+def test_after_a_divergence_every_learning_rate_is_lower() -> None:
+    one = spec("a", words={"tokens": ["<s1>"]}, instance_prompt="a photo of <s1> dog")
+    source = QueueSource(None, 0)
+    source.specs = {"a": one}
+    task = source._task(Lease(id="a", fingerprint="f", rate_factor=CALMER, may_spread=False))
+    before, after = rates(task.spec), rates(task.trained)
+    assert set(before) == {"train.learning_rate", "train.text_encoder_learning_rate", "words.learning_rate"}
+    assert after == {name: pytest.approx(CALMER * rate) for name, rate in before.items()}
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (UserError("Base 'x' is another one.\nPut the same files on every node."), None),
+        (ValueError("no such layer"), "ValueError: no such layer"),
+        (KeyError(), "KeyError: "),
+    ],
+)
+def test_what_a_lane_raises_is_told_in_its_own_words(error: Exception, words: str | None) -> None:
+    """However often Ray has wrapped it, and all of its lines."""
+    wrapped = RayTaskError("run_lane", "Traceback ...\n  File ...", error)
+    for one in (error, wrapped, wrapped.as_instanceof_cause(), RayTaskError("outer", "Traceback ...", wrapped)):
+        assert in_words(_cause(one)) == (words or str(error))

@@ -2,8 +2,8 @@
 
 import asyncio
 import io
-import time
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import aclosing
 
 import pytest
@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from serving.engine.engine import Engine
+from serving.engine.job import EngineStats, Sample
 from serving.engine.loop import EngineLoop
 from serving.engine.pictures import decode, encode
 from serving.engine.request import Picture, Preview
@@ -161,9 +162,68 @@ def test_a_broken_engine_says_so(tiny: Base, shelf: Shelf, monkeypatch: pytest.M
     asyncio.run(story())
 
 
-def test_an_idle_loop_costs_nothing(loop: EngineLoop) -> None:
-    asyncio.run(loop.generate(ask()))
-    time.sleep(0.1)
-    before = time.process_time()
-    time.sleep(0.5)
-    assert time.process_time() - before < 0.1
+def test_an_idle_loop_waits(tiny: Base, shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With nothing to do the compute thread is inside one long wait, which a request ends."""
+    engine = Engine(tiny, small(), shelf)
+    wait, asleep = engine.woken.wait, threading.Semaphore(0)
+
+    def counted(timeout: float | None = None) -> bool:
+        asleep.release()
+        return wait(timeout)
+
+    monkeypatch.setattr(engine.woken, "wait", counted)
+    monkeypatch.setattr("serving.engine.loop.IDLE_S", 3600.0)
+    loop = EngineLoop(engine)
+    assert asleep.acquire(timeout=30)
+    for seed in range(2):
+        assert len(asyncio.run(loop.generate(ask(seed=seed, steps=20)))) == 1
+        assert asleep.acquire(timeout=30)
+    assert not asleep.acquire(timeout=0.2)
+    loop.close()
+
+
+def test_stats_are_the_compute_threads_own_and_never_change(
+    tiny: Base, shelf: Shelf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever asks from another thread gets a finished report, also while a step goes on, and never the live books."""
+    engine = Engine(tiny, small(), shelf)
+    threads, snapshot = set[str](), engine.snapshot
+
+    def seen() -> EngineStats:
+        threads.add(threading.current_thread().name)
+        return snapshot()
+
+    loop = EngineLoop(engine)
+    monkeypatch.setattr(engine, "snapshot", seen)
+    before = loop.stats()
+    asyncio.run(loop.generate(ask("cat", count=2)))
+    asyncio.run(loop.generate(ask("dog")))
+    after = loop.stats()
+    assert threads == {"engine"}
+    assert (before.images, before.steps, before.adapters["slot_loads"]) == (0, 0, 0)
+    assert after.images >= 2 and after.adapters["slot_loads"] >= 1 and after.seconds is not engine.stats.seconds
+    loop.close()
+
+
+def test_stats_do_not_wait_for_a_step(tiny: Base, shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def story() -> None:
+        engine = Engine(tiny, small(), shelf)
+        begun, go = threading.Event(), threading.Event()
+        denoise = engine._denoise
+
+        def held(batch: Sequence[Sample]) -> None:
+            begun.set()
+            assert go.wait(30)
+            denoise(batch)
+
+        monkeypatch.setattr(engine, "_denoise", held)
+        loop = EngineLoop(engine)
+        task = asyncio.create_task(loop.generate(ask(steps=1)))
+        assert await asyncio.to_thread(begun.wait, 30)
+        assert loop.stats().requests == 1 and loop.stats().images == 0
+        go.set()
+        await task
+        await until(lambda: loop.stats().images == 1)
+        await asyncio.to_thread(loop.close)
+
+    asyncio.run(story())

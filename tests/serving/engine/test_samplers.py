@@ -21,11 +21,25 @@ from training.base.facts import SamplerName
 from training.base.process import Schedule
 from training.errors import UserError
 
+
+class KarrasAncestral(EulerAncestralDiscreteScheduler):
+    """Euler's ancestral steps over Karras' noise levels, which diffusers has for plain Euler only."""
+
+    def set_timesteps(self, num_inference_steps: int, device: Any = None) -> None:
+        super().set_timesteps(num_inference_steps, device)
+        plain = EulerDiscreteScheduler.from_config(self.config, use_karras_sigmas=True)
+        plain.set_timesteps(num_inference_steps, device)
+        self.sigmas, self.timesteps = plain.sigmas, plain.timesteps
+
+
 CLASSES: dict[SamplerName, Any] = {
     "ddim": DDIMScheduler,
     "euler": EulerDiscreteScheduler,
     "euler_a": EulerAncestralDiscreteScheduler,
     "dpm++_2m": DPMSolverMultistepScheduler,
+    "euler_karras": EulerDiscreteScheduler,
+    "euler_a_karras": KarrasAncestral,
+    "dpm++_2m_karras": DPMSolverMultistepScheduler,
 }
 ZERO_SNR = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
 # (prediction type, changes of the base's scheduler config)
@@ -76,8 +90,10 @@ def sample(pipeline: StableDiffusionPipeline, schedules: list[Schedule], seeds: 
 
 
 def reference(pipeline: StableDiffusionPipeline, name: SamplerName, steps: int, seed: int) -> Tensor:
+    spacing = {"use_karras_sigmas": True} if name in ("euler_karras", "dpm++_2m_karras") else {}
+    scheduler = CLASSES[name].from_config(pipeline.scheduler.config, **spacing)
     fresh = StableDiffusionPipeline(
-        **{**pipeline.components, "scheduler": CLASSES[name].from_config(pipeline.scheduler.config)},
+        **{**pipeline.components, "scheduler": scheduler},
         requires_safety_checker=False,
     )
     fresh.set_progress_bar_config(disable=True)

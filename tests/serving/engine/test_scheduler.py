@@ -17,6 +17,14 @@ class Picture:
     ready: bool = True
     left: int = 4
 
+    @property
+    def kind(self) -> tuple[int, int]:
+        return self.size
+
+    @property
+    def cells(self) -> int:
+        return self.size[0] * self.size[1]
+
 
 def drive(scheduler: Scheduler[Picture], steps: int) -> list[list[Picture]]:
     """Takes `steps` steps, admitting and finishing on the way."""
@@ -54,13 +62,124 @@ def test_an_image_larger_than_a_forward_still_runs() -> None:
     assert [len(batch) for batch in drive(scheduler, 9)] == [1] * 8 + [0]
 
 
-def test_sizes_take_turns() -> None:
-    scheduler = Scheduler[Picture](max_rows=32, queue=32)
-    scheduler.submit([Picture(size=(8, 8), left=10) for _ in range(6)])
-    scheduler.submit([Picture(size=(16, 8), left=10)])
-    sizes = [batch[0].size for batch in drive(scheduler, 20)]
-    assert Counter(sizes) == {(8, 8): 10, (16, 8): 10}
-    assert all(sizes[i] != sizes[i + 1] for i in range(18))
+def served(batches: list[list[Picture]], by: str = "tenant") -> Counter[object]:
+    """Rows x cells by tenant, or by another attribute."""
+    total: Counter[object] = Counter()
+    for item in (item for batch in batches for item in batch):
+        total[getattr(item, by)] += item.rows * item.cells
+    return total
+
+
+def steps_until_done(scheduler: Scheduler[Picture], item: Picture, most: int = 1000) -> int:
+    for step in range(most):
+        if item.left == 0:
+            return step
+        drive(scheduler, 1)
+    raise AssertionError(f"not done after {most} steps")
+
+
+def test_a_step_is_bounded_in_cells() -> None:
+    """Large images do not pile up in one step; one image goes whatever its size."""
+    scheduler = Scheduler[Picture](max_rows=32, queue=100, max_cells=32 * 64)
+    scheduler.submit([Picture(size=(16, 16)) for _ in range(20)])
+    scheduler.submit([Picture(size=(64, 64)) for _ in range(2)])
+    for batch in drive(scheduler, 100):
+        assert len(batch) <= 1 or sum(item.rows * item.cells for item in batch) <= 32 * 64
+    assert scheduler.idle
+
+
+def test_images_of_one_tenant_share_by_cost() -> None:
+    """A tenant's small image is not held up by its large one, nor the large one for ever by small ones."""
+    scheduler = Scheduler[Picture](max_rows=32, queue=1000)
+    scheduler.submit([Picture(size=(64, 64), left=1000)])
+    small = Picture(size=(8, 8), left=25)
+    drive(scheduler, 3)
+    scheduler.submit([small])
+    assert steps_until_done(scheduler, small) <= 26
+    scheduler.submit([Picture(size=(8, 8), left=25) for _ in range(160)])
+    share = served(drive(scheduler, 200), by="size")
+    assert share[(64, 64)] >= share[(8, 8)] / 16  # beside the up to 16 small ones that run at once
+
+
+@pytest.mark.parametrize("large", [[(64, 64)], [(16 + side, 64) for side in range(16)]], ids=["one", "sixteen sizes"])
+def test_a_small_image_does_not_wait_for_the_large_ones_of_another(large: list[tuple[int, int]]) -> None:
+    scheduler = Scheduler[Picture](max_rows=32, queue=100)
+    scheduler.submit([Picture(tenant="large", size=size, left=100) for size in large])
+    drive(scheduler, 5)
+    small = Picture(tenant="small", left=25)
+    scheduler.submit([small])
+    assert steps_until_done(scheduler, small) <= 27
+
+
+def test_a_large_image_gets_its_share_beside_a_stream_of_small_ones() -> None:
+    """Each small request comes from a tenant that was not there before, so none has been served before."""
+    scheduler = Scheduler[Picture](max_rows=32, queue=100)
+    large = Picture(tenant="large", size=(64, 64), left=10)
+    scheduler.submit([large])
+    small = Picture(tenant="0", left=0)
+    for number in range(1000):
+        if small.left == 0:
+            small = Picture(tenant=str(number + 1), left=5)
+            scheduler.submit([small])
+        drive(scheduler, 1)
+    assert large.left == 0  # 64 small steps cost what one large step costs
+
+
+def test_sizes_share_by_rows_times_cells() -> None:
+    scheduler = Scheduler[Picture](max_rows=16, queue=1000)
+    sizes = {"a": (8, 8), "b": (16, 16), "c": (32, 32)}
+    for tenant, size in sizes.items():
+        scheduler.submit([Picture(tenant=tenant, size=size, left=1000) for _ in range(20)])
+    total = served(drive(scheduler, 400))
+    assert max(total.values()) - min(total.values()) <= 2 * 16 * 32 * 32  # a step of the largest, before and after
+
+
+def test_a_flood_of_one_size_goes_no_further_in_anothers_step_than_the_other() -> None:
+    """On a device where every row costs, the step of a light tenant is at most twice as long beside a flood."""
+    scheduler = Scheduler[Picture](max_rows=32, queue=400)
+    scheduler.submit([Picture(tenant="flood", left=500) for _ in range(100)])
+    drive(scheduler, 5)
+    light = Picture(tenant="light", left=25)
+    scheduler.submit([light])
+    batches = drive(scheduler, 26)
+    assert light.left == 0
+    assert all(len(batch) <= 2 for batch in batches if light in batch)
+    assert len(drive(scheduler, 1)[0]) == 16  # alone again, the flood fills its steps
+
+
+def test_rows_that_cost_nothing_are_filled() -> None:
+    """On a device that is not full, the flood goes along with the light tenant's steps."""
+    scheduler = Scheduler[Picture](max_rows=32, queue=400)
+    for rows in (2, 32) * 5:
+        scheduler.pace.saw((8, 8), rows, 1.0 + rows / 64)
+    scheduler.submit([Picture(tenant="flood", left=500) for _ in range(100)])
+    scheduler.submit([Picture(tenant="light", left=25)])
+    assert [len(batch) for batch in drive(scheduler, 10)] == [16] * 10
+    later = Picture(tenant="later", left=25)
+    scheduler.submit([later])
+    assert steps_until_done(scheduler, later) <= 26
+
+
+def test_what_was_free_is_not_held_against_a_tenant_for_long() -> None:
+    scheduler = Scheduler[Picture](max_rows=32, queue=400)
+    for rows in (2, 32) * 5:
+        scheduler.pace.saw((8, 8), rows, 1.0)
+    scheduler.submit([Picture(tenant="flood", left=5000) for _ in range(100)])
+    scheduler.submit([Picture(tenant="light", left=200)])
+    drive(scheduler, 200)
+    scheduler.submit([Picture(tenant="second", left=5000) for _ in range(100)])
+    total = served(drive(scheduler, 20))
+    assert total["flood"] >= 0.8 * total["second"]
+
+
+def test_a_third_tenant_is_let_in_though_two_fill_all_places() -> None:
+    scheduler = Scheduler[Picture](max_rows=8, queue=400)
+    for name in ("a", "b"):
+        scheduler.submit([Picture(tenant=name, left=1000) for _ in range(50)])
+    drive(scheduler, 5)
+    late = Picture(tenant="late", left=4)
+    scheduler.submit([late])
+    assert steps_until_done(scheduler, late) <= 5
 
 
 def test_a_flood_of_one_tenant_does_not_starve_another() -> None:

@@ -39,10 +39,10 @@ LIMITS = Limits(
 class World:
     """A server on a storage of its own, and the keys of two tenants."""
 
-    def __init__(self, tiny: Base, folder: Path, storage: Path, keys: bool) -> None:
+    def __init__(self, tiny: Base, folder: Path, storage: Path, keys: bool, **changes: Any) -> None:
         self.base = tiny
         self.spec = ServeSpec(
-            base=str(folder), storage=str(storage), engine=small(queue=6), limits=LIMITS, refresh_s=0.05
+            base=str(folder), storage=str(storage), engine=small(queue=6), limits=LIMITS, refresh_s=0.05, **changes
         )
         self.registry = Registry(open_storage(str(storage)))
         self.loop = EngineLoop(Engine(tiny, self.spec.engine, Fetcher(self.registry)))
@@ -139,7 +139,8 @@ def test_image_to_image(world: World) -> None:
     url = world.images(image=f"data:image/png;base64,{start}", strength=0.5).json()["data"][0]["b64_json"]
     assert little == url != world.images().json()["data"][0]["b64_json"]
     assert problem(world.images(image="!!!"), 400)["param"] == "image"
-    assert "cannot be read" in problem(world.images(image=base64.b64encode(b"nothing").decode()), 400)["message"]
+    nothing = problem(world.images(image=base64.b64encode(b"nothing").decode()), 400)
+    assert nothing["param"] == "image" and "not an image" in nothing["message"]
 
 
 def events(response: httpx.Response) -> list[tuple[str, dict[str, Any]]]:
@@ -225,11 +226,11 @@ def test_weights_out_of_range(world: World) -> None:
 
 
 def test_what_is_unknown_is_404(world: World) -> None:
-    assert problem(world.images(model="ghost"), 404)["code"] == "adapter_not_found"
+    assert problem(world.images(model="ghost"), 404)["code"] == "model_not_found"
     assert problem(world.images(model="tiny-epsilon-0:ghost"), 404)["param"] == "model"
     assert problem(world.images(model="other-base:rusty"), 404)["code"] == "model_not_found"
     assert problem(world.images(adapters=[{"id": "ghost"}]), 404)["param"] == "adapters"
-    assert problem(world.images(model="ghost", stream=True), 404)["code"] == "adapter_not_found"
+    assert problem(world.images(model="ghost", stream=True), 404)["code"] == "model_not_found"
     assert problem(world.call("GET", "/v1/nowhere"), 404)
     assert problem(world.call("PUT", "/v1/models"), 405)
 
@@ -442,7 +443,7 @@ def test_keys(shared: World) -> None:
         lambda: shared.call("GET", "/v1/models", headers={"Authorization": "Bearer dfk_wrong"}),
     ):
         error = problem(call(), 401)
-        assert error["type"] == "authentication_error" and error["code"] == "invalid_api_key"
+        assert error["type"] == "invalid_request_error" and error["code"] == "invalid_api_key"
     assert shared.call("GET", "/v1/models", "ann").status_code == 200
     basic = base64.b64encode(f"any:{shared.tokens['ann']}".encode()).decode()
     assert shared.call("GET", "/sdapi/v1/loras", headers={"Authorization": f"Basic {basic}"}).status_code == 200
@@ -480,7 +481,7 @@ def test_anothers_adapter_does_not_exist(shared: World) -> None:
 def test_a_public_adapter_is_everybodys_to_use_and_its_owners_to_delete(shared: World) -> None:
     shared.upload("ann", "rusty", 1, public=True)
     mine = shared.images("ann", model="rusty").json()["data"][0]["b64_json"]
-    assert shared.images("bob", model="ann/rusty").json()["data"][0]["b64_json"] == mine
+    assert (pixels(shared.images("bob", model="ann/rusty").json()["data"][0]["b64_json"]) == pixels(mine)).all()
     assert "ann/rusty" in shared.call("GET", "/v1/models", "bob").text
     problem(shared.call("DELETE", "/v1/adapters/rusty", "bob"), 404)
     assert shared.call("DELETE", "/v1/adapters/rusty", "ann").status_code == 200
@@ -563,17 +564,6 @@ async def wait_for(condition: Callable[[], bool]) -> None:
             return
         await asyncio.sleep(0.01)
     raise AssertionError("never came true")
-
-
-def test_what_clients_ask_before(world: World) -> None:
-    assert [one["name"] for one in world.call("GET", "/sdapi/v1/samplers").json()] == [
-        "DDIM",
-        "Euler",
-        "Euler a",
-        "DPM++ 2M",
-    ]
-    assert world.call("GET", "/sdapi/v1/sd-models").json()[0]["model_name"] == "tiny-epsilon-0"
-    assert world.call("GET", "/sdapi/v1/options").json() == {"sd_model_checkpoint": "tiny-epsilon-0"}
 
 
 # -- operation --

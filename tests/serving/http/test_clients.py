@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import httpx
@@ -18,8 +18,10 @@ import pytest
 import uvicorn
 from click.testing import CliRunner
 
-from serving.__main__ import is_loopback, main
-from serving.http.tenants import Keys
+from serving.__main__ import main
+from serving.http import timeouts
+from serving.http.guard import is_loopback
+from serving.http.timeouts import TimedProtocol
 from tests.serving.http.test_api import World
 from training.base.base import Base
 from training.errors import UserError
@@ -32,7 +34,8 @@ class Site:
         self.world = world
         self._socket = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}"
-        self._server = uvicorn.Server(uvicorn.Config(world.app, log_level="error", lifespan="off"))
+        config = uvicorn.Config(world.app, http=TimedProtocol, log_level="error", lifespan="off")
+        self._server = uvicorn.Server(config)
         self._thread = threading.Thread(target=self._server.run, args=([self._socket],), daemon=True)
         self._thread.start()
 
@@ -84,7 +87,7 @@ def test_openais_own_exceptions(site: Site) -> None:
     with site.client() as client, site.client(key="wrong") as stranger, site.client("bob") as bob:
         with pytest.raises(openai.NotFoundError) as missing:
             bob.images.generate(model="ann/rusty", prompt="a dog")
-        assert (missing.value.code, missing.value.param) == ("adapter_not_found", "model")
+        assert (missing.value.code, missing.value.param) == ("model_not_found", "model")
         with pytest.raises(openai.BadRequestError) as bad:
             client.images.generate(prompt="a dog", n=99)
         assert bad.value.param == "n"
@@ -127,6 +130,58 @@ def test_a_dropped_connection_cancels(site: Site) -> None:
         time.sleep(0.05)
 
 
+def _closed(site: Site, *pieces: bytes, pause_s: float = 0.1) -> bytes:
+    """What a server says to a client that sends `pieces`, one after another, until it closes the connection."""
+    with socket.create_connection(("127.0.0.1", int(site.url.rpartition(":")[2])), 10) as client:
+        said = b""
+        for piece in pieces:
+            client.sendall(piece)
+            client.settimeout(pause_s)
+            with suppress(TimeoutError):
+                said += client.recv(65536)
+        client.settimeout(20)
+        with suppress(ConnectionError):
+            while more := client.recv(65536):
+                said += more
+        return said
+
+
+HEAD = b"POST /v1/images/generations HTTP/1.1\r\nHost: 127.0.0.1\r\n"
+
+
+@pytest.mark.parametrize(
+    "pieces", [(), (HEAD[:30],), (HEAD, b"A: b\r\n", b"C: d\r\n")], ids=["silent", "half-a-line", "drip"]
+)
+def test_a_connection_without_headers_is_closed(
+    site: Site, monkeypatch: pytest.MonkeyPatch, pieces: tuple[bytes, ...]
+) -> None:
+    monkeypatch.setattr(timeouts, "HEADERS_S", 0.3)
+    assert _closed(site, *pieces) == b""
+
+
+def test_a_second_request_on_a_connection_has_its_time_too(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timeouts, "HEADERS_S", 0.3)
+    said = _closed(site, b"GET /healthz HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n", HEAD, pause_s=2)
+    assert said.count(b"HTTP/1.1") == 1 and b"200 OK" in said
+
+
+def test_a_body_that_does_not_come_is_a_408(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timeouts, "BODY_S", 0.3)
+    key = f"Authorization: Bearer {site.world.tokens['ann']}\r\n".encode()
+    kind = b"Content-Type: application/json\r\nContent-Length: 1000\r\n\r\n"
+    said = _closed(site, HEAD + key + kind, b"{", b'"prompt"', b": ")
+    assert said.startswith(b"HTTP/1.1 408") and b"too slowly" in said and b'"invalid_request_error"' in said
+
+
+def test_waiting_for_an_answer_has_no_limit(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Longer than headers and body may take together."""
+    monkeypatch.setattr(timeouts, "HEADERS_S", 0.05)
+    monkeypatch.setattr(timeouts, "BODY_S", 0.05)
+    with site.client() as client:
+        answer = client.images.generate(prompt="a dog", n=2, size="64x64", extra_body={"steps": 20})
+    assert answer.data and len(answer.data) == 2
+
+
 def _run(*arguments: str, **environment: str) -> "subprocess.Popen[str]":
     command = [sys.executable, "-m", "serving", *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
@@ -157,18 +212,6 @@ def test_the_module_serves_until_it_is_stopped(tiny_folder: Path, tmp_path: Path
             server.send_signal(signal.SIGINT)
             _, err = server.communicate(timeout=30)
     assert server.returncode == 0 and "Traceback" not in err, err
-
-
-def test_keys_by_command(tmp_path: Path) -> None:
-    keys = ["--keys", str(tmp_path / "keys.json")]
-    made = CliRunner().invoke(main, ["keys", "make", "ann", *keys])
-    assert made.exit_code == 0 and made.stdout.startswith("dfk_") and "shown only now" in made.stderr
-    assert Keys(tmp_path / "keys.json").tenant_of(made.stdout.strip()) == "ann"
-    name = CliRunner().invoke(main, ["keys", "list", *keys]).stdout.split()[0]
-    assert CliRunner().invoke(main, ["keys", "revoke", name, *keys]).exit_code == 0
-    assert Keys(tmp_path / "keys.json").tenant_of(made.stdout.strip()) is None
-    unknown = CliRunner().invoke(main, ["keys", "revoke", "nobody", *keys])
-    assert isinstance(unknown.exception, UserError) and name in str(unknown.exception)
 
 
 def test_no_open_server_without_keys() -> None:

@@ -185,3 +185,17 @@ def test_what_does_not_fit_is_named(bank: Bank, change: Callable[[Adapter], None
 def test_a_rank_above_the_banks_is_named(bank: Bank) -> None:
     with pytest.raises(UserError, match="rank <= 4"):
         bank.pack(random_adapter(bank, 5, seed=0))
+
+
+@pytest.mark.parametrize("slot", [-1, 4])
+def test_a_slot_that_is_not_there_is_refused(bank: Bank, slot: int) -> None:
+    row = bank.pack(random_adapter(bank, 4, seed=1))
+    calls: list[Callable[[], object]] = [
+        lambda: bank.words(slot),
+        lambda: bank.take(slot),
+        lambda: bank.clear(slot),
+        lambda: bank.put(slot, row),
+    ]
+    for call in calls:
+        with pytest.raises(IndexError, match=f"slot {slot} is none of this bank's, which are 0 to 3"):
+            call()

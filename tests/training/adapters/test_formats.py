@@ -5,9 +5,11 @@ import re
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from diffusers import StableDiffusionPipeline
-from peft import LoraConfig, get_peft_model_state_dict
+from diffusers.utils.state_dict_utils import convert_state_dict_to_kohya
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 
 from tests.tiny import tiny_pipeline
 from tests.training.adapters.test_adapter import add_deltas, assert_equal, draw, random_adapter, shapes_of, weights_of
@@ -17,12 +19,14 @@ from training.adapters.formats.formats import (
     Label,
     export_adapter,
     import_adapter,
+    label_of,
     merge_adapters,
     recognise,
     reduce_rank,
 )
 from training.adapters.formats.lora_diffusion import text_encoder_order, unet_order
 from training.adapters.tensor_file import read_tensors, write_tensors
+from training.base.names import canonical
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 CLIP = ("q_proj", "k_proj", "v_proj", "out_proj")
@@ -79,7 +83,7 @@ def as_peft(adapter: Adapter, component: str, scale: float = 1.0) -> dict[str, t
     return made
 
 
-@pytest.mark.parametrize("format", ["diffusers", "kohya", "lora_diffusion"])
+@pytest.mark.parametrize("format", ["diffusers", "kohya", "lora_diffusion", "peft"])
 def test_round_trips_are_lossless(pipeline: StableDiffusionPipeline, modules: frozenset[str], format: Format) -> None:
     for targets in (ATTENTION + CLIP, ATTENTION, CLIP, (*ATTENTION, "ff.net.0.proj")):
         adapter = full(pipeline, targets)
@@ -90,7 +94,7 @@ def test_round_trips_are_lossless(pipeline: StableDiffusionPipeline, modules: fr
         assert save_adapter(import_adapter(files, modules)) == save_adapter(adapter)
 
 
-@pytest.mark.parametrize("format", ["diffusers", "kohya"])
+@pytest.mark.parametrize("format", ["diffusers", "kohya", "peft"])
 def test_every_target_survives(pipeline: StableDiffusionPipeline, modules: frozenset[str], format: Format) -> None:
     adapter = full(pipeline, WIDE)
     assert_equal(import_adapter(export_adapter(adapter, format), modules), adapter)
@@ -110,6 +114,43 @@ def test_kohya_keys_and_metadata_are_what_its_readers_look_for(pipeline: StableD
     assert metadata.items() >= KOHYA_METADATA.items()
     assert json.loads(metadata["ss_tag_frequency"]) == {"rusty": {"sks dog": 1}}
     assert all(len(read_tensors(files[name]).tensors) == 1 for name in files if name.startswith("embeddings/"))
+
+
+@pytest.mark.parametrize(
+    ("width", "prediction", "version", "architecture"),
+    [
+        (768, "epsilon", "sd_v1", "stable-diffusion-v1/lora"),
+        (768, "v_prediction", "sd_v1_v", "stable-diffusion-v1/lora"),
+        (1024, "epsilon", "sd_v2", "stable-diffusion-v2-512/lora"),
+        (1024, "v_prediction", "sd_v2_v", "stable-diffusion-v2-768-v/lora"),
+    ],
+)
+def test_a_kohya_file_is_labelled_with_its_base(
+    pipeline: StableDiffusionPipeline, tmp_path: Path, width: int, prediction: str, version: str, architecture: str
+) -> None:
+    for name, config in (
+        ("unet/config.json", {"cross_attention_dim": width}),
+        ("scheduler/scheduler_config.json", {"prediction_type": prediction}),
+    ):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text(json.dumps(config))
+    files = export_adapter(full(pipeline), "kohya", label=label_of("rusty", tmp_path, 768))
+    metadata = read_tensors(files["rusty.safetensors"]).metadata
+    assert metadata["ss_base_model_version"] == version and metadata["modelspec.architecture"] == architecture
+    assert metadata["ss_v2"] == str(width == 1024) and metadata["modelspec.resolution"] == "768x768"
+    assert metadata["modelspec.prediction_type"] == ("v" if prediction == "v_prediction" else "epsilon")
+
+
+def test_diffusers_own_kohya_conversion_is_read(pipeline: StableDiffusionPipeline, modules: frozenset[str]) -> None:
+    """It writes alphas as int64."""
+    adapter = random_adapter(shapes_of(pipeline, ATTENTION))
+    layers = {}
+    for name, low in adapter.modules.items():
+        layers[f"{name}.lora_A.weight"], layers[f"{name}.lora_B.weight"] = low.down, low.up
+    kohya = convert_state_dict_to_kohya(layers)
+    assert {tensor.dtype for key, tensor in kohya.items() if key.endswith("alpha")} == {torch.int64}
+    data = safetensors.torch.save({key: tensor.contiguous() for key, tensor in kohya.items()})
+    assert_equal(import_adapter({"a.safetensors": data}, modules), adapter)
 
 
 def test_comfyui_also_reads_the_canonical_file(pipeline: StableDiffusionPipeline) -> None:
@@ -183,6 +224,58 @@ def test_a_peft_folder_is_read_with_its_settings(pipeline: StableDiffusionPipeli
         torch.testing.assert_close(read.modules[name].delta(), low.delta() * factor)
 
 
+@pytest.mark.parametrize("targets", [ATTENTION, (*ATTENTION, "ff.net.0.proj", "proj_in", "conv1", "time_emb_proj")])
+def test_peft_reads_the_peft_export_on_the_denoiser(
+    pipeline: StableDiffusionPipeline, tmp_path: Path, targets: tuple[str, ...]
+) -> None:
+    """`from_pretrained` and `load_adapter`: each adapter's own deltas, ranks that differ from layer to layer."""
+    adapters = [random_adapter(shapes_of(pipeline, (*targets, *CLIP)), seed=seed) for seed in (1, 2)]
+    assert len({low.rank for low in adapters[0].modules.values()}) > 1
+    for number, adapter in enumerate(adapters):
+        for name, data in export_adapter(adapter, "peft").items():
+            path = tmp_path / str(number) / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(data)
+    for component, inputs in (
+        ("unet", (torch.ones(1, 4, 8, 8), torch.tensor([3]), torch.ones(1, 4, 32))),
+        ("text_encoder", (torch.tensor([[1, 2, 3]]),)),
+    ):
+        theirs = PeftModel.from_pretrained(getattr(pipeline, component), str(tmp_path / "0" / component))
+        theirs.load_adapter(str(tmp_path / "1" / component), "second")
+        for number, called in enumerate(("default", "second")):
+            theirs.set_adapter(called)
+            ours = tiny_pipeline(tmp_path)
+            add_deltas(ours, adapters[number])
+            with torch.no_grad():
+                difference = theirs(*inputs)[0] - getattr(ours, component)(*inputs)[0]
+            assert difference.abs().max() <= 1e-5
+
+
+def test_what_peft_saves_is_read_with_its_patterns(
+    pipeline: StableDiffusionPipeline, modules: frozenset[str], tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    first = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
+    config = LoraConfig(
+        r=2,
+        lora_alpha=3,
+        target_modules=list(ATTENTION),
+        rank_pattern={first: 4, "attn2.to_k": 3},
+        alpha_pattern={first: 5, "to_v": 1},
+        use_rslora=True,
+        init_lora_weights=False,
+    )
+    theirs = PeftModel(pipeline.unet, config)
+    theirs.save_pretrained(str(tmp_path / "unet"))
+    files = {f"unet/{path.name}": path.read_bytes() for path in (tmp_path / "unet").iterdir()}
+    ours = tiny_pipeline(tmp_path)
+    add_deltas(ours, import_adapter(files, modules))
+    inputs = torch.ones(1, 4, 8, 8), torch.tensor([3]), torch.ones(1, 4, 32)
+    with torch.no_grad():
+        wanted, plain = theirs(*inputs)[0], tiny_pipeline(tmp_path).unet(*inputs)[0]
+        assert (ours.unet(*inputs)[0] - wanted).abs().max() <= 1e-5 < (plain - wanted).abs().max()
+
+
 def test_patterns_of_peft_settings_are_names_not_programs(modules: frozenset[str]) -> None:
     name = next(name for name in sorted(modules) if name.endswith("attn1.to_q"))
     tensors = {f"{name}.lora_A.weight": torch.ones(2, 4), f"{name}.lora_B.weight": torch.ones(4, 2)}
@@ -245,7 +338,7 @@ def sd15_modules() -> list[str]:
 
 def test_the_positions_of_lora_diffusion_are_those_of_its_own_files() -> None:
     """Facts of published files of that package: 144 + 48 modules, GEGLU between the attentions, middle block last."""
-    order, text = unet_order(sd15_modules(), wide=True), text_encoder_order(sd15_modules())
+    order, text = unet_order(sd15_modules(), wide=True, then=True), text_encoder_order(sd15_modules())
     assert (len(order), len(unet_order(sd15_modules(), wide=False)), len(text)) == (144, 128, 48)
     first, stem = "unet.down_blocks.0.attentions.0.transformer_blocks.0", "text_encoder.text_model.encoder.layers"
     assert order[:5] == [f"{first}.attn1.{leaf}" for leaf in ATTENTION] + [f"{first}.ff.net.0.proj"]
@@ -253,6 +346,37 @@ def test_the_positions_of_lora_diffusion_are_those_of_its_own_files() -> None:
     assert order[54].startswith("unet.up_blocks.1.") and order[-1].startswith("unet.mid_block.")
     assert text[:4] == [f"{stem}.0.self_attn.{leaf}" for leaf in ("k_proj", "v_proj", "q_proj", "out_proj")]
     assert text[-1] == f"{stem}.11.self_attn.out_proj"
+
+
+def linears_below(model: torch.nn.Module, classes: set[str]) -> list[str]:
+    """The order in which the lora_diffusion package walks a model: every linear layer below a module of `classes`."""
+    found = []
+    for name, module in model.named_modules():
+        if type(module).__name__ in classes:
+            found += [f"{name}.{leaf}" for leaf, below in module.named_modules() if isinstance(below, torch.nn.Linear)]
+    return found
+
+
+def test_lora_diffusion_files_are_written_in_the_order_of_todays_models(
+    pipeline: StableDiffusionPipeline, modules: frozenset[str]
+) -> None:
+    walked = linears_below(pipeline.unet, {"Attention", "CrossAttention", "GEGLU"})
+    assert [f"unet.{name}" for name in walked] == unet_order(modules, wide=True)
+    walked = linears_below(pipeline.text_encoder, {"CLIPAttention"})
+    assert [canonical("text_encoder", name) for name in walked] == text_encoder_order(modules)
+
+
+@pytest.mark.parametrize("then", [False, True])
+@pytest.mark.parametrize("told", [False, True])
+def test_the_geglu_shapes_tell_the_two_orders_of_lora_diffusion(
+    pipeline: StableDiffusionPipeline, modules: frozenset[str], then: bool, told: bool
+) -> None:
+    adapter = random_adapter(shapes_of(pipeline, (*ATTENTION, "ff.net.0.proj")))
+    tensors = {}
+    for index, name in enumerate(unet_order(modules, wide=True, then=then)):
+        tensors[f"unet:{index}:down"], tensors[f"unet:{index}:up"] = adapter.modules[name]
+    metadata = {"unet": json.dumps(["CrossAttention", "Attention", "GEGLU"])} if told else {}
+    assert_equal(import_adapter({"x.safetensors": write_tensors(tensors, metadata)}, modules), adapter)
 
 
 def parse_safeloras(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> dict[str, list[torch.Tensor]]:
@@ -324,6 +448,7 @@ def test_what_lora_diffusion_cannot_hold_is_named(pipeline: StableDiffusionPipel
             "fit no",
         ),
         ({"adapter_config.json": b'{"use_dora": true}'}, "use_dora"),
+        ({"adapter_config.json": b'{"init_lora_weights": "pissa"}'}, "pissa"),
         ({"adapter_config.json": b'{"peft_type": "LOHA"}'}, "LOHA"),
         ({"adapter_config.json": b"{"}, "no JSON"),
     ],

@@ -9,7 +9,7 @@ from tests.training.trainer.test_pack import run
 from training.adapters.adapter import Adapter, load_adapter, save_adapter
 from training.adapters.bank import Bank
 from training.base.base import Base
-from training.base.words import first_vector, tokenise
+from training.base.words import count_chunks, first_vector, tokenise
 from training.errors import UserError
 from training.sampling.render import adapter_bank
 from training.sampling.sampler import sample
@@ -30,6 +30,27 @@ def test_a_word_that_is_a_known_words_vector_is_that_word(tiny: Base) -> None:
         word = states(tiny, ["a photo of <s1> on the beach"], [{"<s1>": vector}])
         plain = states(tiny, ["a photo of dog on the beach"])
     assert torch.equal(word, plain)
+
+
+def test_a_prompt_is_cut_into_chunks_and_nothing_is_lost(tiny: Base) -> None:
+    """Each chunk has the marks of start and end; together they hold every token once, in order."""
+    prompt = "a dog on the beach in the snow on the grass on the water in the snow of the red toy"
+    tokenizer = clip_tokenizer(tiny)
+    assert [count_chunks(tokenizer, text, {}) for text in ("", "dog " * 14, "dog " * 15, prompt)] == [1, 1, 2, 2]
+    rows = [tokenise(tokenizer, [prompt], [{}], chunk).ids[0].tolist() for chunk in range(3)]
+    assert all(row[0] == tokenizer.bos_token_id and row[-1] == tokenizer.eos_token_id for row in rows)
+    content = [token for row in rows for token in row[1:-1] if token != tokenizer.eos_token_id]
+    assert content == tokenizer(prompt, add_special_tokens=False).input_ids
+    assert rows[2] == tokenizer("", padding="max_length").input_ids
+
+
+def test_a_trained_word_is_not_split_over_chunks(tiny: Base) -> None:
+    words = {"<s1>": torch.randn(3, 32)}
+    for before, at in ((11, (0, 12)), (12, (1, 1)), (14, (1, 1))):
+        prompt = "dog " * before + "<s1> cat"
+        places = [tokenise(clip_tokenizer(tiny), [prompt], [words], chunk).places[0] for chunk in range(2)]
+        chunk, first = at
+        assert [place for place, _ in places[chunk]] == [first, first + 1, first + 2] and not places[1 - chunk]
 
 
 def test_a_word_belongs_to_its_own_row(tiny: Base) -> None:
@@ -78,3 +99,14 @@ def test_words_are_worn_where_adapters_are_looked_at(tiny: Base) -> None:
         drawn.append(sample(tiny, ["a photo of <s1> dog"], seeds=[1], steps=2, bank=bank, slots=[0], scales=[1.0]))
         bank.eject()
     assert (drawn[0] - drawn[1]).abs().max() > 1e-4
+
+
+def test_a_row_that_wears_nothing_has_nobodys_words(tiny: Base) -> None:
+    """Slot -1 is no slot: the last slot's words are not read by the base's own rows."""
+    one = subject("a", words=WORD, instance_prompt="a photo of <s1> dog")
+    bank = adapter_bank(tiny, [run(tiny, [one]).adapters["a"]])
+    plain = sample(tiny, ["a photo of <s1> dog"], seeds=[1], steps=1)
+    bank.inject()
+    bare = sample(tiny, ["a photo of <s1> dog"], seeds=[1], steps=1, bank=bank, slots=[-1], scales=[1.0])
+    bank.eject()
+    assert torch.equal(bare, plain)

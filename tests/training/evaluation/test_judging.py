@@ -28,7 +28,7 @@ from training.evaluation.judges.features import BaseFeatures
 from training.evaluation.record import load_record
 from training.manifest.manifest import SubjectSpec, parse_manifest
 from training.manifest.plan import plan_run
-from training.photos.intake import fingerprint, read_files
+from training.photos.intake import current_fingerprint
 from training.photos.photos import Photos, list_photo_files, photos
 from training.run.run import RunStore
 from training.run.source import Beat, Orders, Outcome, Task
@@ -110,6 +110,24 @@ def test_rendering_goes_on_with_fewer_rows_when_memory_is_out(tiny: Base, monkey
     shots = [Shot(-1, 1.0, "a dog", seed, Look(1, 1.0, None)) for seed in range(5)]
     assert len(render(tiny, bank, shots, rows=5)) == 5
     assert sizes == [5, 2, 2, 1]
+
+
+def test_large_pictures_are_drawn_few_at_a_time(tiny: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many are asked for, drawing holds no more memory than was planned."""
+    from training.sampling import render as module
+
+    sizes: list[int] = []
+    draw = module._draw
+
+    def counted(base: Base, bank: Any, batch: Sequence[Shot], look: Look) -> list[Image.Image]:
+        sizes.append(len(batch))
+        return draw(base, bank, batch, look)
+
+    monkeypatch.setattr(module, "_draw", counted)
+    monkeypatch.setattr("training.base.footprint.PICTURE_CELLS", 2 * tiny.cells())
+    shots = [Shot(-1, 1.0, "a dog", seed, Look(1, 1.0, None)) for seed in range(5)]
+    assert len(render(tiny, adapter_bank(tiny, []), shots)) == 5
+    assert sizes == [2, 2, 1]
 
 
 # -- evaluation --
@@ -246,7 +264,7 @@ class Source:
     def lease(self, count: int) -> Sequence[Task]:
         taken, self._todo = self._todo, []
         root = self.manifest.root
-        return [Task(s, fingerprint(s, self.base.hash, read_files(s, self.storage, root))) for s in taken]
+        return [Task(s, current_fingerprint(s, self.base.hash, self.storage, root)) for s in taken]
 
     def beat(self, beat: Beat) -> Orders:
         self.phases |= {phase.split()[0] for phase in beat.phase.values()}
@@ -362,5 +380,21 @@ def test_looks_at_one_batch_depend_on_the_subject_alone(tiny: Base) -> None:
         assert watch.is_due("a", EVERY) and not watch.is_due("a", EVERY + 1)
         watch.leave("a")
         assert not watch.is_due("a", EVERY)
+    finally:
+        pack.close()
+
+
+def test_a_look_wears_the_words_that_have_been_trained(tiny: Base) -> None:
+    """Under its word a subject's loss is another than under the characters that the word is written with."""
+    one = spec("a", evaluate={"early_stop": True}, words={"tokens": ["<s1>"]}, instance_prompt="a photo of <s1> dog")
+    pack = Pack(tiny, training_bank(tiny, slots=2, rank=2, targets={"unet": ("to_q",)}, words=1))
+    try:
+        for slot in (0, 1):
+            word = {"<s1>": torch.randn(1, 32, generator=stream(slot, "word"))}
+            pack.bank.put(slot, pack.bank.pack(replace(adapter(tiny, 3), embeddings=word)))
+        watch = Watch(tiny)
+        watch.join(one, latents(one.filled_instance_prompt, 5, seed=1))
+        first, second = (watch._look(pack.bank, {"a": (slot, 1.0)})["a"] for slot in (0, 1))
+        assert first != pytest.approx(second, rel=1e-6)
     finally:
         pack.close()

@@ -3,19 +3,25 @@
 import io
 import pickle
 import struct
+import subprocess
+import sys
 import zlib
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 from PIL import Image, ImageCms
 
+from training.photos import images
 from training.photos.images import (
     MAX_JPEG_SCANS,
     ORIENTATION_TAG,
     ImageError,
     ImageLimits,
+    count_pixels,
     declared_size,
     read_image,
     read_picture,
@@ -48,6 +54,18 @@ def chunk(kind: bytes, data: bytes) -> bytes:
 def png(width: int, height: int, depth: int, colour: int, rows: bytes, *extra: bytes) -> bytes:
     head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0))
     return b"\x89PNG\r\n\x1a\n" + head + b"".join(extra) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+def tall_jpeg(width: int, height: int) -> bytes:
+    """A baseline JPEG of any height, made of one row of blocks that stands between restart markers again and again."""
+    y, x = np.mgrid[0:16, 0:width]
+    strip = Image.fromarray(np.stack([x * 255 // width, 255 - x * 255 // width, y * 0 + 100], -1).astype(np.uint8))
+    data = encoded(strip, "JPEG", restart_marker_rows=1)
+    frame, scan = data.find(b"\xff\xc0"), data.find(b"\xff\xda")
+    start = scan + 2 + int.from_bytes(data[scan + 2 : scan + 4], "big")
+    row, rows = data[start:-2], -(-height // 16)
+    head = data[: frame + 5] + struct.pack(">H", height) + data[frame + 7 : start]
+    return head + b"".join(row + bytes([0xFF, 0xD0 + index % 8]) for index in range(rows - 1)) + row + data[-2:]
 
 
 def reason(data: bytes, limits: ImageLimits | None = None) -> str:
@@ -227,6 +245,39 @@ def test_a_phones_mpo_is_one_photo() -> None:
     assert read_image(data, "IMG_1.jpg").size == (48, 32)
 
 
+def test_a_phones_200_megapixels_are_read_scaled_down_in_bounded_memory(tmp_path: Path) -> None:
+    """Whole, the pixels alone would take 600 MB."""
+    file = tmp_path / "large.jpg"
+    file.write_bytes(tall_jpeg(16_384, 12_288))
+    code = (
+        "import resource, sys; from training.photos.images import read_image;"
+        "data = open(sys.argv[1], 'rb').read();"
+        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; before = peak();"
+        "image = read_image(data, 'large.jpg');"
+        "print(*image.size, *image.getpixel((1, 1)), *image.getpixel((4090, 3070)), (peak() - before) // 1024)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(file)], check=True, capture_output=True, text=True)
+    width, height, red, green, _, last_red, last_green, _, mib = map(int, done.stdout.split())
+    assert (width, height) == (4096, 3072)
+    assert red < 5 and green > 250 and last_red > 250 and last_green < 5
+    assert mib < 250
+
+
+@pytest.mark.parametrize(("most", "factor"), [(600 * 400, 1), (599 * 400, 2), (300 * 200, 2), (299 * 200, 4), (1, 8)])
+def test_a_scaled_down_reading_is_the_same_picture(most: int, factor: int) -> None:
+    image = read_image(encoded(picture(600, 400), "JPEG", quality=95), "a.jpg", ImageLimits(max_pixels=most))
+    assert image.size == (600 // factor, 400 // factor)
+    expected = read_image(encoded(picture(600, 400), "JPEG", quality=95), "a.jpg").reduce(factor)
+    assert np.abs(pixels(image).astype(int) - pixels(expected)).mean() < 4
+
+
+def test_a_scaled_down_reading_is_upright() -> None:
+    exif = Image.Exif()
+    exif[ORIENTATION_TAG] = 6
+    data = encoded(picture(600, 400), "JPEG", exif=exif)
+    assert read_image(data, "a.jpg", ImageLimits(max_side_px=300)).size == (200, 300)
+
+
 # -- what is not
 
 
@@ -321,12 +372,81 @@ def test_a_webp_bomb_is_refused_by_its_header() -> None:
     assert "16000x16000 px" in reason(b"RIFF" + struct.pack("<I", len(body)) + body)
 
 
-@pytest.mark.parametrize("side", [9000, 60_000])
-def test_a_jpeg_bomb_is_refused_by_its_header(side: int) -> None:
+def claiming(side: int) -> bytes:
+    """A small JPEG whose header declares a square of `side` px."""
     data = bytearray(encoded(Image.new("RGB", (16, 16)), "JPEG"))
     frame = data.find(b"\xff\xc0")
     data[frame + 5 : frame + 9] = struct.pack(">HH", side, side)
-    assert "decompression bomb" in reason(bytes(data))
+    return bytes(data)
+
+
+@pytest.mark.parametrize("side", [16_000, 60_000])
+def test_a_jpeg_bomb_is_refused_by_its_header(side: int) -> None:
+    assert "decompression bomb" in reason(claiming(side))
+    assert "at most 250 megapixels" in reason(claiming(side))
+
+
+def test_a_jpeg_that_only_claims_to_be_large_costs_what_a_small_one_does() -> None:
+    assert read_image(claiming(9000), "a.jpg").size == (4500, 4500)
+
+
+def test_a_large_jpeg_that_must_be_held_in_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One scan of all components passes by row by row; everything else is held, whatever size is wanted."""
+    monkeypatch.setattr(images, "MAX_JPEG_HELD_BYTES", 600 * 400 * 3)
+    for subsampling in (0, 2):  # 4:4:4, 4:2:0
+        assert read_image(encoded(picture(600, 400), "JPEG", subsampling=subsampling), "a.jpg").size == (600, 400)
+    assert read_image(encoded(picture(600, 400), "JPEG", progressive=True), "a.jpg").size == (600, 400)
+    refused = reason(encoded(picture(600, 400), "JPEG", progressive=True, subsampling=0))
+    assert "too large for a progressive JPEG: 600x400 px" in refused and "save it as a baseline JPEG" in refused
+
+
+def test_the_larger_a_jpeg_the_fewer_scans(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(images, "MAX_JPEG_SCANNED_PIXELS", 600 * 400 * 5)
+    assert "too many JPEG scans: 10, at most 5" in reason(encoded(picture(600, 400), "JPEG", progressive=True))
+    assert read_image(encoded(picture(300, 200), "JPEG", progressive=True), "a.jpg").size == (300, 200)
+
+
+@pytest.mark.parametrize("filler", [b"\xff\xfe\x00\x02", b"\xff", b"\x00", b"\xff\xd0"])
+def test_a_jpeg_header_that_does_not_end_is_refused(filler: bytes) -> None:
+    """Pillow walks it in Python, a segment or a byte at a time."""
+    data = encoded(picture(), "JPEG")
+    assert "header does not end" in reason(data[:20] + filler * 20_000 + data[20:])
+    few = data[:20] + b"\xff\xfe\x00\x02" * 600 + data[20:]
+    assert read_image(few, "a.jpg").size == (48, 32)
+
+
+# -- read at the size that is wanted
+
+
+@pytest.mark.parametrize(("about_px", "size"), [(999, (320, 480)), (160, (160, 240)), (60, (80, 120)), (9, (40, 60))])
+def test_a_jpeg_is_scaled_down_while_it_is_decoded(about_px: int, size: tuple[int, int]) -> None:
+    """Upright, no smaller than asked for, and close to the whole image scaled down."""
+    whole = Image.radial_gradient("L").resize((480, 320)).convert("RGB")
+    exif = Image.Exif()
+    exif[ORIENTATION_TAG] = 6
+    data, limits = encoded(whole, "JPEG", quality=95, exif=exif), ImageLimits(min_side_px=1)
+    assert count_pixels(data, "a.jpg", limits, about_px) == size[0] * size[1]
+    image = read_image(data, "a.jpg", limits, about_px)
+    assert image.size == size
+    expected = whole.transpose(Image.Transpose.ROTATE_270).resize(size, Image.Resampling.BOX)
+    assert np.abs(pixels(image).astype(int) - pixels(expected).astype(int)).mean() < 6
+
+
+def test_a_jpeg_of_100_megapixels_is_read_within_the_limits_of_what_is_decoded() -> None:
+    data = encoded(Image.new("L", (10_000, 10_000), 128), "JPEG")
+    assert count_pixels(data, "a.jpg", about_px=1024) == 1250**2
+    assert read_image(data, "a.jpg", about_px=1024).size == (1250, 1250)
+
+
+@pytest.mark.parametrize(("form", "options"), [("PNG", {}), ("WEBP", {}), ("JPEG", {"progressive": True})])
+def test_what_must_be_decoded_whole_counts_whole(form: str, options: dict[str, Any]) -> None:
+    data = encoded(picture(), form, **options)
+    assert count_pixels(data, "a", about_px=8) == 48 * 32
+    limits = ImageLimits(max_pixels=1000)
+    with pytest.raises(ImageError, match="too large"):
+        count_pixels(data, "a", limits, about_px=8)
+    with pytest.raises(ImageError, match="too large"):
+        read_image(data, "a", limits, about_px=8)
 
 
 def test_a_jpeg_of_many_scans_is_refused_before_it_takes_hours() -> None:

@@ -12,9 +12,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.training.subjects import spec
 from training.errors import UserError
+from training.photos import photos as photos_module
 from training.photos.images import MIB, ImageLimits
-from training.photos.photos import PhotoFile, Rejected, TooFewPhotos, list_photo_files, photos, photos as photos_module
+from training.photos.intake import fingerprint, read_files
+from training.photos.photos import PhotoFile, Rejected, TooFewPhotos, list_photo_files, photos
+from training.storage.storage import LocalStorage
 
 
 def picture(seed: int, width: int = 64, height: int = 64) -> Image.Image:
@@ -158,6 +162,27 @@ def test_a_folder_is_read_in_order_without_what_is_hidden(tmp_path: Path) -> Non
     (tmp_path / "more").mkdir()
     found = list_photo_files(tmp_path)
     assert found == tuple(PhotoFile(name, name.encode()) for name in ("a.JPG", "a.txt", "b.png"))
+
+
+def test_a_subfolder_is_said_and_is_no_part_of_the_training(tmp_path: Path) -> None:
+    for file in files():
+        (tmp_path / file.name).write_bytes(file.data)
+    flat = list_photo_files(tmp_path)
+    for name in ("empty", ".thumbnails", "trip/day 2"):
+        (tmp_path / name).mkdir(parents=True)
+    for name in ("trip/a.jpg", "trip/day 2/b.jpg", "trip/notes.txt", ".thumbnails/a.jpg"):
+        (tmp_path / name).write_bytes(b"x")
+    nested = list_photo_files(tmp_path)
+    found = photos(nested, resolution=64)
+    assert found.refusals == (
+        "trip/ is not used: a subfolder, which is not searched; move its files (2) up if they belong here",
+    )
+    with pytest.raises(TooFewPhotos, match=r"trip/: a subfolder, which is not searched"):
+        photos(nested, resolution=64, min_photos=7)
+    assert fingerprint(spec("rusty"), "base", nested) == fingerprint(spec("rusty"), "base", flat)
+    storage = LocalStorage(str(tmp_path.parent))
+    uploaded = read_files(spec("rusty").model_copy(update={"images": f"storage:{tmp_path.name}"}), storage)
+    assert [file.name for file in uploaded if file.is_folder] == ["trip/"]
 
 
 def test_folders_that_cannot_be_used_say_what_to_do(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 from pydantic import ValidationError
 
 from training.storage.card import Card, Score
-from training.storage.registry import CorruptAdapter, Published, Registry, Resolved, UnknownAdapter
+from training.storage.registry import CorruptAdapter, CurrentVersion, Published, Registry, Resolved, UnknownAdapter
 from training.storage.storage import LocalStorage, Storage, StorageUnavailable, content_id, open_storage
 
 SPAWN = multiprocessing.get_context("fork")
@@ -107,6 +107,94 @@ def test_versions_and_current(registry: Registry) -> None:
     assert publish(registry, b"two", "2" * 16) == Published(two, new=False)
     assert registry.resolve("rusty").version == one  # a choice made later than the commit stays
     assert registry.weights(registry.resolve("rusty", two[:10])) == b"two"
+
+
+def test_who_may_see_an_adapter_is_said_once_for_all_its_versions(registry: Registry) -> None:
+    one = publish(registry, b"one", "1" * 16).version
+    assert not registry.resolve("rusty").public and registry.resolve("rusty").trigger == "a photo of sks dog"
+    registry.describe("default", "rusty", public=True, trigger="a zwx dog")
+    publish(registry, b"two", "2" * 16)
+    for version in (None, one):
+        resolved = registry.resolve("rusty", version)
+        assert resolved.public and resolved.trigger == "a zwx dog"
+    assert registry.public_names() == ["default/rusty"]
+    registry.describe("default", "rusty", public=False)
+    assert not registry.resolve("rusty", one).public and registry.public_names() == []
+    registry.describe("default", "rusty", public=True)
+    registry.delete("default", "rusty")
+    assert registry.public_names() == []
+    with pytest.raises(UnknownAdapter):
+        registry.describe("default", "rusty", public=True)
+    publish(registry, b"one", "1" * 16)
+    assert not registry.resolve("rusty").public  # what was said of the deleted one is gone with it
+
+
+def test_a_card_that_says_public_counts_only_while_its_version_is_current(registry: Registry) -> None:
+    one, two = make_card(b"one", "1" * 16, public=True), make_card(b"two", "2" * 16)
+    registry.publish("default", "rusty", b"one", one)
+    assert registry.resolve("rusty").public
+    registry.publish("default", "rusty", b"two", two)
+    assert not registry.resolve("rusty").public and not registry.resolve("rusty", one.sha256).public
+
+
+def test_one_version_is_removed_and_can_be_published_again(registry: Registry) -> None:
+    one = publish(registry, b"one", "1" * 16).version
+    two = publish(registry, b"two", "2" * 16).version
+    before = registry.usage("default")
+    with pytest.raises(CurrentVersion, match="the one that is served"):
+        registry.remove_version("default", "rusty", two)
+    with pytest.raises(UnknownAdapter):
+        registry.remove_version("default", "rusty", "0" * 64)
+    assert registry.remove_version("default", "rusty", one[:8]) == one
+    assert registry.versions("default", "rusty") == [two] and registry.resolve("rusty").version == two
+    assert not [key for key in registry.storage.list() if one in key]
+    assert before.adapters == 1 and registry.usage("default").bytes < before.bytes
+    with pytest.raises(UnknownAdapter):
+        registry.set_current("default", "rusty", one)
+    assert publish(registry, b"one", "1" * 16) == Published(one, new=True)
+    assert registry.resolve("rusty").version == one
+
+
+def test_a_version_that_is_chosen_while_it_is_removed_stays(registry: Registry) -> None:
+    one = publish(registry, b"one", "1" * 16).version
+    publish(registry, b"two", "2" * 16)
+    ledger = registry._ledger("default", "rusty")
+    current, tag = ledger.read()
+    delete = registry.storage.delete
+
+    def slow(key: str) -> None:
+        delete(key)
+        if key.endswith(".json"):  # another process had looked for the commit, and chooses the version now
+            assert ledger.swap(tag, current.model_copy(update={"version": one}))
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(CurrentVersion):
+        patch.setattr(registry.storage, "delete", slow)
+        registry.remove_version("default", "rusty", one)
+    assert registry.weights(registry.resolve("rusty")) == b"one"
+    assert one in registry.versions("default", "rusty")
+
+
+@pytest.mark.parametrize("file", ["current.json", "card.json", "commit"])
+def test_a_damaged_adapter_costs_no_other_and_can_be_deleted(registry: Registry, file: str) -> None:
+    version = publish(registry, id="hurt").version
+    publish(registry, id="whole")
+    names = {"card.json": f"{version}/card.json", "commit": f"commits/{'f' * 16}.json"}
+    registry.storage.put(f"adapters/default/hurt/{names.get(file, file)}", b"{")
+    told: list[str] = []
+    found = registry.list("default", lambda name, error: told.append(name))
+    assert [one.id for one in found] == (["hurt", "whole"] if file == "commit" else ["whole"])
+    assert told == ([] if file == "commit" else ["default/hurt"])
+    with pytest.raises(CorruptAdapter, match="default/hurt.*Delete the adapter"):
+        registry.versions("default", "hurt")
+        registry.resolve("hurt")
+    with pytest.raises(UnknownAdapter, match="Near: whole"):
+        registry.resolve("whale")
+    registry.gc(dry_run=False, grace_s=0)
+    assert registry.resolve("whole")
+    registry.delete("default", "hurt")
+    with pytest.raises(UnknownAdapter):
+        registry.resolve("hurt")
+    assert publish(registry, id="hurt") == Published(version, new=True) and registry.resolve("hurt")
 
 
 def test_what_is_unknown_is_named_within_the_tenant(registry: Registry) -> None:

@@ -195,6 +195,33 @@ def test_crosses_a_process_as_its_uri_and_hides_its_credentials(storage: Storage
 
 
 @pytest.mark.parametrize(
+    "uri",
+    [
+        "s3://fleet/x?access_key=hush&secret_key=hush&session_token=hush",
+        "s3://fleet/x?secret_access_key=hush",  # misspelled: unknown, and a secret all the same
+        "s3://fleet/x?secret_key=a%23b#hush",
+        "s3://me:hush@fleet/x",
+        "s3://fleet/x?endpoint_override=http://me:hush@127.0.0.1:9&attempts=1",
+        "s3://fleet/x?endpoint_override=me:hush@127.0.0.1:9&attempts=1&scheme=http",
+        "s3://[fleet/x?secret_key=hush",
+        "s4://me:hush@fleet/x?secret_key=hush",
+    ],
+)
+def test_no_error_tells_a_credential(uri: str) -> None:
+    assert "hush" not in masked(uri)
+    with pytest.raises(StorageError) as caught:
+        open_storage(uri).get("k")
+    assert "hush" not in str(caught.value)
+
+
+def test_what_is_no_credential_is_shown() -> None:
+    uri = "s3://fleet/x?endpoint_override=http://127.0.0.1:9&region=us-east-1&attempts=1"
+    assert masked(uri) == uri
+    assert masked("./storage") == "./storage"
+    assert masked(f"{uri}&secret_key=hush") == f"{uri}&secret_key=***"
+
+
+@pytest.mark.parametrize(
     "key", ["", "/a", "a/", "a//b", "../a", "a/../b", ".", "a\\b", "a\0", ".tmp-x", ".locks/0", "é"]
 )
 def test_a_key_cannot_leave_the_storage(storage: Storage, key: str) -> None:

@@ -45,8 +45,17 @@ def test_fp16_scales_each_subjects_loss_for_itself(folders: dict[str, Path]) -> 
     assert both.reasons == {"loud": None, "calm": None}
     assert both.states["loud"].loss_scale < FP16_SCALE
     assert both.states["calm"].loss_scale == run(narrow, [calm]).states["calm"].loss_scale
-    assert [report.step for report in both.reports["loud"]].count(1) > 1
+    assert [report.step for report in both.reports["loud"]] == [1, 2]
     assert both.states["loud"].history[:, 0].tolist() == [1, 2]
+
+
+def test_an_overflow_in_the_last_step_costs_no_step(folders: dict[str, Path]) -> None:
+    """`max_steps` are optimizer steps that were done; one that is repeated has not been."""
+    narrow = load_base(str(folders["epsilon"]), device="cpu", dtype=torch.float16)
+    loud = subject("loud", seed=1, train={"max_steps": 1}, prior={"weight": 100.0})
+    state = run(narrow, [loud]).states["loud"]
+    assert state.loss_scale < FP16_SCALE
+    assert (state.step, state.history.shape[0]) == (1, 1)
 
 
 def test_v_prediction_equals_a_plain_loop(folders: dict[str, Path]) -> None:

@@ -1,5 +1,6 @@
 """The subject loop end to end, without Ray: photos in, published adapters out, whatever goes wrong on the way."""
 
+import pydoc
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,16 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from tests.tiny import tiny_images
 from training.adapters.adapter import load_adapter
+from training.adapters.bank import Bank
 from training.base.base import Base
 from training.base.outline import outline
+from training.errors import UserError
 from training.manifest.manifest import Manifest, SubjectSpec, parse_manifest
 from training.manifest.plan import plan_run
-from training.photos.intake import fingerprint, read_files
+from training.photos.intake import current_fingerprint, fingerprint
 from training.run.run import RunStore
 from training.run.source import Beat, Orders, Outcome, Task
+from training.sampling import render
 from training.storage.registry import Registry
 from training.storage.storage import open_storage
 from training.trainer import prior
@@ -29,6 +33,7 @@ FAST: dict[str, Any] = {
     "class": "dog",
     "prior": {"images": 4, "steps": 2},
     "train": {"max_steps": 4, "checkpoint_every": 2, "learning_rate": 1e-2},
+    "samples": {"steps": 2},
     "evaluate": {"enabled": False},  # tests/training/evaluation/test_judging.py has that
 }
 
@@ -69,7 +74,7 @@ class Fleet:
     def fingerprint(self, id: str) -> str:
         spec = next(spec for spec in self.manifest.subjects if spec.id == id)
         try:
-            return fingerprint(spec, self.base.hash, read_files(spec, self.storage, self.manifest.root))
+            return current_fingerprint(spec, self.base.hash, self.storage, self.manifest.root)
         except Exception:
             return "0" * 64
 
@@ -83,7 +88,6 @@ class Fleet:
 @pytest.fixture(autouse=True)
 def _every_beat(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("training.trainer.worker.worker.BEAT_SECONDS", 0.0)
-    monkeypatch.setattr("training.trainer.worker.publish.SAMPLE_STEPS", 2)
 
 
 @pytest.fixture
@@ -111,6 +115,24 @@ def test_subjects_are_published_with_everything_a_person_looks_for(folder: Path,
         assert {"adapter.safetensors", "card.json", "loss.png", "samples/0.png", "samples/3.png"} <= set(files)
         card = registry.read(resolved, "card.json").decode()
         assert str(folder) not in card and str(tiny.folder) not in card
+
+
+def test_files_and_subfolders_that_are_not_used_are_said(folder: Path, tiny: Base) -> None:
+    (folder / "a/9.png").write_bytes(b"no picture")
+    tiny_images(folder / "a/trip", count=2)
+    fleet = Fleet(folder, tiny, entries("a"))
+    notes: list[str] = []
+
+    def listen(beat: Beat) -> Orders:
+        notes.extend(beat.notes)
+        return Orders()
+
+    fleet.orders = listen
+    outcome = fleet.work()["a"]
+    assert outcome.kind == "done"
+    for said in ("9.png is not used: not an image", "trip/ is not used: a subfolder"):
+        assert any(note.startswith(f"a: {said}") for note in notes)
+        assert any(warning.startswith(said) for warning in outcome.warnings)
 
 
 def test_the_published_file_draws_in_diffusers_what_the_bank_draws(folder: Path, tiny: Base, tiny_folder: Path) -> None:
@@ -142,6 +164,145 @@ def test_a_corrupt_subject_costs_the_others_nothing(folder: Path, tiny: Base) ->
     }
     assert "0.png" in str(outcomes["b"].reason)
     assert "nowhere" in str(outcomes["none"].reason)
+
+
+def refuse(monkeypatch: pytest.MonkeyPatch, faults: dict[str, tuple[str, Callable[..., str]]]) -> None:
+    """Makes each function fail, as no code expects, for the subject of its name; for others it does its work."""
+
+    def broken(victim: str, of: Callable[..., str], real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*given: Any, **named: Any) -> Any:
+            if of(*given) == victim:
+                raise ZeroDivisionError("planted")
+            return real(*given, **named)
+
+        return call
+
+    for victim, (path, of) in faults.items():
+        monkeypatch.setattr(path, broken(victim, of, pydoc.locate(path)))  # type: ignore[arg-type]
+
+
+def test_any_error_of_one_subject_is_its_result_alone(
+    folder: Path, tiny: Base, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Law 8: the others, in the same pack and at the same step, are published as if nothing had been."""
+    faults: dict[str, tuple[str, Callable[..., str]]] = {
+        "joining": ("training.trainer.pack.Pack._initial", lambda pack, spec: spec.id),
+        "judging": ("training.trainer.worker.judging.Judging._exam", lambda judging, subject: subject.spec.id),
+        "gate": ("training.trainer.worker.worker.gate_failure", lambda spec, evaluation: spec.id),
+        "publishing": (
+            "training.trainer.worker.worker.publish_subject",
+            lambda registry, base, publication: publication.spec.id,
+        ),
+    }
+    refuse(monkeypatch, faults)
+    judged = {"steps": 1, "candidates": 1, "likeness_model": "base", "fidelity_model": "base", "hold_out": 0}
+    subjects = [{"id": id, "images": "a"} for id in (*faults, "fine")]
+    outcomes = Fleet(folder, tiny, subjects, evaluate=judged, samples={"images": 0}).work()
+    kinds = {id: outcome.kind for id, outcome in outcomes.items()}
+    assert kinds == dict.fromkeys(faults, "unknown") | {"fine": "done"}
+    assert all("ZeroDivisionError: planted" in str(outcomes[id].reason) for id in faults)
+
+
+def test_what_a_subject_can_do_without_costs_nobody_the_adapter(
+    folder: Path, tiny: Base, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    faults: dict[str, tuple[str, Callable[..., str]]] = {
+        "sampling": ("training.sampling.samples._shots", lambda one: one.spec.id),
+        "checkpoint": ("training.run.run.RunStore.save_checkpoint", lambda run, id, *_: id),
+        "look": ("training.trainer.worker.early_stop.Watch._has_settled", lambda watch, fixed: fixed.spec.id),
+    }
+    refuse(monkeypatch, faults)
+    monkeypatch.setattr("training.trainer.worker.early_stop.EVERY", 2)
+    notes: list[str] = []
+
+    def listen(beat: Beat) -> Orders:
+        notes.extend(beat.notes)
+        return Orders()
+
+    fleet = Fleet(
+        folder,
+        tiny,
+        [{"id": id, "images": "a"} for id in (*faults, "fine")],
+        train={**FAST["train"], "sample_every": 2},
+        samples={"images": 1, "steps": 1},
+        evaluate={"enabled": False, "early_stop": True},
+    )
+    fleet.orders = listen
+    assert {outcome.kind for outcome in fleet.work().values()} == {"done"}
+    assert {note.split(":")[0] for note in notes if "planted" in note} == set(faults)
+    registry = Registry(fleet.storage)
+    without = [id for id in fleet.outcomes if "samples/0.png" not in registry.files(registry.resolve(f"default/{id}"))]
+    assert without == ["sampling"]
+
+
+def test_on_the_way_out_one_that_cannot_be_kept_costs_no_other_its_checkpoint(
+    folder: Path, tiny: Base, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refuse(monkeypatch, {"b": ("training.run.run.RunStore.save_checkpoint", lambda run, id, *_: id)})
+    fleet = Fleet(folder, tiny, entries("b", "a"))
+    fleet.orders = lambda beat: Orders(stop=beat.steps.get("a", 0) >= 1)
+    with pytest.raises(ZeroDivisionError):  # not kept to itself either
+        fleet.work()
+    assert fleet.run.checkpoints("a") == [1]
+    assert not any(module._forward_hooks for module in tiny.denoiser.modules())
+
+
+def test_samples_are_as_many_as_asked_for_and_drawn_together(
+    folder: Path, tiny: Base, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[int] = []
+    draw = render._draw
+
+    def counted(base: Base, bank: Bank, batch: Sequence[render.Shot], look: render.Look) -> list[Image.Image]:
+        drawn.append(len(batch))
+        return draw(base, bank, batch, look)
+
+    monkeypatch.setattr(render, "_draw", counted)
+    prompts = [f"a photo of sks dog {place}" for place in ("on grass", "in snow", "in water", "on beach", "in red")]
+    subjects: list[dict[str, Any]] = [
+        {"id": "a", "images": "a", "samples": {"images": 2}},
+        {"id": "b", "images": "b", "sample_prompts": prompts},
+        {"id": "c", "images": "c", "samples": {"images": 0}},
+    ]
+    fleet = Fleet(folder, tiny, subjects)
+    fleet.work()
+    assert drawn == [2 + 5]
+    registry = Registry(fleet.storage)
+    found = {id: registry.files(registry.resolve(f"default/{id}")) for id in "abc"}
+    assert {id: sum(name.startswith("samples/") for name in files) for id, files in found.items()} == {
+        "a": 2,
+        "b": 5,
+        "c": 0,
+    }
+
+
+class Restless(Fleet):
+    """Photos of `a` are replaced between the look at them, by which the result is known, and their reading."""
+
+    def lease(self, count: int) -> Sequence[Task]:
+        tasks = super().lease(count)
+        if tasks:
+            tiny_images(Path(self.manifest.root, "a"), side=40, seed=99)
+        return tasks
+
+
+def test_photos_that_changed_are_not_published_as_the_old_ones(folder: Path, tiny: Base) -> None:
+    fleet = Restless(folder, tiny, entries("a", "b"))
+    outcomes = fleet.work()
+    assert (outcomes["a"].kind, outcomes["b"].kind) == ("bad subject", "done")
+    assert "have changed since" in str(outcomes["a"].reason)
+    assert Fleet(folder, tiny, entries("a")).work()["a"].kind == "done"
+
+
+def test_other_class_images_are_another_training(folder: Path, tiny: Base) -> None:
+    fleet = Fleet(folder, tiny, [{"id": "a", "images": "a", "prior": {"source": "folder", "folder": "b"}}])
+    (one,) = fleet.manifest.subjects
+    first = fleet.fingerprint("a")
+    assert fleet.fingerprint("a") == first
+    tiny_images(folder / "b", side=40, seed=99)
+    assert fleet.fingerprint("a") != first
+    with pytest.raises(UserError, match="prior.folder 'b' of subject 'a' is no folder"):
+        fingerprint(one, tiny.hash, (), str(folder / "c"))
 
 
 def test_what_this_device_cannot_hold_is_handed_on_if_somebody_takes_it(
@@ -220,6 +381,17 @@ def test_captions_and_a_class_folder_are_used(folder: Path, tiny: Base) -> None:
     captioned = Fleet(folder, tiny, entries("a")).work()["a"].version
     (folder / "a" / "0.txt").unlink()
     assert Fleet(folder / "a", tiny, [{"id": "a", "images": str(folder / "a")}]).work()["a"].version != captioned
+
+
+def test_words_that_no_caption_has_are_refused(folder: Path, tiny: Base) -> None:
+    """Nothing would train them; a single photo that shows the word is enough."""
+    for index in range(5):
+        (folder / "a" / f"{index}.txt").write_text("a photo of sks dog on the grass")
+    words = {"words": {"tokens": ["<s1>"]}, "instance_prompt": "a photo of <s1> dog"}
+    outcome = Fleet(folder, tiny, [{"id": "a", "images": "a", **words}]).work()["a"]
+    assert outcome.kind == "bad subject" and "'<s1>' of `words.tokens` is in none of the" in str(outcome.reason)
+    (folder / "a" / "2.txt").write_text("a photo of <s1> dog on the grass")
+    assert Fleet(folder, tiny, [{"id": "a", "images": "a", **words}]).work()["a"].kind == "done"
 
 
 def test_a_prior_is_made_once_and_shared(folder: Path, tiny: Base, monkeypatch: pytest.MonkeyPatch) -> None:

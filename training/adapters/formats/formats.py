@@ -2,8 +2,8 @@
 
 Owns what a user asks for by name (`diffusers`, `kohya`, `lora_diffusion`), the recognition of a file by its keys, and
 the rule that an import which attaches nothing, or leaves a key unused, is an error. The keys of each format are in
-`format_named.py` (diffusers, PEFT and their ancestors), `format_kohya.py` and `format_lora_diffusion.py`. Canonical
-module keys and the meaning of an adapter are in `adapter.py`.
+`format_named.py` (diffusers, PEFT and their ancestors), `format_peft.py` (PEFT's settings), `format_kohya.py` and
+`format_lora_diffusion.py`. Canonical module keys and the meaning of an adapter are in `adapter.py`.
 """
 
 import re
@@ -28,10 +28,11 @@ from training.adapters.adapter import (
     some,
     trimmed,
 )
-from training.adapters.formats.kohya import Label, is_kohya, read_kohya, write_kohya
+from training.adapters.formats.kohya import Label, is_kohya, label_of, read_kohya, write_kohya
 from training.adapters.formats.lora_diffusion import is_lora_diffusion, read_lora_diffusion, write_lora_diffusion
-from training.adapters.formats.named import is_named, peft_config, read_named
+from training.adapters.formats.named import is_named, read_named
 from training.adapters.formats.parts import OWN, Parts, Source
+from training.adapters.formats.peft import CONFIG, peft_config, write_peft
 from training.adapters.merge import merge_adapters, reduce_rank
 from training.adapters.tensor_file import TensorFileError, read_tensors, write_tensors
 
@@ -40,14 +41,17 @@ __all__ = [
     "Label",
     "export_adapter",
     "import_adapter",
+    "label_of",
     "merge_adapters",
     "recognise",
     "reduce_rank",
 ]
 
-Format = Literal["diffusers", "kohya", "lora_diffusion"]
-"""What can be written; all of them, PEFT folders and files of older diffusers can be read."""
+Format = Literal["diffusers", "kohya", "lora_diffusion", "peft"]
+"""What can be written; all of them, and files of older diffusers, can be read."""
 
+# what lies beside weights in the folders of other programs, and is none
+_NO_WEIGHTS = (".json", ".md", ".txt", ".yaml", ".yml", ".png", ".jpg", ".jpeg", ".webp", ".gitattributes")
 _UNSAFE = re.compile(r"[^A-Za-z0-9_-]+")
 
 
@@ -66,6 +70,8 @@ def export_adapter(
         files = {f"{_UNSAFE.sub('_', name.name)}.safetensors": write_kohya(adapter, name)}
     elif format == "lora_diffusion":
         files = write_lora_diffusion(adapter, modules)
+    elif format == "peft":
+        files = write_peft(adapter)
     else:
         raise AdapterError(f"Unknown format {format!r}. Known: {', '.join(get_args(Format))}.")
     for token, vectors in adapter.embeddings.items():
@@ -76,6 +82,7 @@ def export_adapter(
 def import_adapter(files: Mapping[str, bytes], modules: Collection[str]) -> Adapter:
     """The adapter in `files` (names to bytes), in any format that `recognise` knows, for a base with `modules`.
 
+    Names are paths: PEFT's settings hold for the files of their folder, and a folder may be named by its component.
     Values keep their type where no scale has to be folded in, and become float32 where one has. Raises AdapterError
     naming what does not fit.
     """
@@ -106,11 +113,11 @@ def _sources(files: Mapping[str, bytes]) -> list[Source]:
     configs = {
         str(PurePosixPath(name).parent): peft_config(name, data)
         for name, data in files.items()
-        if PurePosixPath(name).name == "adapter_config.json"
+        if PurePosixPath(name).name == CONFIG
     }
     sources = []
     for name, data in sorted(files.items()):
-        if name.endswith((".json", ".md", ".txt")):
+        if name.lower().endswith(_NO_WEIGHTS):
             continue
         try:
             tensors, metadata = read_tensors(data, name, MAX_BYTES)

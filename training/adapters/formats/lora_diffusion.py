@@ -1,8 +1,10 @@
 """The `lora_diffusion` package's format (cloneofsimo): keys are positions, `unet:{i}:up`, `text_encoder:{i}:down`.
 
-Position i counts the adapted linear layers in the order in which that package walks the model: blocks down, up, mid; in
-a transformer block attn1, ff, attn2; in a CLIP attention k, v, q, out. That is the order of the models of its time, not
-of today's. Trained tokens are tensors named by the token.
+Position i counts the adapted linear layers in the order in which that package walks the model that diffusers has made:
+blocks down, up, mid; in a transformer block attn1, attn2, ff; in a CLIP attention k, v, q, out. The diffusers of its
+time had attn1, ff, attn2. Both are read: a GEGLU projection has eight times as many outputs as inputs, so its place
+tells them apart. The first is written: the package reads it with any diffusers of today. Trained tokens are tensors
+named by the token.
 """
 
 import json
@@ -24,11 +26,9 @@ _BLOCK = re.compile(
 _LAYER = re.compile(r"text_encoder\.text_model\.encoder\.layers\.(\d+)\.self_attn\.(\w+)")
 _BLOCKS = ("down_blocks", "up_blocks", "mid_block")
 _GEGLU = "ff.net.0.proj"
-_LINEARS = (
-    *(f"attn1.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0")),
-    _GEGLU,
-    *(f"attn2.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0")),
-)
+_FIRST, _SECOND = (tuple(f"{n}.{leaf}" for leaf in ("to_q", "to_k", "to_v", "to_out.0")) for n in ("attn1", "attn2"))
+_LINEARS = (*_FIRST, *_SECOND, _GEGLU)
+_LINEARS_THEN = (*_FIRST, _GEGLU, *_SECOND)  # in files made with diffusers of early 2023
 _CLIP_LINEARS = ("k_proj", "v_proj", "q_proj", "out_proj")
 
 
@@ -78,9 +78,9 @@ def read_lora_diffusion(source: Source, modules: Collection[str], parts: Parts) 
             parts.unused.append(key)
 
 
-def unet_order(modules: Collection[str], wide: bool) -> list[str]:
-    """The UNet's adapted linear layers by position; `wide` with the GEGLU projections."""
-    linears = [name for name in _LINEARS if wide or name != _GEGLU]
+def unet_order(modules: Collection[str], wide: bool, then: bool = False) -> list[str]:
+    """The UNet's adapted linear layers by position; `wide` with the GEGLU projections, `then` as diffusers had them."""
+    linears = [name for name in (_LINEARS_THEN if then else _LINEARS) if wide or name != _GEGLU]
     found = {}
     for name in modules:
         if (match := _BLOCK.fullmatch(name)) and match[5] in linears:
@@ -99,21 +99,30 @@ def text_encoder_order(modules: Collection[str]) -> list[str]:
 
 
 def _order_of(source: Source, component: str, seen: set[int], modules: Collection[str]) -> list[str]:
-    """The modules behind the positions `seen` of a component: by the classes the file names, else by their count."""
+    """The modules behind the positions `seen` of a component: by their count, and by where its GEGLU shapes are."""
     if component == "text_encoder":
         orders = [text_encoder_order(modules)]
-    elif component in source.metadata:
-        orders = [unet_order(modules, "GEGLU" in source.metadata[component])]
     else:
-        orders = [unet_order(modules, wide=True), unet_order(modules, wide=False)]
+        orders = [unet_order(modules, wide=False), *(unet_order(modules, True, then) for then in (False, True))]
     for order in orders:
-        if seen == set(range(len(order))):
+        if seen == set(range(len(order))) and _has_its_shapes(source, component, order):
             return order
-    allowed = " or ".join(str(len(order)) for order in orders)
+    allowed = " or ".join(dict.fromkeys(str(len(order)) for order in orders))
     raise AdapterError(
         f"{source.name} changes {len(seen)} modules of the {component}, this base has {allowed} for the format "
-        "lora_diffusion. Was it trained on another base?"
+        "lora_diffusion, in another order or of other shapes. Was it trained on another base?"
     )
+
+
+def _has_its_shapes(source: Source, component: str, order: Sequence[str]) -> bool:
+    """Whether the GEGLU projections of `order`, and no queries, have more outputs than inputs."""
+    for index, name in enumerate(order):
+        down, up = (source.tensors.get(f"{component}:{index}:{part}") for part in ("down", "up"))
+        if down is None or up is None or down.ndim != 2 or up.ndim != 2:
+            continue  # told when the halves are joined
+        if name.endswith((_GEGLU, ".to_q")) and (up.shape[0] > down.shape[1]) != name.endswith(_GEGLU):
+            return False
+    return True
 
 
 def _check_positions(adapter: Adapter, order: Sequence[str]) -> None:
@@ -123,7 +132,7 @@ def _check_positions(adapter: Adapter, order: Sequence[str]) -> None:
     ):
         if names:
             raise AdapterError(
-                f"Format lora_diffusion {problem} {len(names)} modules: {some(names)}. Use diffusers or kohya."
+                f"Format lora_diffusion {problem} {len(names)} modules: {some(names)}. Use diffusers, kohya or peft."
             )
 
 

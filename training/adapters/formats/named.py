@@ -14,6 +14,7 @@ import torch
 
 from training.adapters.adapter import AdapterError, check_token
 from training.adapters.formats.parts import Parts, Source
+from training.adapters.formats.peft import PREFIX, alpha_of, check_plain
 
 _EMBEDDING = "lora_embeddings."
 _COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
@@ -25,31 +26,15 @@ _SUFFIX = re.compile(
 )
 _KEY = re.compile(rf"(?P<path>.+?)(?:{_SUFFIX.pattern})")
 _CLIP = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj", "to_out.0": "out_proj"}
-_UNSUPPORTED = {"use_dora": False, "bias": "none", "fan_in_fan_out": False}
 
 
 def is_named(keys: Sequence[str]) -> str | None:
     """The name of the format of a file with `keys`, or None if it is none of these."""
     if not any(_KEY.fullmatch(key) for key in keys) and not any(key.startswith(_EMBEDDING) for key in keys):
         return None
-    if all(key.startswith("base_model.model.") for key in keys):
+    if all(key.startswith(PREFIX) for key in keys):
         return "peft"
     return "diffusers_old" if any(".processor." in key for key in keys) else "diffusers"
-
-
-def peft_config(name: str, data: bytes) -> Mapping[str, object]:
-    """PEFT's settings; raises AdapterError if they ask for more than plain LoRA."""
-    try:
-        config = json.loads(data)
-    except ValueError as error:
-        raise AdapterError(f"{name} is no JSON: {error}.") from error
-    if not isinstance(config, dict):
-        raise AdapterError(f"{name} is no map of settings.")
-    kind = config.get("peft_type", "LORA")
-    if kind != "LORA":
-        raise AdapterError(f"{name} is for {kind}; only LORA is read.")
-    _check_plain(name, config)
-    return config
 
 
 def read_named(source: Source, modules: Collection[str], parts: Parts) -> None:
@@ -68,13 +53,13 @@ def read_named(source: Source, modules: Collection[str], parts: Parts) -> None:
         parts.add(module, way, tensor)
         config = source.config or written.get(module.partition(".")[0])
         if way == "down" and config:
-            path = match["path"].removeprefix("base_model.model.").removeprefix(f"{module.partition('.')[0]}.")
-            parts.add(module, "alpha", torch.tensor(_alpha(config, path, tensor.shape[0])))
+            path = match["path"].removeprefix(PREFIX).removeprefix(f"{module.partition('.')[0]}.")
+            parts.add(module, "alpha", torch.tensor(alpha_of(config, path, tensor.shape[0])))
 
 
 def _module(path: str, modules: Collection[str], file: str) -> str | None:
     """The canonical key of a path as any of these formats writes it, if the base has it."""
-    path = path.removeprefix("base_model.model.").replace(".processor", "")
+    path = path.removeprefix(PREFIX).replace(".processor", "")
     component, _, rest = path.partition(".")
     if component in _COMPONENTS:
         return _in(component, rest, modules)
@@ -107,30 +92,5 @@ def _written_config(source: Source) -> dict[str, Mapping[str, object]]:
         component, _, name = key.partition(".")
         configs.setdefault(component, {})[name] = value
     for config in configs.values():
-        _check_plain(source.name, config)
+        check_plain(source.name, config)
     return dict(configs)
-
-
-def _check_plain(name: str, config: Mapping[str, object]) -> None:
-    for setting, plain in _UNSUPPORTED.items():
-        if config.get(setting, plain) not in (plain, None):
-            raise AdapterError(f"{name} was made with {setting}={config[setting]!r}; only plain LoRA is read.")
-
-
-def _alpha(config: Mapping[str, object], path: str, rank: int) -> float:
-    """alpha of one module by PEFT's rules: a pattern of its path before the general value; rsLoRA divides by √rank."""
-    alpha = config.get("lora_alpha", rank)
-    patterns = config.get("alpha_pattern") or {}
-    if isinstance(patterns, Mapping):
-        alpha = next((value for key, value in patterns.items() if _ends_with(path, key)), alpha)
-    if not isinstance(alpha, int | float):
-        raise AdapterError(f"Bad lora_alpha {alpha!r} of module {path}: expected a number.")
-    return float(alpha) * (rank**0.5 if config.get("use_rslora") else 1.0)
-
-
-def _ends_with(path: str, pattern: str) -> bool:
-    """Whether PEFT's `pattern` means the module at `path`. A stranger's regular expression is never run."""
-    if not re.fullmatch(r"\^?[\w.]+\$?", pattern):
-        raise AdapterError(f"alpha_pattern {pattern[:80]!r} is more than a module name; write one entry per module.")
-    name = pattern.removeprefix("^").removesuffix("$")
-    return path == name or (not pattern.startswith("^") and path.endswith(f".{name}"))

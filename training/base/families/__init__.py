@@ -13,11 +13,17 @@ FAMILIES: tuple[type[Family], ...] = (StableDiffusion,)
 def open_family(folder: Path, name: str) -> Family:
     """The family of the base in a diffusers folder; `name` is what messages call it. Reads configs only.
 
-    Raises UserError naming the supported families for another one.
+    Raises UserError naming the supported families for another one, or saying what is wrong with the configs.
     """
-    pipeline = json.loads((folder / "model_index.json").read_text(encoding="utf-8")).get("_class_name")
+    index = folder / "model_index.json"
+    try:
+        pipeline = str(json.loads(index.read_text(encoding="utf-8"))["_class_name"])
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"Base '{name}': '{index}' does not name a pipeline class.") from None
     for family in FAMILIES:
         if pipeline in family.pipelines:
-            return family(folder)
-    known = ", ".join(name for family in FAMILIES for name in family.pipelines)
-    raise UserError(f"Base '{name}' is a {pipeline}; supported are {known}.")
+            return family(folder, name)
+    known = "; ".join(f"{', '.join(family.pipelines)} ({family.title})" for family in FAMILIES)
+    raise UserError(
+        f"Base '{name}' is a {pipeline}, which cannot be trained. Supported: {known}. Take a base of that kind."
+    )

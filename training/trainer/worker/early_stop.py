@@ -91,6 +91,7 @@ class Watch:
         levels = base.process.levels([batch.places[place] for _, batch, place in rows], base.device, wide)
         goal = levels.target(latents, noise)
         with bank.using(*(bank.route(component, slots, scales, base.dtype) for component in bank.sites)):
-            conds = base.encode([batch.prompts[place] for _, batch, place in rows])
+            words = [bank.words(slot) for (slot, _), _, _ in rows]
+            conds = base.encode([batch.prompts[place] for _, batch, place in rows], words)
             said = base.predict(levels.noisy(latents, noise).to(base.dtype), levels.times_N, conds)
         return row_losses(said, goal)

@@ -8,29 +8,27 @@ from datetime import UTC, datetime
 from PIL import Image
 
 from training.adapters.adapter import Adapter, save_adapter, version_of
-from training.adapters.bank import Bank
 from training.base.base import Base
 from training.base.folder import public_name
 from training.evaluation.evaluate import Evaluation
 from training.manifest.manifest import SubjectSpec
 from training.photos.photos import Photos
-from training.sampling.sampler import sample, to_uint8
 from training.storage.card import Card, Chosen
 from training.storage.registry import Registry
 from training.trainer.checkpoint import HISTORY, SubjectState
 from training.trainer.worker.events import NAME as EVENTS, event_file
 from training.trainer.worker.loss_plot import plot_losses
 
-SAMPLES = 4
-SAMPLE_STEPS = 20
-SAMPLE_GUIDANCE = 3.0
 # what decides nothing about the weights, or names a place on one machine
 _NOT_SETTINGS = {"id", "images", "public", "min_images"}
 
 
 @dataclass(frozen=True)
 class Publication:
-    """A finished subject, with all that its card tells. `adapter` is the chosen step's, its scale folded in."""
+    """A finished subject, with all that its card tells. `adapter` is the chosen step's, its scale folded in.
+
+    `pictures` are its samples; `samples` those that were drawn while it trained, by step.
+    """
 
     spec: SubjectSpec
     fingerprint: str
@@ -42,6 +40,7 @@ class Publication:
     rates: Mapping[int, float] = field(default_factory=dict)
     samples: Mapping[int, Sequence[Image.Image]] = field(default_factory=dict)
     evaluation: Evaluation | None = None
+    pictures: Sequence[Image.Image] = ()
 
     @property
     def chosen(self) -> Chosen:
@@ -50,10 +49,8 @@ class Publication:
         return Chosen(step=self.evaluation.choice.step, reason=self.evaluation.choice.reason)
 
 
-def publish_subject(
-    registry: Registry, base: Base, publication: Publication, bank: Bank, slot: int, scale: float
-) -> str:
-    """Publishes a subject, which still sits in `slot` of `bank`, and answers its version."""
+def publish_subject(registry: Registry, base: Base, publication: Publication) -> str:
+    """Publishes a subject and returns its version."""
     spec, history = publication.spec, publication.state.history
     named = Adapter(
         modules=publication.adapter.modules,
@@ -66,31 +63,11 @@ def publish_subject(
         },
     )
     weights = save_adapter(named)
-    drawn = draw_samples(base, spec, bank, slot, scale)
-    extras = {f"samples/{index}.png": png_bytes(image) for index, image in enumerate(drawn)}
+    extras = {f"samples/{index}.png": png_bytes(image) for index, image in enumerate(publication.pictures)}
     extras["loss.png"] = plot_losses(history, spec.id)
     extras[f"events/{EVENTS}"] = event_file(history, publication.rates, publication.samples)
     card = make_card(base, publication, weights)
     return registry.publish(publication.tenant, spec.id, weights, card, extras).version
-
-
-def draw_samples(base: Base, spec: SubjectSpec, bank: Bank, slot: int, scale: float) -> list[Image.Image]:
-    """The subject's sample prompts with fixed seeds: what a person looks at first."""
-    prompts = [spec.fill(prompt) for prompt in spec.sample_prompts] or [spec.filled_instance_prompt]
-    prompts = [prompts[index % len(prompts)] for index in range(max(SAMPLES, len(prompts)))]
-    latents = sample(
-        base,
-        prompts,
-        seeds=range(len(prompts)),
-        steps=SAMPLE_STEPS,
-        guidance_scale=SAMPLE_GUIDANCE,
-        negative_prompt=spec.negative_prompt,
-        resolution=spec.train.resolution,
-        bank=bank,
-        slots=[slot] * len(prompts),
-        scales=[scale] * len(prompts),
-    )
-    return [Image.fromarray(pixels.numpy()) for pixels in to_uint8(base.to_pixels(latents))]
 
 
 def png_bytes(image: Image.Image) -> bytes:

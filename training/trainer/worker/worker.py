@@ -4,24 +4,26 @@ Ray's lanes, the local main and tests call `work` with a `Source` of their own. 
 a reason; it never raises here and never costs another subject a step.
 """
 
-import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from PIL import Image
 
 from training.base.base import Base
-from training.errors import SubjectFailed, TooLarge, UserError
+from training.errors import SubjectFailed, UserError
 from training.evaluation.evaluate import Evaluation, candidate_steps
 from training.manifest.manifest import SubjectSpec
 from training.manifest.plan import PackPlan
-from training.photos.intake import read_files
+from training.photos.intake import check_words, fingerprint, read_files
 from training.photos.photos import Photo, Photos, photos
+from training.run.fault import apart, kind_of, reason_of, together
 from training.run.run import RunStore
 from training.run.source import Beat, Kind, Orders, Outcome, Source, Task
-from training.storage.interface import Storage, StorageError
+from training.sampling.samples import Worn, draw_samples
+from training.storage.interface import Storage
 from training.storage.registry import Registry
 from training.trainer.checkpoint import SubjectState, dump_state, load_state
 from training.trainer.fitting import open_pack
@@ -32,10 +34,10 @@ from training.trainer.prior import prepare_prior
 from training.trainer.worker.early_stop import Watch
 from training.trainer.worker.events import NAME as EVENTS, event_file
 from training.trainer.worker.judging import Finished, Judging, gate_failure, hold_out
-from training.trainer.worker.publish import Publication, draw_samples, png_bytes, publish_subject
+from training.trainer.worker.publish import Publication, png_bytes, publish_subject
 
-log = logging.getLogger(__name__)
 BEAT_SECONDS = 1.0
+CHANGED = "its files have changed since the run looked at them; the same command again trains it on them as they are"
 
 
 @dataclass
@@ -43,6 +45,7 @@ class _Held:
     """A leased subject while it is here."""
 
     task: Task
+    spec: SubjectSpec
     since: float
     found: Photos | None = None
     held_out: tuple[Photo, ...] = ()
@@ -86,8 +89,10 @@ class Worker:
                 if self._stop:
                     break
         finally:
-            self._checkpoint_all()
-            self.pack.close()
+            try:
+                self._checkpoint_all()
+            finally:
+                self.pack.close()
 
     # -- in --
 
@@ -99,43 +104,38 @@ class Worker:
             if not tasks:
                 break
             for task in tasks:
-                self._held[task.spec.id] = _Held(task, time.time())
-            for task in tasks:
-                try:
-                    ready.append(self._prepare(task))
-                except StorageError as error:
-                    self._end(task.spec.id, "unknown", str(error))
-                except TooLarge as error:
-                    self._end(task.spec.id, "too large", str(error))
-                except (UserError, SubjectFailed) as error:
-                    self._end(task.spec.id, "bad subject", str(error))
-                except Exception as error:
-                    log.exception("%s cannot be prepared", task.spec.id)
-                    self._end(task.spec.id, "unknown", f"{type(error).__name__}: {error}")
+                self._held[task.spec.id] = _Held(task, task.trained, time.time())
+            ids = [task.spec.id for task in tasks]
+            ready += apart(ids, self._prepare, partial(self._fail, "it could not be prepared")).values()
         return ready
 
-    def _prepare(self, task: Task) -> Subject:
+    def _prepare(self, id: str) -> Subject:
         """Photos, latents, prior and the latest checkpoint of a subject."""
-        spec = task.spec
+        task, spec = self._held[id].task, self._held[id].spec
         if task.may_spread:
             self._opened.check(spec)
         self.judging.check(spec)
         self._say(spec.id, "reading photos")
         resolution = spec.train.resolution or self.base.facts.resolution
+        files = read_files(spec, self.storage, self.root)
+        if fingerprint(task.spec, self.base.hash, files, self.root) != task.fingerprint:
+            raise UserError(CHANGED)
         found = photos(
-            read_files(spec, self.storage, self.root),
+            files,
             resolution=resolution,
             min_photos=spec.min_images,
             crop=spec.train.cropping,
             backgrounds=spec.train.backgrounds,
         )
+        self._beat.notes += [f"{spec.id}: {refusal}" for refusal in found.refusals]
         found, held_out = hold_out(spec, found)
-        self._held[spec.id].found, self._held[spec.id].held_out = found, held_out
+        check_words(spec, found.good)
+        self._held[id].found, self._held[id].held_out = found, held_out
         instance = self._latents(spec, found)
         self._watch.join(spec, instance)
         prior = self._prior(spec, found) if spec.prior.enabled and spec.prior.source != "prediction" else None
         state = self._resume(spec)
-        self._held[spec.id].saved_step = state.step if state else -1
+        self._held[id].saved_step = state.step if state else -1
         return Subject(spec, instance, prior, state)
 
     def _latents(self, spec: SubjectSpec, found: Photos) -> LatentSet:
@@ -171,6 +171,7 @@ class Worker:
         """What one fused step means for storage, registry and source."""
         for id in progress.joined:
             self._say(id, "training")
+        self._sample(progress.reports)
         for report in progress.reports:
             self._note(report)
         self._finish(progress.ended)
@@ -190,41 +191,58 @@ class Worker:
         if report.failure is not None:
             return
         held.rates[report.step] = self._beat.images_per_second
-        if held.task.spec.train.sample_every and report.step % held.task.spec.train.sample_every == 0:
-            self._sample(report.id, report.step)
-        every = held.task.spec.train.checkpoint_every
-        if report.step % every == 0 or report.step in _kept_steps(held.task.spec):
-            try:
-                self._checkpoint(report.id)
-            except StorageError as error:  # the one before is whole; the next may succeed
-                self._beat.notes.append(f"{report.id}: no checkpoint of step {report.step}: {error}")
+        every = held.spec.train.checkpoint_every
+        if report.step % every == 0 or report.step in _kept_steps(held.spec):
+            # the one before is whole; the next may succeed
+            apart([report.id], self._checkpoint, partial(self._miss, f"no checkpoint of step {report.step}"))
 
     def _stop_early(self, progress: Progress) -> None:
         """Ends the subjects whose learning has settled, where they asked for it."""
         gone = {ended.id for ended in progress.ended}
-        due = [report.id for report in progress.reports if self._watch.is_due(report.id, report.step)]
-        wearing = {id: self.pack.slot(id) for id in due if id not in gone}
-        settled = self._watch.settled(self.pack.bank, wearing) if wearing else []
+        due = [r.id for r in progress.reports if r.id not in gone and self._watch.is_due(r.id, r.step)]
+        looked = together(due, self._look, partial(self._miss, "its loss could not be looked at"))
+        settled = [id for id, has_settled in looked.items() if has_settled]
         for id in settled:
             self._beat.notes.append(f"{id}: stopped at step {self._beat.steps[id]}: its loss no longer changes")
-            self._checkpoint(id)
+        apart(settled, self._checkpoint, partial(self._miss, "no checkpoint of its last step"))
         self._finish([Ended(id) for id in settled])
         for id in settled:
             self.pack.leave(id)
 
-    def _sample(self, id: str, step: int) -> None:
-        """Sample images of a subject that is still training, kept with the run."""
-        held = self._held[id]
-        held.samples[step] = draw_samples(self.base, held.task.spec, self.pack.bank, *self.pack.slot(id))
-        for index, image in enumerate(held.samples[step]):
-            key = self.run.subject_key(id, "samples", f"{step:08d}-{index}.png")
-            self.storage.put(key, png_bytes(image))
+    def _look(self, ids: Sequence[str]) -> dict[str, bool]:
+        settled = self._watch.settled(self.pack.bank, {id: self.pack.slot(id) for id in ids})
+        return {id: id in settled for id in ids}
+
+    def _sample(self, reports: Sequence[Report]) -> None:
+        """Sample pictures of subjects that are still training, kept with the run."""
+        due = {}
+        for report in reports:
+            every = self._held[report.id].spec.train.sample_every
+            if report.failure is None and every and report.step % every == 0:
+                due[report.id] = report.step
+        drawn = self._draw(list(due))
+
+        def keep(id: str) -> None:
+            self._held[id].samples[due[id]] = drawn[id]
+            for index, image in enumerate(drawn[id]):
+                self.storage.put(self.run.subject_key(id, "samples", f"{due[id]:08d}-{index}.png"), png_bytes(image))
+
+        apart(list(drawn), keep, partial(self._miss, "its samples could not be kept"))
+
+    def _draw(self, ids: Sequence[str]) -> dict[str, list[Image.Image]]:
+        """Sample pictures of subjects as they are in their slots, drawn together; without those that fail."""
+
+        def draw(ids: Sequence[str]) -> dict[str, list[Image.Image]]:
+            worn = [Worn(self._held[id].spec, *self.pack.slot(id)) for id in ids]
+            return dict(zip(ids, draw_samples(self.base, self.pack.bank, worn), strict=True))
+
+        return together(ids, draw, partial(self._miss, "no sample pictures"))
 
     def _checkpoint(self, id: str) -> None:
         state = self.pack.state(id)
         held = self._held[id]
-        if state.step > held.saved_step:
-            spec = held.task.spec
+        if state.step > max(held.saved_step, 0):
+            spec = held.spec
             kept = _kept_steps(spec)
             self.run.save_checkpoint(id, state.step, dump_state(state), spec.train.keep_checkpoints, kept)
             events = event_file(state.history, held.rates, held.samples)
@@ -232,59 +250,68 @@ class Worker:
             held.saved_step = state.step
 
     def _checkpoint_all(self) -> None:
-        """On the way out nothing that was learned is lost."""
-        for id in self.pack.ids:
-            if id in self._held and self.pack.state(id).step > 0:
-                self._checkpoint(id)
+        """On the way out nothing that was learned is lost. Raises the first error once all have had their turn."""
+        missed: list[Exception] = []
+        apart([id for id in self.pack.ids if id in self._held], self._checkpoint, lambda _, error: missed.append(error))
+        if missed:
+            raise missed[0]
 
     # -- out --
 
     def _finish(self, ended: Sequence[Ended]) -> None:
         """Ends those that failed; judges the others together, and publishes them."""
-        done = [one.id for one in ended if one.reason is None]
         for one in ended:
             if one.reason is not None:
-                kind: Kind = one.kind if one.kind in ("diverged", "out of memory") else "bad subject"  # type: ignore[assignment]
-                self._end(one.id, kind, one.reason)
-        evaluations = self._judge(done)
-        for id in done:
-            failed = gate_failure(self._held[id].task.spec, evaluations.get(id))
-            if failed is not None:
-                self._end(id, "bad subject", failed)
-                continue
-            try:
-                self._publish(id, evaluations.get(id))
-            except StorageError as error:  # its last checkpoint is whole: the next try only publishes
-                self._end(id, "unknown", f"it could not be published: {error}")
+                self._end(one.id, one.kind, one.reason)
+        done = [one.id for one in ended if one.reason is None]
+        evaluations = together(done, self._judge, partial(self._fail, "it could not be judged"))
+        chosen = apart(
+            list(evaluations),
+            lambda id: self._choose(id, evaluations[id]),
+            partial(self._fail, "it could not be published"),
+        )
+        pictures = self._draw(list(chosen))
+        versions = apart(
+            list(chosen),
+            lambda id: self._publish(id, evaluations[id], pictures.get(id, [])),
+            partial(self._fail, "it could not be published"),  # its last checkpoint is whole
+        )
+        for id, version in versions.items():
+            self._end(id, "done", version=version)
 
-    def _judge(self, ids: Sequence[str]) -> dict[str, Evaluation]:
+    def _judge(self, ids: Sequence[str]) -> dict[str, Evaluation | None]:
         finished = []
         for id in ids:
             held, state = self._held[id], self.pack.state(id)
             assert held.found is not None
-            finished.append(Finished(held.task.spec, state.step, state.adapter, held.found, held.held_out))
+            finished.append(Finished(held.spec, state.step, state.adapter, held.found, held.held_out))
 
         def alive(_drawn: int, _wanted: int) -> None:
             self._beat.phase.update(dict.fromkeys(ids, "evaluating"))
             self._say(ids[0], "evaluating")
 
-        return self.judging.judge(finished, alive)
+        found = self.judging.judge(finished, alive)
+        return {id: found.get(id) for id in ids}
 
-    def _publish(self, id: str, evaluation: Evaluation | None) -> None:
+    def _choose(self, id: str, evaluation: Evaluation | None) -> None:
+        """Puts the chosen step into the subject's slot. Raises SubjectFailed if it may not be published."""
+        failed = gate_failure(self._held[id].spec, evaluation)
+        if failed is not None:
+            raise SubjectFailed(failed)
+        slot, _ = self.pack.slot(id)
+        if evaluation is not None and evaluation.choice.step != self.pack.state(id).step:
+            # the slot is free after this anyway; what is published is what is worn
+            adapter = self.judging.checkpoint(self._held[id].spec, evaluation.choice.step)
+            self.pack.bank.put(slot, self.pack.bank.pack(adapter))
+
+    def _publish(self, id: str, evaluation: Evaluation | None, pictures: Sequence[Image.Image]) -> str:
         held = self._held[id]
         self._say(id, "publishing")
         assert held.found is not None
-        slot, scale = self.pack.slot(id)
-        state = self.pack.state(id)
-        if evaluation is not None and evaluation.choice.step != state.step:
-            # the slot is free after this anyway; what is published is what is worn
-            self.pack.bank.put(
-                slot, self.pack.bank.pack(self.judging.checkpoint(held.task.spec, evaluation.choice.step))
-            )
         publication = Publication(
-            spec=held.task.spec,
+            spec=held.spec,
             fingerprint=held.task.fingerprint,
-            state=state,
+            state=self.pack.state(id),
             adapter=self.pack.adapter(id),
             photos=held.found,
             run=self.run.run,
@@ -292,14 +319,25 @@ class Worker:
             rates=held.rates,
             samples=held.samples,
             evaluation=evaluation,
+            pictures=pictures,
         )
-        version = publish_subject(self.registry, self.base, publication, self.pack.bank, slot, scale)
-        self._end(id, "done", version=version)
+        return publish_subject(self.registry, self.base, publication)
+
+    def _fail(self, what: str, id: str, error: Exception) -> None:
+        """A subject that cannot go on: its result. An expected error says it all; of others `what` says where."""
+        kind = kind_of(error)
+        self._end(id, kind, f"{what}: {reason_of(error)}" if kind == "unknown" else reason_of(error))
+
+    def _miss(self, what: str, id: str, error: Exception) -> None:
+        """Something that a subject goes on without."""
+        self._beat.notes.append(f"{id}: {what}: {reason_of(error)}")
 
     def _end(self, id: str, kind: Kind, reason: str | None = None, version: str | None = None) -> None:
         held = self._held.pop(id)
         self._watch.leave(id)
-        warnings = tuple(f"{', '.join(w.names)}: {w.message}" for w in held.found.warnings) if held.found else ()
+        found = held.found
+        warned = (f"{', '.join(w.names)}: {w.message}" for w in found.warnings) if found else ()
+        warnings = (*(found.refusals if found else ()), *warned)
         outcome = Outcome(
             id=id,
             kind=kind,

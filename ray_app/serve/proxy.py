@@ -1,0 +1,73 @@
+"""What Ray Serve's HTTP proxy does beside its own: it alone is there when the ingress is not.
+
+Serve calls `guard` in the proxy's process: the environment variable RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH names it.
+"""
+
+import json
+import logging
+
+import uvicorn.config
+from starlette.middleware import Middleware
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+logger = logging.getLogger("ray.serve")  # the log of the process that this runs in
+RETRY_AFTER_S = 2
+_BODY = json.dumps(
+    {
+        "error": {
+            "message": "The server is restarting a part of itself; try again.",
+            "type": "server_error",
+            "param": None,
+            "code": "not_ready",
+        }
+    }
+).encode()
+_HEADERS = [
+    (b"content-type", b"application/json"),
+    (b"content-length", str(len(_BODY)).encode()),
+    (b"retry-after", str(RETRY_AFTER_S).encode()),
+]
+
+
+def guard() -> list[Middleware]:
+    """Gives this process' HTTP server the times of `serving.http.timeouts`, and answers for an ingress that is lost."""
+    uvicorn.config.HTTP_PROTOCOLS["auto"] = "serving.http.timeouts:TimedProtocol"
+    return [Middleware(LostIngress)]
+
+
+class LostIngress:
+    """Answers 503 in OpenAI's shape with `Retry-After` where Serve has a fault of its own.
+
+    The app's own answers are JSON also when they are 5xx, and pass as they are.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        begun = lost = False
+
+        async def told(message: Message) -> None:
+            nonlocal begun, lost
+            if message["type"] == "http.response.start":
+                lost = message["status"] >= 500 and not _is_json(message)
+                begun = begun or not lost
+            if not lost:
+                await send(message)
+
+        try:
+            await self._app(scope, receive, told)
+        except Exception:
+            if begun:  # part of the answer is out: breaking off is all that is left
+                raise
+            logger.exception("the proxy failed")
+        if not begun:
+            await send({"type": "http.response.start", "status": 503, "headers": _HEADERS})
+            await send({"type": "http.response.body", "body": _BODY})
+
+
+def _is_json(start: Message) -> bool:
+    return any(name.lower() == b"content-type" and b"json" in value for name, value in start.get("headers", ()))

@@ -1,0 +1,105 @@
+"""Who may ask, decided before a byte of a body is read: Host and Origin, then the key and what it is good for.
+
+A server without keys trusts its own machine, and so has to mistrust the browser on it: any web page can send a request
+to a loopback address, and can give its own name that address (DNS rebinding). Knows nothing about what the routes do.
+"""
+
+import ipaddress
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+
+from fastapi import Request
+from fastapi.responses import JSONResponse
+from starlette.types import ASGIApp, Receive, Scope as AsgiScope, Send
+
+from serving.errors import Refused
+from serving.http.problems import ApiError, describe
+from serving.http.service import Service, service_of
+from serving.http.tenants import Scope
+
+OPEN = "/healthz"  # load balancers ask by address
+KEYED = ("/v1/", "/sdapi/")
+UPLOAD = "/v1/adapters"
+_READING = frozenset({"GET", "HEAD", "OPTIONS"})
+
+
+class Guard:
+    """Refuses what may not ask, and uploads of which there are too many."""
+
+    def __init__(self, app: ASGIApp, cors: tuple[str, ...] = ()) -> None:
+        self._app = app
+        self._cors = frozenset(origin.lower() for origin in cors)
+
+    async def __call__(self, scope: AsgiScope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(self._admit(Request(scope)))
+            except (ApiError, Refused) as error:
+                problem = describe(error)
+                await JSONResponse(problem.body(), problem.status, headers=problem.headers)(scope, receive, send)
+                return
+            await self._app(scope, receive, send)
+
+    def _admit(self, request: Request) -> AbstractContextManager[None]:
+        """What counts the request while it runs. Raises ApiError, QueueFull."""
+        service, path = service_of(request), request.scope["path"]
+        if path == OPEN:
+            return nullcontext()
+        self._check_page(service, request)
+        if not path.startswith(KEYED):
+            return nullcontext()
+        tenant = service.tenant(request, needed(request.method, path))
+        return service.quota.upload(tenant) if (request.method, path) == ("POST", UPLOAD) else nullcontext()
+
+    def _check_page(self, service: Service, request: Request) -> None:
+        """No web page but our own and those that `cors` names, where the browser would vouch for it."""
+        host = request.headers.get("host", "").lower()
+        if service.keys is None and not is_loopback(_name(host)):
+            raise ApiError(
+                401,
+                f"This server has no keys, so it answers to localhost only, not to '{host[:100]}'. Make keys with "
+                "`dreamfleet keys make TENANT --keys FILE` and start it with `--keys FILE`.",
+                code="invalid_api_key",
+            )
+        vouched = service.keys is None or request.headers.get("authorization", "").lower().startswith("basic ")
+        origin = request.headers.get("origin", "").lower()
+        foreign = origin != "" and _address(origin.partition("://")[2]) != _address(host)
+        foreign = foreign or request.headers.get("sec-fetch-site") in ("cross-site", "same-site")
+        if vouched and foreign and origin not in self._cors and request.method not in _READING:
+            raise ApiError(
+                403,
+                f"A web page of '{origin[:100] or 'another site'}' may not change anything on this server. If it "
+                "shall, name its origin in the server's `cors` setting.",
+                code="origin_not_allowed",
+            )
+
+
+def needed(method: str, path: str) -> Scope | None:
+    """The scope that a call needs; None: any key will do."""
+    if method in _READING:
+        return None
+    return "train" if path.startswith(UPLOAD) else "images"
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach `host`."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _name(host: str) -> str:
+    """The name in a Host header: without port and brackets."""
+    if host.startswith("["):
+        return host[1:].partition("]")[0]
+    return host.rpartition(":")[0] if ":" in host else host
+
+
+def _address(host: str) -> str:
+    """A host with its port, as it is written where the port is the usual one."""
+    return host.removesuffix(":80").removesuffix(":443")

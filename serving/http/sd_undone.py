@@ -1,0 +1,107 @@
+"""What AUTOMATIC1111's API has and this server does not do: refused by name, so that no picture is silently another.
+
+Clients send most fields with every request. A field passes that asks for nothing: empty, at its default, or a part of
+something that is off.
+"""
+
+from collections.abc import Mapping
+
+from serving.http.problems import ApiError
+from training.base.facts import SamplerName
+
+# What a field may be beside empty: null, false, "", [] and {}.
+_DEFAULTS: dict[str, tuple[object, ...]] = {
+    "subseed_strength": (0,),
+    "seed_resize_from_w": (0, -1),
+    "seed_resize_from_h": (0, -1),
+    "s_churn": (0,),
+    "s_noise": (1,),
+    "s_min_uncond": (0,),
+    "resize_mode": (0,),
+    "initial_noise_multiplier": (1,),
+    "script_name": ("None",),
+    "refiner_checkpoint": ("None",),
+}
+# These say how something is done that is off unless another field turns it on, or do not concern the picture.
+_IDLE = frozenset(
+    {
+        *("firstphase_width", "firstphase_height", "hr_scale", "hr_upscaler", "hr_second_pass_steps", "hr_resize_x"),
+        *("hr_resize_y", "hr_checkpoint_name", "hr_sampler_name", "hr_scheduler", "hr_prompt", "hr_negative_prompt"),
+        *("mask_blur", "mask_blur_x", "mask_blur_y", "mask_round", "inpainting_fill", "inpaint_full_res"),
+        *("inpaint_full_res_padding", "inpainting_mask_invert", "image_cfg_scale", "denoising_strength"),
+        *("subseed", "seed_enable_extras", "s_tmin", "s_tmax", "refiner_switch_at", "script_args", "force_task_id"),
+        *("do_not_save_samples", "do_not_save_grid", "override_settings_restore_afterwards", "include_init_images"),
+    }
+)
+_WHY = {
+    "enable_hr": "this server has no second pass; ask for the size with 'width' and 'height'",
+    "mask": "this server has no inpainting",
+    "styles": "this server keeps no styles; write them into the prompt",
+    "script_name": "this server runs no scripts",
+    "subseed_strength": "this server has no variation seeds",
+    "save_images": "pictures are sent, not kept on the server",
+}
+
+
+def refuse_undone(fields: Mapping[str, object], sampler: SamplerName, base: str) -> None:
+    """Raises ApiError for the first of a body's undeclared `fields` that asks for something."""
+    for name, value in fields.items():
+        if _is_empty(value) or name in _IDLE or value in _DEFAULTS.get(name, ()):
+            continue
+        if name == "eta":
+            _check_eta(value, sampler)
+        elif name == "alwayson_scripts" and isinstance(value, Mapping):
+            _check_scripts(value)
+        elif name == "override_settings" and isinstance(value, Mapping):
+            check_options(value, base, "override_settings")
+        else:
+            shown = name[:80]
+            why = _WHY.get(name, "this server does nothing with it")
+            raise ApiError(400, f"'{shown}' is not done: {why}. Leave '{shown}' out.", param=shown)
+
+
+def options(base: str) -> dict[str, object]:
+    """The options as they are for everybody; none can be changed by a call."""
+    return {
+        "sd_model_checkpoint": base,
+        "sd_vae": "Automatic",
+        "CLIP_stop_at_last_layers": 1,
+        "samples_format": "png",
+        "sd_lora": "None",
+        "eta_noise_seed_delta": 0,
+    }
+
+
+def check_options(wanted: Mapping[str, object], base: str, param: str | None = None) -> None:
+    """Raises ApiError for the first option that is not as it is; `param` is the field that they came in."""
+    held, where = options(base), f" in '{param}'" if param else ""
+    for name, value in wanted.items():
+        if _is_empty(value) or name in held and value == held[name] or (name, value) == ("sd_vae", "None"):
+            continue
+        shown = name[:80]
+        has = f"it is {held[name]!r}" if name in held else f"known are {', '.join(held)}"
+        raise ApiError(400, f"The option '{shown}'{where} cannot be set: {has}. Leave it out.", param=param or shown)
+
+
+def _is_empty(value: object) -> bool:
+    return value is None or value is False or value in ("", [], {})
+
+
+def _check_eta(value: object, sampler: SamplerName) -> None:
+    """`eta` is how much noise a step draws: 0 is what DDIM does here, 1 what Euler a does; others do not have it."""
+    held = 0 if sampler == "ddim" else 1 if sampler.startswith("euler_a") else value
+    if value != held:
+        raise ApiError(400, f"'eta' is {held} with this sampler and cannot be set. Leave 'eta' out.", param="eta")
+
+
+def _check_scripts(scripts: Mapping[str, object]) -> None:
+    """An extension asks for nothing if all of its arguments are empty, as clients send it to switch it off."""
+    for name, script in scripts.items():
+        arguments = script.get("args") if isinstance(script, Mapping) else script
+        asked = arguments if isinstance(arguments, list) else [arguments]
+        if not all(_is_empty(one) for one in asked):
+            raise ApiError(
+                400,
+                f"'alwayson_scripts' asks for '{name[:80]}': this server has no ControlNet or other extensions.",
+                param="alwayson_scripts",
+            )

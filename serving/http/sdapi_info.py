@@ -1,0 +1,166 @@
+"""What clients of AUTOMATIC1111's API ask before they begin: the lists from which their users choose, and options.
+
+A list of what is not served is empty or says so in that API's own way; options are the same for everybody.
+"""
+
+import asyncio
+
+from fastapi import APIRouter, Request
+
+from serving.http.images import ERRORS
+from serving.http.sd_samplers import AUTOMATIC, KARRAS, SAMPLERS, aliases
+from serving.http.sd_undone import check_options, options
+from serving.http.service import service_of
+from serving.http.wire_sdapi import (
+    SdEmbeddings,
+    SdLora,
+    SdMemory,
+    SdModel,
+    SdNamed,
+    SdSampler,
+    SdScheduler,
+    SdScripts,
+    SdUpscaler,
+)
+
+router = APIRouter(prefix="/sdapi/v1", tags=["AUTOMATIC1111"])
+RHO = 7.0  # of Karras' spacing
+
+
+@router.get("/loras", responses=ERRORS)
+async def loras(request: Request) -> list[SdLora]:
+    """The adapters that prompt tags may name."""
+    service = service_of(request)
+    tenant = service.tenant(request)
+    found = await asyncio.to_thread(service.intake.library.list, tenant)
+    names = [one.id if one.tenant == tenant else f"{one.tenant}/{one.id}" for one in found]
+    return [
+        SdLora(name=name, alias=name, path=name, metadata={"version": one.version, "trigger": one.card.trigger})
+        for name, one in zip(names, found, strict=True)
+    ]
+
+
+@router.post("/refresh-loras", responses=ERRORS)
+async def refresh_loras(request: Request) -> dict[str, object]:
+    """Nothing to do: new adapters are seen by themselves."""
+    service_of(request).tenant(request)
+    return {}
+
+
+@router.post("/refresh-checkpoints", responses=ERRORS)
+async def refresh_checkpoints(request: Request) -> dict[str, object]:
+    """Nothing to do: a server has the one base that it was started with."""
+    service_of(request).tenant(request)
+    return {}
+
+
+@router.get("/samplers", responses=ERRORS)
+async def samplers(request: Request) -> list[SdSampler]:
+    """The samplers, by the names that AUTOMATIC1111 gives them."""
+    service_of(request).tenant(request)
+    return [SdSampler(name=name, aliases=aliases(name), options={}) for name in SAMPLERS]
+
+
+@router.get("/schedulers", responses=ERRORS)
+async def schedulers(request: Request) -> list[SdScheduler]:
+    """How the noise levels of a run are spaced: as the base's own schedule does, or as Karras et al."""
+    service_of(request).tenant(request)
+    return [
+        SdScheduler(name=name.lower(), label=name, default_rho=rho, need_inner_model=False)
+        for name, rho in ((AUTOMATIC, -1.0), (KARRAS, RHO))
+    ]
+
+
+@router.get("/sd-models", responses=ERRORS)
+async def sd_models(request: Request) -> list[SdModel]:
+    """The one base."""
+    service = service_of(request)
+    service.tenant(request)
+    name, digest = service.intake.library.base, service.intake.library.base_hash
+    return [SdModel(title=name, model_name=name, hash=digest[:10], sha256=digest, filename=name)]
+
+
+@router.get("/sd-vae", responses=ERRORS)
+async def sd_vae(request: Request) -> list[SdNamed]:
+    """None to choose from: pictures are decoded by the base's own."""
+    service_of(request).tenant(request)
+    return []
+
+
+@router.get("/upscalers", responses=ERRORS)
+async def upscalers(request: Request) -> list[SdUpscaler]:
+    """Only the one that does nothing."""
+    service_of(request).tenant(request)
+    return [SdUpscaler(name="None", scale=1)]
+
+
+@router.get("/latent-upscale-modes", responses=ERRORS)
+async def latent_upscale_modes(request: Request) -> list[SdNamed]:
+    """None: there is no second pass."""
+    service_of(request).tenant(request)
+    return []
+
+
+@router.get("/face-restorers", responses=ERRORS)
+async def face_restorers(request: Request) -> list[SdNamed]:
+    """None."""
+    service_of(request).tenant(request)
+    return []
+
+
+@router.get("/hypernetworks", responses=ERRORS)
+async def hypernetworks(request: Request) -> list[SdNamed]:
+    """None."""
+    service_of(request).tenant(request)
+    return []
+
+
+@router.get("/prompt-styles", responses=ERRORS)
+async def prompt_styles(request: Request) -> list[SdNamed]:
+    """None: prompts are written out."""
+    service_of(request).tenant(request)
+    return []
+
+
+@router.get("/embeddings", responses=ERRORS)
+async def embeddings(request: Request) -> SdEmbeddings:
+    """None that stand alone: trained words come with their adapter."""
+    service_of(request).tenant(request)
+    return SdEmbeddings()
+
+
+@router.get("/scripts", responses=ERRORS)
+async def scripts(request: Request) -> SdScripts:
+    """None."""
+    service_of(request).tenant(request)
+    return SdScripts()
+
+
+@router.get("/memory", responses=ERRORS)
+async def memory(request: Request) -> SdMemory:
+    """No numbers: the machine is the operator's business, who has `/metrics`."""
+    service_of(request).tenant(request)
+    return SdMemory()
+
+
+@router.get("/cmd-flags", responses=ERRORS)
+async def cmd_flags(request: Request) -> dict[str, object]:
+    """None of that program's flags: how this server is set up is the operator's business."""
+    service_of(request).tenant(request)
+    return {}
+
+
+@router.get("/options", responses=ERRORS)
+async def get_options(request: Request) -> dict[str, object]:
+    """The options that clients ask for; they are as they are for everybody."""
+    service = service_of(request)
+    service.tenant(request)
+    return options(service.intake.library.base)
+
+
+@router.post("/options", responses=ERRORS)
+async def set_options(request: Request, wanted: dict[str, object]) -> None:
+    """Passes if every option is as it is already; refuses to change one, by its name."""
+    service = service_of(request)
+    service.tenant(request)
+    check_options(wanted, service.intake.library.base)

@@ -1,0 +1,118 @@
+"""What goes over HTTP under `/sdapi/v1`: bodies and answers as AUTOMATIC1111's API has them. Knows no torch.
+
+Its clients send dozens of fields, most of them at their defaults. Fields that are not declared here are looked at in
+`sd_undone.py`: what asks for nothing passes, what would change the picture is refused by name.
+"""
+
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from serving.engine.request import MAX_SEED
+from serving.http.wire import MAX_PICTURE, Name, Prompt
+
+
+class Txt2ImgBody(BaseModel):
+    """`POST /sdapi/v1/txt2img`. Further fields of AUTOMATIC1111 may be sent as long as they ask for nothing."""
+
+    model_config = ConfigDict(
+        extra="allow",
+        json_schema_extra={"examples": [{"prompt": "a sks dog <lora:rusty:0.8>", "steps": 20, "cfg_scale": 5}]},
+    )
+
+    prompt: Prompt = ""
+    negative_prompt: Prompt = ""
+    seed: int = Field(-1, ge=-1, le=MAX_SEED, description="-1: any")
+    sampler_name: Name | None = Field(None, description="as `GET /sdapi/v1/samplers` lists it, or an alias")
+    sampler_index: Name | None = Field(None, description="read where `sampler_name` is missing")
+    scheduler: Name | None = Field(None, description="as `GET /sdapi/v1/schedulers` lists it")
+    batch_size: int = Field(1, ge=1)
+    n_iter: int = Field(1, ge=1)
+    steps: int | None = Field(None, ge=1)
+    cfg_scale: float | None = Field(None, ge=0, le=100)
+    width: int | None = Field(None, ge=1)
+    height: int | None = Field(None, ge=1)
+    send_images: bool = True
+
+
+class Img2ImgBody(Txt2ImgBody):
+    """`POST /sdapi/v1/img2img`: starts from the one picture in `init_images` (base64)."""
+
+    init_images: tuple[Annotated[str, Field(max_length=MAX_PICTURE)], ...] = Field(min_length=1, max_length=1)
+    denoising_strength: float = Field(0.75, ge=0, le=1, description="0: one step at the least noise")
+    include_init_images: bool = Field(False, description="whether `parameters` of the answer holds `init_images`")
+
+
+class SdImages(BaseModel):
+    images: list[str]
+    parameters: dict[str, object]
+    info: str = Field(description="JSON: the seeds, `infotexts` and what else it takes to make the images again")
+
+
+class SdProgress(BaseModel):
+    progress: float
+    eta_relative: float
+    state: dict[str, object]
+    current_image: str | None = None
+    textinfo: str | None = None
+
+
+class SdLora(BaseModel):
+    name: str
+    alias: str
+    path: str
+    metadata: dict[str, object]
+
+
+class SdSampler(BaseModel):
+    name: str
+    aliases: list[str]
+    options: dict[str, str]
+
+
+class SdScheduler(BaseModel):
+    name: str
+    label: str
+    aliases: list[str] | None = None
+    default_rho: float
+    need_inner_model: bool
+
+
+class SdModel(BaseModel):
+    title: str
+    model_name: str
+    hash: str
+    sha256: str
+    filename: str
+    config: str | None = None
+
+
+class SdUpscaler(BaseModel):
+    name: str
+    model_name: str | None = None
+    model_path: str | None = None
+    model_url: str | None = None
+    scale: float
+
+
+class SdNamed(BaseModel):
+    """An entry of a list in which a name is all there is."""
+
+    name: str
+
+
+class SdScripts(BaseModel):
+    txt2img: list[str] = []
+    img2img: list[str] = []
+
+
+class SdEmbeddings(BaseModel):
+    loaded: dict[str, dict[str, object]] = {}
+    skipped: dict[str, dict[str, object]] = {}
+
+
+class SdMemory(BaseModel):
+    """The machine's memory is the operator's business (`/metrics`); this is how that API says that it has no number."""
+
+    ram: dict[str, str] = {"error": "unavailable"}
+    cuda: dict[str, str] = {"error": "unavailable"}

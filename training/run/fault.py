@@ -1,0 +1,63 @@
+"""Law 8: whatever goes wrong with one subject is a result, a kind and a reason; it costs no other subject a step.
+
+Knows no torch. A broken gang is nobody's fault: it goes through, and the gang starts again.
+"""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
+
+from training.errors import GangBroken, SubjectFailed, TooLarge, UserError
+from training.run.source import Kind
+from training.storage.interface import StorageError
+
+log = logging.getLogger(__name__)
+Made = TypeVar("Made")
+Failed = Callable[[str, Exception], None]
+
+
+def apart(ids: Sequence[str], work: Callable[[str], Made], failed: Failed) -> dict[str, Made]:
+    """What `work` makes of each subject; `failed` is told those that it fails for, and the others go on."""
+    made: dict[str, Made] = {}
+    for id in ids:
+        try:
+            made[id] = work(id)
+        except GangBroken:
+            raise
+        except Exception as error:
+            if kind_of(error) == "unknown":
+                log.exception("subject %s", id)
+            trouble = error
+        else:
+            continue
+        failed(id, trouble)
+    return made
+
+
+def together(
+    ids: Sequence[str], work: Callable[[Sequence[str]], Mapping[str, Made]], failed: Failed
+) -> dict[str, Made]:
+    """The same of work that is done for all of them at once. Where it fails, it is done for each alone."""
+    if len(ids) > 1:
+        try:
+            return dict(work(ids))
+        except GangBroken:
+            raise
+        except Exception:
+            log.exception("subjects %s together; each is tried alone", ", ".join(ids))
+    return apart(ids, lambda id: work([id])[id], failed)
+
+
+def kind_of(error: Exception) -> Kind:
+    """How a subject ends that failed with `error`: what trying again would not mend is a bad subject."""
+    if isinstance(error, TooLarge):
+        return "too large"
+    expected = isinstance(error, UserError | SubjectFailed) and not isinstance(error, StorageError)
+    return "bad subject" if expected else "unknown"
+
+
+def reason_of(error: Exception) -> str:
+    """The message of an error that is meant to be read; the type, too, of any other."""
+    if isinstance(error, UserError | SubjectFailed | TooLarge):
+        return str(error)
+    return f"{type(error).__name__}: {error}"
