@@ -24,7 +24,7 @@ from rich.console import Console
 from ray_app.train.cluster import LOCAL, Limits, connect
 from ray_app.train.drive import drive_run
 from training.base.base import best_device, load_base
-from training.base.outline import outline
+from training.base.files.outline import outline
 from training.manifest.plan import plan_run
 from training.photos.intake import current_fingerprint
 from training.run.run import RunStore

@@ -34,11 +34,11 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 
 from serving.config import EngineSpec
-from serving.engine.adapters import Adapters
 from serving.engine.engine import Engine
 from serving.engine.job import Done, Failed, Job
 from serving.engine.prompts import make_routes
 from serving.engine.request import AdapterRef, AdapterUse, GenerateRequest
+from serving.engine.tiers.adapters import Adapters
 from tests.tiny import clip, clip_tokenizer, unet
 from training.adapters.adapter import Adapter, LowRank, save_adapter
 from training.adapters.bank import find_sites

@@ -8,8 +8,8 @@ import uvicorn
 from serving.config import EngineSpec, ServeSpec
 from serving.engine.loop import EngineLoop
 from serving.flags import flags
-from serving.http.guard import is_loopback
-from serving.http.timeouts import TimedProtocol
+from serving.http.access.guard import is_loopback
+from serving.http.access.timeouts import TimedProtocol
 from serving.local import make_app, make_engine
 from training.errors import UserError
 

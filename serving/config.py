@@ -7,9 +7,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field, StringConstraints
 
-from serving.engine.request import Closed
 from training.base.facts import SamplerName
 from training.storage.card import MAX_BYTES
+from training.storage.closed import Closed
 
 MAX_RANK = 1024
 MAX_WORDS = 256

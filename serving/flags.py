@@ -10,8 +10,8 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from serving.engine.request import Closed
 from training.errors import UserError
+from training.storage.closed import Closed
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 

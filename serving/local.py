@@ -13,11 +13,11 @@ from serving.engine.engine import Engine
 from serving.engine.job import EngineStats
 from serving.engine.loop import EngineLoop
 from serving.engine.request import AdapterRef
+from serving.engine.tiers.disk import DiskCache
 from serving.http.app import create_app, open_keys
-from serving.http.disk import DiskCache
 from serving.http.library import Fetcher, Library
 from training.base.base import best_device, load_base
-from training.base.outline import outline
+from training.base.files.outline import outline
 from training.storage.registry import Registry
 from training.storage.storage import LocalStorage, open_storage
 

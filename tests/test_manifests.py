@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from training.base.outline import outline
+from training.base.files.outline import outline
 from training.manifest.gate import EvaluateSpec
 from training.manifest.manifest import (
     LoraSpec,

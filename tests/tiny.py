@@ -15,8 +15,8 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from training.base.base import Base
-from training.base.ddpm import Ddpm
 from training.base.family import Words
+from training.base.noise.ddpm import Ddpm
 
 WORDS = (
     *("a", "an", "photo", "of", "the", "sks", "ohwx", "dog", "cat", "toy", "on", "in", "grass", "snow", "beach"),

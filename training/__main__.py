@@ -13,7 +13,7 @@ from collections.abc import Sequence
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 from training.base.base import best_device, load_base
-from training.base.outline import outline
+from training.base.files.outline import outline
 from training.errors import UserError
 from training.evaluation.report import write_report
 from training.manifest.manifest import Manifest, load_manifest

@@ -9,7 +9,7 @@ import click
 from rich.table import Table
 
 from ray_app.cli import options
-from training.base.folder import find_base
+from training.base.files.folder import find_base
 from training.errors import UserError
 from training.storage.storage import open_storage
 
@@ -183,7 +183,7 @@ def publish(
 ) -> "Resolved":
     """Publishes `adapter` whatever its rank; says on stderr which flags a server needs to take it."""
     from serving.config import MAX_RANK, MAX_WORDS, EngineSpec
-    from serving.engine.fit import count_vectors
+    from serving.engine.tiers.fit import count_vectors
     from training.adapters.adapter import save_adapter
 
     spec = EngineSpec(rank=MAX_RANK, words=MAX_WORDS)
@@ -212,7 +212,7 @@ def base_for(resolved: "Resolved", base: str | None) -> str:
 def open_library(registry: "Registry", base: str) -> "Library":
     """The adapters of a registry for a base."""
     from serving.http.library import Library
-    from training.base.outline import outline
+    from training.base.files.outline import outline
 
     return Library(registry, outline(base))
 

@@ -12,7 +12,7 @@ from ray_app.cli import options
 from training.errors import UserError
 
 if TYPE_CHECKING:
-    from serving.http.tenants import Key, Scope
+    from serving.http.access.tenants import Key, Scope
 
 SCOPES = ("images", "train", "admin")
 _SPAN = re.compile(r"([1-9][0-9]{0,4})([hd])")
@@ -42,7 +42,7 @@ def keys() -> None:
 @options.as_json
 def make(tenant: str, path: Path, scopes: "tuple[Scope, ...]", expires: str | None, as_json: bool) -> None:
     """Make a key of TENANT and print it, this once."""
-    from serving.http.tenants import USUAL, Keys
+    from serving.http.access.tenants import USUAL, Keys
 
     end = None if expires is None else parse_expiry(expires, datetime.now(UTC))
     key, token = Keys(path).make(tenant, tuple(dict.fromkeys(scopes)) or USUAL, end)
@@ -58,7 +58,7 @@ def make(tenant: str, path: Path, scopes: "tuple[Scope, ...]", expires: str | No
 @options.as_json
 def list_(path: Path, as_json: bool) -> None:
     """List the keys: id, tenant, scopes, state and times."""
-    from serving.http.tenants import Keys
+    from serving.http.access.tenants import Keys
 
     found = [_shown(key) for key in Keys(path).all()]
     if as_json:
@@ -80,7 +80,7 @@ def list_(path: Path, as_json: bool) -> None:
 @options.as_json
 def revoke(key_id: str, path: Path, as_json: bool) -> None:
     """Refuse the key KEY_ID from this moment; running servers follow by themselves."""
-    from serving.http.tenants import Keys
+    from serving.http.access.tenants import Keys
 
     key = Keys(path).revoke(key_id)
     if as_json:

@@ -64,7 +64,7 @@ def demo(out: Path) -> None:
 @click.option("--json", "as_json", is_flag=True, help="one JSON object on stdout")
 def base(name: str, as_json: bool) -> None:
     """Print the folder of a base, ready for diffusers' from_pretrained."""
-    from training.base.folder import find_base
+    from training.base.files.folder import find_base
 
     folder = find_base(name)
     click.echo(json.dumps({"base": name, "folder": str(folder)}) if as_json else str(folder))

@@ -22,10 +22,11 @@ from pydantic import Field
 from ray_app.silence import silence
 from ray_app.train.cluster import LOCAL, connect
 from serving.config import ServeSpec
-from serving.engine.request import AdapterRef, Closed, GenerateRequest
-from serving.http.guard import is_loopback
-from training.base.folder import EMBEDDED
+from serving.engine.request import AdapterRef, GenerateRequest
+from serving.http.access.guard import is_loopback
+from training.base.files.folder import EMBEDDED
 from training.errors import UserError
+from training.storage.closed import Closed
 from training.storage.storage import masked, open_storage
 
 APP = "dreamfleet"

@@ -30,8 +30,8 @@ _HEADERS = [
 
 
 def guard() -> list[Middleware]:
-    """Gives this process' HTTP server the times of `serving.http.timeouts`, and answers for an ingress that is lost."""
-    uvicorn.config.HTTP_PROTOCOLS["auto"] = "serving.http.timeouts:TimedProtocol"
+    """Gives this process' HTTP server the timeouts of `serving.http.access`, and a reply for a lost ingress."""
+    uvicorn.config.HTTP_PROTOCOLS["auto"] = "serving.http.access.timeouts:TimedProtocol"
     return [Middleware(LostIngress)]
 
 

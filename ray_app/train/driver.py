@@ -14,13 +14,14 @@ from pydantic import TypeAdapter
 
 from ray_app.train.cluster import Cluster, Limits
 from ray_app.train.lanes import Lanes
+from ray_app.train.sharing import Sharing
 from training.evaluation.report import write_report
 from training.manifest.plan import plan_run, reserve
 from training.run import cancel
 from training.run.lead import Lead
 from training.run.log import RunLog
 from training.run.run import ENDED, RunRecord, RunStore, SubjectRecord
-from training.run.shares import Sharing, read_quota
+from training.run.shares import read_quota
 from training.run.source import Beat, Outcome
 from training.run.subject_queue import Entry, Release, SubjectQueue, View
 from training.run.submission import Submission

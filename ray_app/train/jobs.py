@@ -15,7 +15,7 @@ from rich.console import Console
 
 from ray_app.train.cluster import Limits
 from ray_app.train.drive import Whole, drive_arguments, drive_environment, look_on, read_run
-from training.base.folder import EMBEDDED, find_base
+from training.base.files.folder import EMBEDDED, find_base
 from training.errors import UserError
 from training.run.submission import Submission
 

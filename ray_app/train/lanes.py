@@ -11,10 +11,10 @@ from typing import Any
 
 from ray_app.train.cluster import Cluster, Limits, current
 from ray_app.train.lane import Order, in_words, run_lane
+from ray_app.train.sharing import Sharing
 from training.errors import UserError
 from training.manifest.plan import PackPlan, with_slots
 from training.run.run import RunStore
-from training.run.shares import Sharing
 from training.run.subject_queue import View
 
 CLUSTER_SECONDS = 10.0  # how often the cluster's size is looked at

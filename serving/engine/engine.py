@@ -16,14 +16,14 @@ import torch
 from torch import Tensor
 
 from serving.config import EngineSpec
-from serving.engine.adapters import Adapters, Fetch, explain
 from serving.engine.forward import Forward
 from serving.engine.job import Done, EngineStats, Failed, Guess, Job, Outcome, Sample
-from serving.engine.preview import PreviewMap, fit_preview
+from serving.engine.pictures.preview import PreviewMap, fit_preview
 from serving.engine.prompts import Prompts, Text
 from serving.engine.request import AdapterRef, GenerateRequest
 from serving.engine.samplers import Lines
 from serving.engine.scheduler import Scheduler
+from serving.engine.tiers.adapters import Adapters, Fetch, explain
 from serving.errors import DeadlineExceeded, GenerationFailed, QueueFull, Refused
 from training.base.base import Base
 from training.errors import UserError

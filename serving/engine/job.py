@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from serving.engine.adapters import Loads
 from serving.engine.request import MAX_SEED, AdapterRef, GenerateRequest
+from serving.engine.tiers.adapters import Loads
 from training.base.family import Cond
-from training.base.process import Schedule
+from training.base.noise.process import Schedule
 
 
 @dataclass(eq=False, slots=True)

@@ -18,10 +18,10 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from serving.engine.decoding import Decoding
 from serving.engine.engine import Engine
 from serving.engine.job import Done, EngineStats, Failed, Job, Outcome
-from serving.engine.pictures import encode, enlarge
+from serving.engine.pictures.codec import encode, enlarge
+from serving.engine.pictures.decoding import Decoding
 from serving.engine.request import AdapterRef, Event, GenerateRequest, Picture, Preview
 from serving.errors import Cancelled, GenerationFailed, NotReady
 

@@ -6,18 +6,13 @@ types also cross the border of a Ray deployment, as pydantic dumps.
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from training.base.facts import SamplerName
+from training.storage.closed import Closed
 
 ImageFormat = Literal["png", "jpeg", "webp"]
 MAX_SEED = 2**53 - 1  # above it JavaScript, and the floats of an OpenAPI document, do not hold every whole number
-
-
-class Closed(BaseModel):
-    """Unknown keys are errors, and nothing changes after validation."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class AdapterRef(Closed):

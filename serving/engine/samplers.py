@@ -1,6 +1,6 @@
 """A fused step of rows that each have their own sampler, length and position.
 
-Every sampler's step is one line of its request's table (`training.base.process`); a batch gathers one line a row. Knows
+Every sampler's step is one line of its request's table (`training.base.noise`); a batch gathers one line a row. Knows
 nothing about adapters, prompts or requests. Shape suffixes: N rows, K coefficients; CHW a latent.
 """
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from training.base.process import BEFORE, CLEAN, CLEAN_OUT, CLEAN_X, INPUT, NOISE, OUT, TIMESTEP, Schedule, X
+from training.base.noise.process import BEFORE, CLEAN, CLEAN_OUT, CLEAN_X, INPUT, NOISE, OUT, TIMESTEP, Schedule, X
 
 
 @dataclass(frozen=True, slots=True)

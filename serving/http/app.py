@@ -24,17 +24,16 @@ from serving.errors import GenerationFailed
 from serving.http import (
     adapters as api_adapters,
     images as api_images,
-    sdapi as api_sdapi,
-    sdapi_info as api_sdapi_info,
 )
-from serving.http.guard import UPLOAD, Guard
+from serving.http.access.guard import UPLOAD, Guard
+from serving.http.access.tenants import Keys, Quota
+from serving.http.access.timeouts import BodyTimeout
 from serving.http.intake import Intake
 from serving.http.library import Library
 from serving.http.problems import REQUEST_ID, ApiError, Problem, describe
 from serving.http.replies import KeyReused, Replies
+from serving.http.sdapi import info, routes
 from serving.http.service import Engines, Generate, Service, request_id, service_of
-from serving.http.tenants import Keys, Quota
-from serving.http.timeouts import BodyTimeout
 from serving.http.wire import ErrorAnswer, Health
 from training.errors import UserError
 
@@ -83,7 +82,7 @@ def create_app(
     app.state.under = {}
     for kind in (ApiError, UserError, GenerationFailed, KeyReused, RequestValidationError, HTTPException):
         app.add_exception_handler(kind, _told)
-    for router in (api_images.router, api_adapters.router, api_sdapi.router, api_sdapi_info.router):
+    for router in (api_images.router, api_adapters.router, routes.router, info.router):
         app.include_router(router, dependencies=SECURITY)
     app.get("/healthz", tags=["operation"], responses={503: {"model": Health}})(_health)
     app.get("/metrics", tags=["operation"], response_class=Response)(_metrics)

@@ -6,7 +6,7 @@ import json
 from PIL import PngImagePlugin
 
 from serving.engine.request import AdapterUse, GenerateRequest
-from serving.http.sd_samplers import sampler_label
+from serving.http.sdapi.samplers import sampler_label
 
 KEY = "parameters"
 _HEADER_BYTES = 33  # signature and IHDR, which text may follow

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from serving.config import ServeSpec
-from serving.engine.pictures import count
+from serving.engine.pictures.codec import count
 from serving.engine.request import AdapterRef, AdapterUse, GenerateRequest
 from serving.errors import Refused
 from serving.http.library import Library

@@ -13,15 +13,15 @@ from datetime import UTC, datetime
 from typing import Any
 
 from serving.config import EngineSpec, Limits
-from serving.engine.fit import check_fit
 from serving.engine.request import AdapterRef
+from serving.engine.tiers.disk import DiskCache
+from serving.engine.tiers.fit import check_fit
 from serving.errors import QuotaExceeded, Refused
-from serving.http.disk import DiskCache
 from training.adapters.adapter import Adapter, AdapterError, check_adapter, load_adapter, save_adapter
 from training.adapters.formats.formats import import_adapter
 from training.base.families import open_family
-from training.base.folder import hash_base, public_name
-from training.base.outline import Outline
+from training.base.files.folder import hash_base, public_name
+from training.base.files.outline import Outline
 from training.storage.card import Card
 from training.storage.registry import WEIGHTS, CorruptAdapter, Registry, Resolved, UnknownAdapter, Usage, check_id
 from training.storage.storage import content_id

@@ -16,11 +16,11 @@ from fastapi import Request
 
 from serving.engine.job import EngineStats
 from serving.engine.request import AdapterRef, Event, GenerateRequest, Picture
+from serving.http.access.tenants import Keys, Quota, Scope
 from serving.http.infotext import infotext, with_infotext
 from serving.http.intake import Intake
 from serving.http.metrics import Metrics
 from serving.http.problems import ApiError
-from serving.http.tenants import Keys, Quota, Scope
 from training.storage.registry import DEFAULT_TENANT
 
 Generate = Callable[[GenerateRequest], AsyncIterator[Event]]

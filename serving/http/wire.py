@@ -8,8 +8,9 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from serving.engine.request import MAX_SEED, Closed, ImageFormat
+from serving.engine.request import MAX_SEED, ImageFormat
 from training.base.facts import SamplerName
+from training.storage.closed import Closed
 
 # No string is longer than its field may be, whatever the server's own limits are: looked at before anything else is
 # done with it. A length is also what makes pydantic refuse a lone surrogate, which no encoder and no answer can hold.

@@ -33,7 +33,7 @@ from tools.pocket.figures import sheet
 from tools.pocket.likeness import Worth, weigh
 from tools.pocket.recipe import BASE, DOCS
 from tools.pocket.subjects import SUBJECTS, Subject, picture
-from training.base.folder import hash_base
+from training.base.files.folder import hash_base
 from training.evaluation.compare import standard_error
 
 log = logging.getLogger(__name__)

@@ -11,7 +11,7 @@ from training.adapters.adapter import Adapter
 from training.adapters.bank import find_sites
 from training.adapters.merge import merge_adapters
 from training.base.base import Base, load_base
-from training.base.weights import find_weights
+from training.base.files.weights import find_weights
 from training.errors import UserError
 from training.storage.delivery import delivered
 

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from training.base.check import check_base
 from training.base.facts import Facts
 from training.base.family import Cond, Family, Parts, RowFacts, Words
-from training.base.folder import find_base, hash_base
+from training.base.files.check import check_base
+from training.base.files.folder import find_base, hash_base
 from training.base.footprint import images_at_once
-from training.base.process import Process
+from training.base.noise.process import Process
 from training.base.words import first_vector
 
 DRAWN = RowFacts()

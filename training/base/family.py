@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from training.base.process import Process, Size
+    from training.base.noise.process import Process, Size
 
 Cond = Mapping[str, "Tensor"]  # one prompt as the denoiser takes it, without a batch axis; opaque outside the family
 Words = Mapping[str, "Tensor"]  # textual-inversion word -> [V, D]: V token places, D the encoders' widths together

@@ -13,7 +13,7 @@ import pyarrow.parquet
 import torch
 import yaml
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ConfigDict, Field
 from torch import Tensor
 
 from training.adapters.adapter import Adapter
@@ -23,6 +23,7 @@ from training.evaluation import scores
 from training.evaluation.compare import contact_sheet, standard_error
 from training.evaluation.judges.box import Judges
 from training.sampling.render import Look, Shot, adapter_bank, render
+from training.storage.closed import Closed
 
 if TYPE_CHECKING:
     from training.evaluation.judges.configured import Inception
@@ -30,25 +31,27 @@ if TYPE_CHECKING:
 FOLDER = Path(__file__).parent / "protocols"
 
 
-class PaperRow(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+class PaperRow(Closed):
+    """A row of the paper's table: its scores of a method."""
+
+    model_config = ConfigDict(populate_by_name=True)
     method: str
     dino: float | None = Field(None, alias="DINO")
     clip_i: float | None = Field(None, alias="CLIP-I")
     clip_t: float | None = Field(None, alias="CLIP-T")
 
 
-class Prompts(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+class Prompts(Closed):
+    """The prompts for all subjects, for objects and for live ones."""
+
     both: tuple[str, ...]
     objects: tuple[str, ...]
     live: tuple[str, ...]
 
 
-class Protocol(BaseModel):
+class Protocol(Closed):
     """Subjects with their classes, the prompts of either kind, images a prompt, and the paper's own numbers."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
     name: str
     source: str
     images: int

@@ -10,13 +10,13 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from PIL import Image
-from pydantic import BaseModel, ConfigDict
 
 from training.evaluation.advice import advice
 from training.photos.photo_report import PhotoWarning
 from training.photos.photos import Photo, Photos
 from training.run.run import RunStore
 from training.storage.card import Score
+from training.storage.closed import Closed
 from training.storage.interface import NotFound
 
 if TYPE_CHECKING:  # whoever only reads records needs no torch
@@ -27,11 +27,7 @@ MAX_PHOTOS = 24
 MAX_PROMPTS = 8
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Warned(_Part):
+class Warned(Closed):
     """A photo warning: which photos, what was found, what to do."""
 
     kind: str
@@ -40,7 +36,7 @@ class Warned(_Part):
     advice: str
 
 
-class Record(_Part):
+class Record(Closed):
     """One judged subject. Row `n` of samples.webp is `steps[n - 1]`; row 0 is the base alone."""
 
     id: str

@@ -7,9 +7,10 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Literal, NamedTuple, Protocol
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BeforeValidator, Field
 
 from training.manifest.axes import AXES
+from training.storage.closed import Closed
 
 _CONDITION = re.compile(r"\s*(>=|<=|>|<)\s*(-?\d+(?:\.\d+)?)\s*")
 
@@ -18,11 +19,7 @@ LikenessModel = Literal["auto", "efficientnet-lite0", "pocket-judge", "base", "c
 FidelityModel = Literal["auto", "pocket-judge", "base", "clip"]
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class EvaluateSpec(_Part):
+class EvaluateSpec(Closed):
     """How a subject's checkpoints are judged, and which one is published."""
 
     enabled: bool = True
@@ -83,7 +80,7 @@ def _checked(text: object) -> str:
 Rule = Annotated[str, BeforeValidator(_checked)]
 
 
-class GateSpec(_Part):
+class GateSpec(Closed):
     """`publish_if`: conditions on the scores of the chosen step. All must hold, and each score must be there."""
 
     likeness: Rule | None = None

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from training.errors import UserError
 from training.manifest.gate import EvaluateSpec, GateSpec
+from training.storage.closed import Closed
 
 ID_PATTERN = r"[a-z0-9][a-z0-9._-]{0,62}"
 Id = Annotated[str, Field(pattern=rf"^{ID_PATTERN}$", description="[a-z0-9][a-z0-9._-]{0,62}")]
@@ -25,12 +26,6 @@ Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 USUAL_SAMPLES = 4
 LR_SCHEDULERS = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
-
-
-class Closed(BaseModel):
-    """Unknown keys are errors, and nothing changes after validation."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class LoraSpec(Closed):

@@ -16,9 +16,9 @@ from PIL import Image
 
 from training.errors import UserError
 from training.photos.captions import captions
-from training.photos.images import MIB, ImageError, ImageLimits, Picture, read_picture
 from training.photos.photo_report import PhotoWarning, Seen, listed, report, shown
 from training.photos.variants import Crop, can_find_faces, find_face
+from training.storage.images import MIB, ImageError, ImageLimits, Picture, read_picture
 
 # What lies beside photos and is none: notes, captions, metadata, other trainers' caches.
 SIDECARS = {".txt", ".caption", ".json", ".jsonl", ".csv", ".tsv", ".md", ".yaml", ".yml", ".toml", ".xmp", ".aae"}

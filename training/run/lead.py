@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Self
 
-from training.manifest.manifest import Closed
+from training.storage.closed import Closed
 from training.storage.interface import NotFound, Storage, StorageUnavailable
 
 RENEW_SECONDS = 5.0

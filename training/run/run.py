@@ -16,7 +16,8 @@ from typing import Literal
 from pydantic import Field
 
 from training.errors import UserError
-from training.manifest.manifest import Closed, Manifest
+from training.manifest.manifest import Manifest
+from training.storage.closed import Closed
 from training.storage.interface import NotFound, Storage
 
 State = Literal["queued", "preparing", "training", "evaluating", "published", "failed", "cancelled", "reused"]

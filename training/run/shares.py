@@ -8,21 +8,18 @@ ask one keeper; it holds nothing that the next question would not tell it again.
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import yaml
 from pydantic import PositiveInt, RootModel, ValidationError
 
 from training.errors import UserError
-from training.manifest.manifest import Closed
+from training.storage.closed import Closed
 from training.storage.storage import NotFound, Storage
 
 PATIENCE_SECONDS = 60.0  # an autoscaler's node is there by then, or will not come
 FORGET_SECONDS = 30.0  # after so long without a word a run is gone
 CAPACITY_SECONDS = 120.0  # devices that change hands are missed for a moment: capacity is the most within so long
-ASK_SECONDS = 2.0
 QUOTAS = "quotas.yaml"
-_ACTOR, _NAMESPACE = "dreamfleet-shares", "dreamfleet"
 
 
 class Claim(Closed):
@@ -128,51 +125,3 @@ def read_quota(storage: Storage, tenant: str) -> int | None:
         raise UserError(
             f"{storage}: {QUOTAS} is not understood: {error}. It maps tenants to devices: `acme: 4`."
         ) from None
-
-
-class ShareKeeper:
-    """`Shares` behind Ray's border."""
-
-    def __init__(self) -> None:
-        self._shares = Shares()
-
-    def claim(self, claim: dict[str, Any]) -> int | None:
-        return self._shares.claim(Claim.model_validate(claim))
-
-    def leave(self, run: str) -> None:
-        self._shares.leave(run)
-
-
-class Sharing:
-    """One run's word with the keeper of its cluster."""
-
-    def __init__(self, run: str, tenant: str, priority: int, quota: int | None) -> None:
-        self._about = {"run": run, "tenant": tenant, "priority": priority, "quota": quota}
-        self._keeper: Any = None
-        self._asked = 0.0
-        self._allowed: int | None = quota
-
-    def ask(self, working: int, pending: int) -> int | None:
-        """How many devices this run may have; None: as many as there are. The last answer holds for a moment."""
-        import ray
-
-        if time.monotonic() - self._asked >= ASK_SECONDS:
-            self._asked = time.monotonic()
-            try:
-                claim = Claim.model_validate({**self._about, "working": working, "pending": pending})
-                self._allowed = ray.get(self._actor().claim.remote(claim.model_dump()), timeout=10)
-            except ray.exceptions.RayError:
-                self._keeper = None  # the run that had started it is over; the next question starts another
-        return self._allowed
-
-    def leave(self) -> None:
-        if self._keeper is not None:
-            self._keeper.leave.remote(self._about["run"])
-
-    def _actor(self) -> Any:
-        import ray
-
-        if self._keeper is None:
-            keeper = ray.remote(ShareKeeper)
-            self._keeper = keeper.options(name=_ACTOR, namespace=_NAMESPACE, get_if_exists=True, num_cpus=0).remote()
-        return self._keeper

@@ -13,9 +13,9 @@ from typing import Literal, NamedTuple
 
 from pydantic import Field
 
-from training.manifest.manifest import Closed
 from training.run.run import ENDED, Attempt, State, SubjectRecord
 from training.run.source import Beat, Orders, Outcome
+from training.storage.closed import Closed
 
 LEASE_SECONDS = 300.0
 MAX_ATTEMPTS = 3

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from training.base.folder import find_base, hash_base
-from training.base.outline import Outline, outline
+from training.base.files.folder import find_base, hash_base
+from training.base.files.outline import Outline, outline
 from training.errors import UserError
 from training.manifest.manifest import Manifest, SubjectSpec, load_manifest
 from training.manifest.plan import unmatched_targets

@@ -5,7 +5,9 @@ Owns the fields of `card.json`. A card holds no path, host, token or key.
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, StringConstraints
+from pydantic import ConfigDict, Field, JsonValue, StringConstraints
+
+from training.storage.closed import Closed
 
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Fingerprint = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{8,64}$")]
@@ -13,8 +15,8 @@ Finite = Annotated[float, Field(allow_inf_nan=False)]
 MAX_BYTES = 256 << 20  # of an adapter file
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+class _Part(Closed):
+    model_config = ConfigDict(populate_by_name=True)
 
 
 class Score(_Part):

@@ -16,9 +16,10 @@ import time
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
 from training.errors import UserError
+from training.storage.closed import Closed
 from training.storage.storage import NotFound, Storage, StorageUnavailable
 
 _FINGERPRINT = re.compile(r"[0-9a-f]{8,64}")
@@ -29,9 +30,7 @@ class CorruptAdapter(UserError):
     """The stored bytes are not those that were published."""
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
+class _Record(Closed):
     def dump(self) -> bytes:
         return self.model_dump_json(exclude_defaults=True).encode()
 

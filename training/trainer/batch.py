@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, fields
 import torch
 from torch import Tensor
 
-from training.base.process import UNIFORM, Process
+from training.base.noise.process import UNIFORM, Process
 from training.base.stream import shuffled, stream
 from training.manifest.manifest import SubjectSpec
 from training.trainer.latents import LatentSet, same_sizes

@@ -12,7 +12,7 @@ from torch import Tensor
 from training.adapters.bank import Bank, Route
 from training.base.base import Base
 from training.base.family import Cond
-from training.base.process import row_losses
+from training.base.noise.process import row_losses
 from training.trainer.batch import Batch
 from training.trainer.learner import Learner
 from training.trainer.member import Member

@@ -13,7 +13,7 @@ import serving.__main__
 from ray_app.cli.main import main
 from ray_app.cli.server import serve
 from serving.config import EngineSpec, ServeSpec
-from serving.engine.fit import check_fit
+from serving.engine.tiers.fit import check_fit
 from tests.serving.company import random_adapter
 from training.adapters.adapter import Adapter, AdapterError
 from training.base.base import Base

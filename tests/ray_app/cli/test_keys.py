@@ -10,7 +10,7 @@ from click.testing import CliRunner, Result
 
 from ray_app.cli.keys import parse_expiry
 from ray_app.cli.main import main
-from serving.http.tenants import Keys
+from serving.http.access.tenants import Keys
 from training.errors import UserError
 
 NOW = datetime(2026, 11, 24, 12, tzinfo=UTC)

@@ -10,7 +10,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, StreamingRespon
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ray_app.serve.proxy import LostIngress, guard
-from serving.http.timeouts import TimedProtocol
+from serving.http.access.timeouts import TimedProtocol
 
 
 def ask(app: ASGIApp) -> httpx.Response:

@@ -12,7 +12,7 @@ from tests.tiny import tiny_images
 from tests.training.trainer.test_pack import distance
 from training.adapters.adapter import Adapter
 from training.base.base import Base
-from training.base.outline import outline
+from training.base.files.outline import outline
 from training.manifest.manifest import load_manifest
 from training.manifest.plan import plan_run
 from training.photos.intake import current_fingerprint

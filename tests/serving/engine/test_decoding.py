@@ -16,13 +16,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from serving.engine import decoding
-from serving.engine.decoding import PIXELS, WAITING, Decoding
-from serving.engine.pictures import MAX_PIXELS, count, decode
+from serving.engine.pictures.codec import MAX_PIXELS, count, decode, decoding
+from serving.engine.pictures.decoding import PIXELS, WAITING, Decoding
 from serving.errors import NotReady, QueueFull, Refused
 from tests.serving.http.test_api import World, problem
 from training.base.base import Base
-from training.photos.images import ORIENTATION_TAG
+from training.storage.images import ORIENTATION_TAG
 
 
 def encoded(image: Image.Image, form: str = "PNG", **options: object) -> bytes:

@@ -13,7 +13,7 @@ from PIL import Image
 from serving.engine.engine import Engine
 from serving.engine.job import EngineStats, Sample
 from serving.engine.loop import EngineLoop
-from serving.engine.pictures import decode, encode
+from serving.engine.pictures.codec import decode, encode
 from serving.engine.request import Picture, Preview
 from serving.errors import AdapterUnavailable, GenerationFailed, NotReady, QueueFull, Refused
 from tests.serving.company import Shelf, ask, picture, random_adapter, ref, small

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from serving.engine.samplers import Lines
 from tests.tiny import tiny_pipeline
-from training.base.ddpm import Ddpm
 from training.base.facts import SamplerName
-from training.base.process import Schedule
+from training.base.noise.ddpm import Ddpm
+from training.base.noise.process import Schedule
 from training.errors import UserError
 
 

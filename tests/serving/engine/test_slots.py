@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from serving.engine.slots import Slots
+from serving.engine.tiers.slots import Slots
 
 
 def test_the_least_recently_used_goes_first() -> None:

@@ -19,14 +19,14 @@ from safetensors.torch import save
 from serving.config import Limits, ServeSpec
 from serving.engine.engine import Engine
 from serving.engine.loop import EngineLoop
+from serving.http.access.tenants import Keys
 from serving.http.app import create_app
 from serving.http.library import Fetcher, Library
-from serving.http.tenants import Keys
 from serving.local import LocalEngines
 from tests.serving.company import random_adapter, small
 from training.adapters.adapter import Adapter, save_adapter
 from training.base.base import Base
-from training.base.outline import outline
+from training.base.files.outline import outline
 from training.storage.registry import Registry
 from training.storage.storage import open_storage
 

@@ -19,9 +19,9 @@ import uvicorn
 from click.testing import CliRunner
 
 from serving.__main__ import main
-from serving.http import timeouts
-from serving.http.guard import is_loopback
-from serving.http.timeouts import TimedProtocol
+from serving.http.access import timeouts
+from serving.http.access.guard import is_loopback
+from serving.http.access.timeouts import TimedProtocol
 from tests.serving.http.test_api import World
 from training.base.base import Base
 from training.errors import UserError

@@ -10,8 +10,8 @@ from typing import Any
 import httpx
 import pytest
 
+from serving.http.access.tenants import Keys, Scope
 from serving.http.app import create_app
-from serving.http.tenants import Keys, Scope
 from serving.local import LocalEngines
 from tests.serving.company import random_adapter
 from tests.serving.http.test_api import World, problem

@@ -11,8 +11,8 @@ import httpx
 import pytest
 from PIL import Image
 
-from serving.http.sd_prompt import split_prompt
-from serving.http.sd_samplers import read_sampler
+from serving.http.sdapi.prompt import split_prompt
+from serving.http.sdapi.samplers import read_sampler
 from serving.http.wire import MAX_PROMPT, WornAdapter
 from tests.serving.http.test_api import World, pixels, problem
 from training.base.base import Base

@@ -13,7 +13,7 @@ from diffusers import StableDiffusionPipeline
 
 from tests.tiny import ddpm, vae
 from training.base.base import Base, load_base
-from training.base.folder import find_base, hash_base
+from training.base.files.folder import find_base, hash_base
 from training.errors import UserError
 from training.storage import file_hash
 from training.storage.file_hash import hash_file

@@ -17,10 +17,10 @@ from safetensors.torch import load_file, save_file
 from tests.tiny import tiny_images
 from training.adapters.fuse import fuse_base
 from training.base.base import Base, load_base
-from training.base.check import check_base
-from training.base.folder import find_base
-from training.base.outline import outline
-from training.base.weights import find_weights
+from training.base.files.check import check_base
+from training.base.files.folder import find_base
+from training.base.files.outline import outline
+from training.base.files.weights import find_weights
 from training.errors import UserError
 from training.run.submission import read_manifest, submit
 from training.storage.storage import open_storage
@@ -100,7 +100,7 @@ def test_a_manifest_on_such_a_base_is_refused_and_nothing_is_submitted(folder: P
 def test_it_is_said_without_torch(folder: Path) -> None:
     inpainting(folder)
     code = (
-        "import sys; from training.base.outline import outline; from training.errors import UserError\n"
+        "import sys; from training.base.files.outline import outline; from training.errors import UserError\n"
         f"try: outline({str(folder)!r})\n"
         "except UserError: sys.exit('torch' in sys.modules)\n"
         "sys.exit('not refused')"

@@ -16,8 +16,8 @@ from tests.original import original_clip, original_open_clip, original_unet, ori
 from tests.tiny import clip, clip_tokenizer
 from tests.training.subjects import latents, spec
 from training.base.base import load_base
-from training.base.folder import find_base
-from training.base.single_file import configs, convert
+from training.base.files.folder import find_base
+from training.base.files.single_file import configs, convert
 from training.errors import UserError
 from training.trainer.member import Subject
 from training.trainer.pack import Pack, training_bank
@@ -97,7 +97,7 @@ def test_what_is_no_checkpoint_says_so(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_what_the_file_does_not_say_can_stand_beside_it(tmp_path: Path) -> None:
-    from training.base.single_file import _describe
+    from training.base.files.single_file import _describe
 
     file = tmp_path / "two.safetensors"
     save_file({"cond_stage_model.model.token_embedding.weight": torch.zeros(2)}, file)

@@ -18,7 +18,7 @@ from tests.training.subjects import latents, spec
 from training.adapters.adapter import Adapter, LowRank, load_adapter
 from training.adapters.bank import find_sites
 from training.base.base import Base
-from training.base.outline import outline
+from training.base.files.outline import outline
 from training.base.stream import stream
 from training.evaluation import evaluate
 from training.evaluation.choose import choose

@@ -10,8 +10,8 @@ from tests.tiny import clip
 from tests.training.subjects import subject
 from training.adapters.bank import Bank, find_sites
 from training.base.base import Base
+from training.base.files.outline import Outline, outline
 from training.base.footprint import DRAWN_BYTES, PIXEL_BYTES, TRAINED_BYTES
-from training.base.outline import Outline, outline
 from training.manifest.manifest import Manifest, parse_manifest
 from training.manifest.plan import adapter_parameters, plan_run, reserve, unmatched_targets
 

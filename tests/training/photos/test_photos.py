@@ -15,9 +15,9 @@ from PIL import Image
 from tests.training.subjects import spec
 from training.errors import UserError
 from training.photos import photos as photos_module
-from training.photos.images import MIB, ImageLimits
 from training.photos.intake import fingerprint, read_files
 from training.photos.photos import PhotoFile, Rejected, TooFewPhotos, list_photo_files, photos
+from training.storage.images import MIB, ImageLimits
 from training.storage.storage import LocalStorage
 
 

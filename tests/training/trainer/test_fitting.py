@@ -6,7 +6,7 @@ import pytest
 
 from tests.training.subjects import spec
 from training.base.base import Base
-from training.base.outline import outline
+from training.base.files.outline import outline
 from training.errors import TooLarge, UserError
 from training.manifest.manifest import parse_manifest
 from training.manifest.plan import plan_run

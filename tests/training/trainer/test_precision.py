@@ -12,7 +12,7 @@ from tests.tiny import ddpm, tiny_base
 from tests.training.subjects import subject
 from tests.training.trainer.test_pack import distance, plain_loop, run
 from training.base.base import Base, load_base
-from training.base.ddpm import Ddpm
+from training.base.noise.ddpm import Ddpm
 from training.errors import UserError
 from training.trainer.member import FP16_SCALE
 from training.trainer.worker.worker import precision

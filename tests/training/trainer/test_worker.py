@@ -16,7 +16,7 @@ from tests.tiny import tiny_images
 from training.adapters.adapter import load_adapter
 from training.adapters.bank import Bank
 from training.base.base import Base
-from training.base.outline import outline
+from training.base.files.outline import outline
 from training.errors import UserError
 from training.manifest.manifest import Manifest, SubjectSpec, parse_manifest
 from training.manifest.plan import plan_run

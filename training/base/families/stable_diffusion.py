@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from training.base.facts import Facts, check_class, check_files, read_config, with_defaults
 from training.base.family import Cond, Parts, RowFacts, Words
+from training.base.files.weights import check_channels, load_model
 from training.base.footprint import DRAWN_BYTES, PIXEL_BYTES, TRAINED_BYTES
-from training.base.weights import check_channels, load_model
 from training.errors import UserError
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from training.base.ddpm import Ddpm
-    from training.base.process import Size
+    from training.base.noise.ddpm import Ddpm
+    from training.base.noise.process import Size
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 CLIP_ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")
@@ -73,7 +73,7 @@ class StableDiffusion:
     @cached_property
     def process(self) -> "Ddpm":
         """The noise process of the base's scheduler config."""
-        from training.base.ddpm import Ddpm
+        from training.base.noise.ddpm import Ddpm
 
         config: dict[str, Any] = json.loads((self.folder / SCHEDULER).read_text(encoding="utf-8"))
         return Ddpm(config)

@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from training.base.base import Base
 from training.base.family import Cond
-from training.base.process import row_losses
+from training.base.noise.process import row_losses
 from training.base.stream import stream
 from training.errors import UserError
 from training.evaluation.judges.pocket import Judge, to_pixels

@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from training.base.folder import EMBEDDED
+from training.base.files.folder import EMBEDDED
 
 FOLDER = EMBEDDED / "pocket-judge"
 IMAGE_PX = 64

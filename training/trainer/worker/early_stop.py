@@ -12,7 +12,7 @@ from torch import Tensor
 
 from training.adapters.bank import Bank
 from training.base.base import Base
-from training.base.process import row_losses
+from training.base.noise.process import row_losses
 from training.base.stream import shuffled, stream
 from training.evaluation.choose import has_settled
 from training.manifest.manifest import SubjectSpec

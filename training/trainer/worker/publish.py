@@ -9,7 +9,7 @@ from PIL import Image
 
 from training.adapters.adapter import Adapter, save_adapter, version_of
 from training.base.base import Base
-from training.base.folder import public_name
+from training.base.files.folder import public_name
 from training.evaluation.evaluate import Evaluation
 from training.manifest.manifest import SubjectSpec
 from training.photos.photos import Photos

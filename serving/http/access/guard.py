@@ -12,9 +12,9 @@ from fastapi.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope as AsgiScope, Send
 
 from serving.errors import Refused
+from serving.http.access.tenants import Scope
 from serving.http.problems import ApiError, describe
 from serving.http.service import Service, service_of
-from serving.http.tenants import Scope
 
 OPEN = "/healthz"  # load balancers ask by address
 KEYED = ("/v1/", "/sdapi/")

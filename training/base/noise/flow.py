@@ -16,7 +16,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 from training.base.facts import SamplerName
-from training.base.process import (
+from training.base.noise.process import (
     BEFORE,
     CLEAN,
     CLEAN_OUT,

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from serving.engine.request import AdapterRef
-from serving.http.disk import DiskCache
+from serving.engine.tiers.disk import DiskCache
 from serving.http.library import Fetcher
 from tests.serving.company import random_adapter
 from training.adapters.adapter import save_adapter

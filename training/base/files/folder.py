@@ -12,11 +12,11 @@ from pathlib import Path
 
 from training.base.facts import DEFAULTS_FILE
 from training.base.families import open_family
-from training.base.weights import checkpoint_version, find_weights, read_header
+from training.base.files.weights import checkpoint_version, find_weights, read_header
 from training.errors import UserError
 from training.storage.file_hash import cache_folder, hash_file
 
-EMBEDDED = Path(__file__).parents[1] / "bases"
+EMBEDDED = Path(__file__).parents[2] / "bases"
 
 
 def find_base(name: str, root: str | Path = ".") -> Path:
@@ -45,7 +45,7 @@ def _converted(file: Path) -> Path:
     folder = cache_folder() / "bases" / f"{file.stem}-{hash_file(file)[:16]}"
     if not (folder / "model_index.json").is_file():
         # a process of its own, so that planning needs no torch
-        command = [sys.executable, "-m", "training.base.single_file", str(file), str(folder)]
+        command = [sys.executable, "-m", "training.base.files.single_file", str(file), str(folder)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             said = done.stderr.strip().splitlines()

@@ -15,8 +15,8 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image, ImageCms
 
-from training.photos import images
-from training.photos.images import (
+from training.storage import images
+from training.storage.images import (
     MAX_JPEG_SCANS,
     ORIENTATION_TAG,
     ImageError,
@@ -250,7 +250,7 @@ def test_a_phones_200_megapixels_are_read_scaled_down_in_bounded_memory(tmp_path
     file = tmp_path / "large.jpg"
     file.write_bytes(tall_jpeg(16_384, 12_288))
     code = (
-        "import resource, sys; from training.photos.images import read_image;"
+        "import resource, sys; from training.storage.images import read_image;"
         "data = open(sys.argv[1], 'rb').read();"
         "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; before = peak();"
         "image = read_image(data, 'large.jpg');"

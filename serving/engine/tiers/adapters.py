@@ -14,10 +14,10 @@ from threading import Event
 import torch
 
 from serving.config import EngineSpec
-from serving.engine.fit import check_fit
 from serving.engine.request import AdapterRef
-from serving.engine.slots import Slots
-from serving.engine.tiers import HostCache
+from serving.engine.tiers.fit import check_fit
+from serving.engine.tiers.host import HostCache
+from serving.engine.tiers.slots import Slots
 from serving.errors import AdapterUnavailable
 from training.adapters.adapter import Adapter
 from training.adapters.bank import Bank, Row, find_sites

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from serving.engine.request import ImageFormat
 from serving.errors import Refused
-from training.photos.images import ImageError, ImageLimits, count_pixels, read_image
+from training.storage.images import ImageError, ImageLimits, count_pixels, read_image
 
 # Of a picture that a client sends, in what is decoded: a JPEG that is larger than it is wanted is scaled meanwhile.
 MAX_PIXELS = 24_000_000

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from training.base.check import check_base
 from training.base.facts import Facts
-from training.base.folder import count_parameters, find_base, layer_shapes
+from training.base.files.check import check_base
+from training.base.files.folder import count_parameters, find_base, layer_shapes
 from training.base.names import canonical
 
 

@@ -18,7 +18,7 @@ from PIL import Image, ImageCms
 from PIL.JpegImagePlugin import JpegImageFile
 
 from training.errors import UserError
-from training.photos import jpeg
+from training.storage import jpeg
 
 MIB = 2**20
 # Real progressive JPEGs have about 10 scans. Each scan walks the whole image, so thousands of empty ones cost hours.

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from training.base.families import open_family
 from training.base.family import Family
-from training.base.weights import find_weights, read_header
+from training.base.files.weights import find_weights, read_header
 
 
 def check_base(name: str, folder: Path) -> Family:

@@ -8,10 +8,9 @@ import asyncio
 from fastapi import APIRouter, Request
 
 from serving.http.images import ERRORS
-from serving.http.sd_samplers import AUTOMATIC, KARRAS, SAMPLERS, aliases
-from serving.http.sd_undone import check_options, options
-from serving.http.service import service_of
-from serving.http.wire_sdapi import (
+from serving.http.sdapi.samplers import AUTOMATIC, KARRAS, SAMPLERS, aliases
+from serving.http.sdapi.undone import check_options, options
+from serving.http.sdapi.wire import (
     SdEmbeddings,
     SdLora,
     SdMemory,
@@ -22,6 +21,7 @@ from serving.http.wire_sdapi import (
     SdScripts,
     SdUpscaler,
 )
+from serving.http.service import service_of
 
 router = APIRouter(prefix="/sdapi/v1", tags=["AUTOMATIC1111"])
 RHO = 7.0  # of Karras' spacing

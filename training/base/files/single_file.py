@@ -1,6 +1,6 @@
 """A base in one `.safetensors` checkpoint, as the original programs write it, turned into a diffusers folder once.
 
-`python -m training.base.single_file FILE FOLDER` is how it is called, so that who only plans needs no torch. The
+`python -m training.base.files.single_file FILE FOLDER` is how it is called, so that who only plans needs no torch. The
 shapes of Stable Diffusion 1.x and 2.x are known here; CLIP's tokenizer ships with the package. No network.
 """
 
@@ -12,8 +12,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from training.base.folder import EMBEDDED
-from training.base.weights import checkpoint_version
+from training.base.files.folder import EMBEDDED
+from training.base.files.weights import checkpoint_version
 from training.errors import UserError
 
 _BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}

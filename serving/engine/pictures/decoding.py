@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from serving.engine.pictures import MAX_PIXELS, count, decode
+from serving.engine.pictures.codec import MAX_PIXELS, count, decode
 from serving.errors import NotReady, QueueFull
 
 THREADS = 2

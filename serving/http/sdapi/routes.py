@@ -18,11 +18,11 @@ from serving.http.images import ERRORS
 from serving.http.infotext import infotext
 from serving.http.intake import any_seed, read_picture_field
 from serving.http.problems import ApiError
-from serving.http.sd_prompt import refuse_tags, split_prompt
-from serving.http.sd_samplers import read_sampler, sampler_label
-from serving.http.sd_undone import refuse_undone
+from serving.http.sdapi.prompt import refuse_tags, split_prompt
+from serving.http.sdapi.samplers import read_sampler, sampler_label
+from serving.http.sdapi.undone import refuse_undone
+from serving.http.sdapi.wire import Img2ImgBody, SdImages, SdProgress, Txt2ImgBody
 from serving.http.service import Service, request_id, service_of, unless_gone
-from serving.http.wire_sdapi import Img2ImgBody, SdImages, SdProgress, Txt2ImgBody
 
 router = APIRouter(prefix="/sdapi/v1", tags=["AUTOMATIC1111"])
 PREVIEWS = 8

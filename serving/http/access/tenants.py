@@ -26,9 +26,9 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from serving.config import Limits
-from serving.engine.request import Closed
 from serving.errors import NotReady, QueueFull
 from training.errors import UserError
+from training.storage.closed import Closed
 from training.storage.registry import check_id
 
 logger = logging.getLogger(__name__)
