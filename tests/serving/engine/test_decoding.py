@@ -16,7 +16,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from serving.engine.pictures.codec import MAX_PIXELS, count, decode, decoding
+from serving.engine.pictures import decoding
+from serving.engine.pictures.codec import MAX_PIXELS, count, decode
 from serving.engine.pictures.decoding import PIXELS, WAITING, Decoding
 from serving.errors import NotReady, QueueFull, Refused
 from tests.serving.http.test_api import World, problem
