@@ -32,7 +32,7 @@ def fuse_base(base_name: str, parts: Sequence[tuple[Adapter, float]], out: Path,
     """
     if out.exists() and any(out.iterdir()):
         raise UserError(f"'{out}' is not empty. Name a new folder.")
-    adapter = merge_adapters(parts)
+    adapter = merge_adapters(parts) if parts else Adapter({})
     base = load_base(base_name, device="cpu", root=root)
     _add_deltas(base, adapter)
     variant = find_weights(base.folder, base.facts.denoiser).variant
