@@ -62,7 +62,7 @@ def test_a_fused_base_draws_what_the_adapter_draws(shelf: Path, tiny: Base) -> N
     assert made.exit_code == 0, made.output
     fused = StableDiffusionPipeline.from_pretrained(out)
     delta = published(shelf, "one").modules
-    before, after = tiny.denoiser.state_dict(), fused.denoiser.state_dict()
+    before, after = tiny.denoiser.state_dict(), fused.unet.state_dict()
     for key, low in delta.items():
         name = f"{key.removeprefix('unet.')}.weight"
         assert (after[name] - before[name] - 0.5 * low.delta()).abs().max() < 2e-3, name
