@@ -168,7 +168,8 @@ class Pack:
     def _forward_backward(self, members: Sequence[Member]) -> tuple[list[float], list[float]]:
         """Adds every member's gradient to its slot; returns instance and prior loss of each member."""
         turns = [Turn(m.spec, m.subject.instance, m.subject.prior, m.step, m.micro) for m in members]
-        parts = make_batch(turns, self.base.process, self._part).parts(self.most_rows)
+        batch = make_batch(turns, self.base.process, self._part)
+        parts = batch.parts(self._step.kinds(batch), self.most_rows)
         last = all(member.ends_step for member in members)
         losses = [
             self._step.run(part, members, last=last and turn == len(parts)) for turn, part in enumerate(parts, start=1)
