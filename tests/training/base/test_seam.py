@@ -104,10 +104,7 @@ def plain(base: Base, prompt: str, seed: int, steps: int, guidance: float) -> Te
     latents = torch.randn((1, 4, 8, 8), generator=torch.Generator().manual_seed(seed))
     conds = [base.encode([text])[0]["states"][None] for text in (prompt, "")]
     for time in scheduler.timesteps:
-        said, empty = (
-            -base.denoiser(latents, states, (time / 1000).expand(1)).sample  # type: ignore[operator]
-            for states in conds
-        )
+        said, empty = (-base.denoiser(latents, states, (time / 1000).expand(1)).sample for states in conds)
         latents = scheduler.step(empty + guidance * (said - empty), time, latents).prev_sample
     return latents
 
@@ -120,7 +117,7 @@ def test_samples_are_those_of_diffusers_scheduler(flow: Base) -> None:
     scheduler.set_timesteps(4)
     latents, states = noise[None], flow.encode(["a photo of a dog"])[0]["states"][None]
     for time in scheduler.timesteps:
-        velocity = -flow.denoiser(latents, states, (time / 1000).expand(1)).sample  # type: ignore[operator]
+        velocity = -flow.denoiser(latents, states, (time / 1000).expand(1)).sample
         latents = scheduler.step(velocity, time, latents).prev_sample
     assert (found - latents).abs().max() <= 1e-5
 
