@@ -6,7 +6,7 @@ It decides nothing about a subject: the queue does. It may die at any time; the 
 import contextlib
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
@@ -19,8 +19,9 @@ from training.evaluation.report import write_report
 from training.manifest.plan import plan_run, reserve
 from training.run import cancel
 from training.run.lead import Lead
+from training.run.local import entries
 from training.run.log import RunLog
-from training.run.run import ENDED, RunRecord, RunStore, SubjectRecord
+from training.run.run import ENDED, RunRecord, RunStore, SubjectRecord, end_run
 from training.run.shares import read_quota
 from training.run.source import Beat, Outcome
 from training.run.subject_queue import Entry, Release, SubjectQueue, View
@@ -121,11 +122,11 @@ class Driver:
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         name = f"queue-{self.store.run}"
-        entries = [entry.model_dump() for entry in self._entries()]
+        waiting = entries(self.submission, self.subjects, self.plan.packs, self._reserve)
         # on this node: a queue that dies with another one would take the run along
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         actor = ray.remote(QueueActor).options(num_cpus=0, name=name, scheduling_strategy=here)
-        self._queue = actor.remote(entries)
+        self._queue = actor.remote([entry.model_dump() for entry in waiting])
         packs = (*self.plan.packs, *self._reserve)
         sharing = self._sharing()
         lanes = Lanes(self.store, packs, self.cluster, self.limits, self._queue, name, self._complain, sharing)
@@ -237,12 +238,6 @@ class Driver:
                 step = max(self.store.checkpoints(id), default=0)
                 self.records[id] = record.model_copy(update={"step": step})
 
-    def _entries(self) -> Iterator[Entry]:
-        place = {id: index for index, pack in enumerate(self.plan.packs) for id in pack.subjects}
-        spare = {id: index for index, pack in enumerate(self._reserve, len(self.plan.packs)) for id in pack.subjects}
-        for id in (subject.id for subject in self.submission.record.manifest.subjects):
-            yield Entry(record=self.records[id], profile=place[id], reserve=spare.get(id))
-
 
 def _living_nodes() -> set[str]:
     import ray
@@ -251,10 +246,7 @@ def _living_nodes() -> set[str]:
 
 
 def finish(store: RunStore, record: RunRecord, subjects: Sequence[SubjectRecord]) -> RunRecord:
-    """Writes down that a run has ended, and how, and its report."""
-    states = {subject.state for subject in subjects}
-    state = "failed" if "failed" in states else "cancelled" if "cancelled" in states else "done"
-    ended = record.model_copy(update={"state": state, "finished": time.time()})
-    store.save(ended)
+    """Writes down that a run has ended, and how, and its report; returns its record."""
+    ended = end_run(store, record, subjects)
     write_report(store)
     return ended

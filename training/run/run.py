@@ -9,7 +9,7 @@ runs/<run>/subjects/<id>/checkpoints/<step>.safetensors
 import hashlib
 import itertools
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from typing import Literal
 
@@ -130,6 +130,15 @@ class RunStore:
 
     def _checkpoint_key(self, id: str, step: int) -> str:
         return self.subject_key(id, "checkpoints", f"{step:08d}.safetensors")
+
+
+def end_run(store: RunStore, record: RunRecord, subjects: Sequence[SubjectRecord]) -> RunRecord:
+    """Writes down that a run has ended, and how, by the states of its subjects; returns its record."""
+    states = {subject.state for subject in subjects}
+    state = "failed" if "failed" in states else "cancelled" if "cancelled" in states else "done"
+    ended = record.model_copy(update={"state": state, "finished": time.time()})
+    store.save(ended)
+    return ended
 
 
 def digest_of(manifest: Manifest, base_hash: str) -> str:

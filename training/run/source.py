@@ -5,9 +5,34 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import Literal, Protocol
 
 from training.manifest.manifest import SubjectSpec
+
+
+class Phase(StrEnum):
+    """What a worker is doing with a subject."""
+
+    READING = "reading photos"
+    ENCODING = "encoding photos"
+    CLASS_IMAGES = "class images"
+    TRAINING = "training"
+    EVALUATING = "evaluating"
+    PUBLISHING = "publishing"
+
+
+@dataclass(frozen=True)
+class Doing:
+    """A phase, and how far it is: `done` of `wanted`, where that can be counted."""
+
+    phase: Phase
+    done: int = 0
+    wanted: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.phase} {self.done}/{self.wanted}" if self.wanted else str(self.phase)
+
 
 Kind = Literal["done", "bad subject", "diverged", "out of memory", "too large", "cancelled", "unknown"]
 
@@ -35,7 +60,7 @@ class Task:
 class Beat:
     """A sign of life: what every subject of this worker is doing. Step and loss of those that train."""
 
-    phase: dict[str, str] = field(default_factory=dict)
+    phase: dict[str, Doing] = field(default_factory=dict)
     steps: dict[str, int] = field(default_factory=dict)
     losses: dict[str, float] = field(default_factory=dict)
     images_per_second: float = 0.0
@@ -44,7 +69,7 @@ class Beat:
 
 @dataclass(frozen=True)
 class Orders:
-    """What the source answers a beat: subjects to drop, and whether to checkpoint everything and stop."""
+    """What the source replies to a beat: subjects to drop, and whether to checkpoint everything and stop."""
 
     cancel: frozenset[str] = frozenset()
     stop: bool = False
@@ -67,8 +92,11 @@ class Outcome:
 class Source(Protocol):
     """Where subjects come from and where their outcomes go."""
 
-    def lease(self, count: int) -> Sequence[Task]: ...
+    def lease(self, count: int) -> Sequence[Task]:
+        """Up to `count` subjects to work on; none means that there is nothing to do now."""
 
-    def beat(self, beat: Beat) -> Orders: ...
+    def beat(self, beat: Beat) -> Orders:
+        """Takes in a sign of life and returns what to do."""
 
-    def ended(self, outcome: Outcome) -> None: ...
+    def ended(self, outcome: Outcome) -> None:
+        """Takes in how a subject ended."""

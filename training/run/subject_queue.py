@@ -13,8 +13,9 @@ from typing import Literal, NamedTuple
 
 from pydantic import Field
 
+from training.manifest.manifest import SubjectSpec
 from training.run.run import ENDED, Attempt, State, SubjectRecord
-from training.run.source import Beat, Orders, Outcome
+from training.run.source import Beat, Orders, Outcome, Phase, Task
 from training.storage.closed import Closed
 
 LEASE_SECONDS = 300.0
@@ -33,8 +34,12 @@ _STATES: dict[str, State] = {
 }
 # one device was too small: what may go to a gang of them does
 _TOO_SMALL = ("too large", "out of memory")
-# the first word of a phase; every other phase is preparation
-_PHASES: dict[str, State] = {"training": "training", "evaluating": "evaluating", "publishing": "evaluating"}
+# every other phase is preparation
+_PHASES: dict[Phase, State] = {
+    Phase.TRAINING: "training",
+    Phase.EVALUATING: "evaluating",
+    Phase.PUBLISHING: "evaluating",
+}
 
 
 class Entry(Closed):
@@ -56,6 +61,10 @@ class Lease(Closed):
     fingerprint: str
     rate_factor: float = Field(1.0, description="its learning rates are multiplied by it: less after it has diverged")
     may_spread: bool = Field(False, description="a gang takes it if one device is too small for it")
+
+    def task(self, spec: SubjectSpec) -> Task:
+        """What a worker is given; `spec` as the subject was submitted."""
+        return Task(spec, self.fingerprint, self.may_spread, self.rate_factor)
 
 
 class LaneView(Closed):
@@ -183,7 +192,8 @@ class SubjectQueue:
     def beat(self, lane: int, beat: Beat) -> Orders:
         """Renews the lane's leases and takes in its news. Answers what it shall drop."""
         here = self._lane(lane)
-        here.phases, here.images_per_second = dict(beat.phase), beat.images_per_second
+        here.phases = {id: str(doing) for id, doing in beat.phase.items()}
+        here.images_per_second = beat.images_per_second
         for note in beat.notes:
             self._note(note)
         for id in here.held:  # also those that wait for their turn: their lane lives
@@ -346,7 +356,7 @@ class SubjectQueue:
         return True
 
     def _take_in(self, id: str, beat: Beat) -> None:
-        news: dict[str, object] = {"state": _PHASES.get(beat.phase[id].split(" ")[0], "preparing")}
+        news: dict[str, object] = {"state": _PHASES.get(beat.phase[id].phase, "preparing")}
         if id in beat.steps:
             news |= {"step": beat.steps[id], "loss": beat.losses[id]}
         self._change(id, **news)
