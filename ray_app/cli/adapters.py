@@ -218,17 +218,20 @@ def open_library(registry: "Registry", base: str) -> "Library":
 
 
 def open_registry(storage: str) -> "Registry":
+    """The registry of a storage."""
     from training.storage.registry import Registry
 
     return Registry(open_storage(storage))
 
 
 def resolve(registry: "Registry", adapter: str, tenant: str) -> "Resolved":
+    """The adapter that `ID[@VERSION]` or `TENANT/ID[@VERSION]` means to a tenant. Raises UnknownAdapter."""
     name, _, version = adapter.partition("@")
     return registry.resolve(name, version or None, tenant)
 
 
 def short(resolved: "Resolved") -> dict[str, str | int]:
+    """What `--json` says of an adapter."""
     card = resolved.card
     return {
         "id": f"{resolved.tenant}/{resolved.id}",

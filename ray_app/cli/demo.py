@@ -45,6 +45,7 @@ class Stages:
 
     @contextmanager
     def stage(self, name: str, what: str) -> Iterator[None]:
+        """Times what is done inside."""
         started = time.monotonic()
         yield
         self.done.append(Stage(name, time.monotonic() - started, what))
@@ -59,6 +60,7 @@ class Ask:
     adapters: tuple[tuple[str, float], ...] = ()
 
     def body(self, base: str) -> dict[str, Any]:
+        """The JSON body of the images call."""
         return {
             "model": base,
             "prompt": self.prompt,

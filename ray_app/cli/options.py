@@ -38,4 +38,5 @@ def console(as_json: bool = False) -> Console:
 
 
 def print_json(value: Mapping[str, object]) -> None:
+    """Writes one JSON object to stdout."""
     click.echo(json.dumps(value, ensure_ascii=False))

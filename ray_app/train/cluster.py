@@ -61,6 +61,7 @@ class Cluster(NamedTuple):
 
     @property
     def seats(self) -> int:
+        """Lanes that fit at once: one a GPU, or one a node where there is none."""
         return self.gpus or self.nodes
 
 

@@ -44,9 +44,11 @@ class RunConsole:
             self._live.stop()
 
     def say(self, text: str) -> None:
+        """Prints a line."""
         self._console.print(text, markup=False, highlight=False)
 
     def see(self, view: View, records: Mapping[str, SubjectRecord]) -> None:
+        """Shows how everything stands."""
         for note in view.notes:
             self.say(note)
         if self._live:

@@ -29,6 +29,7 @@ class Evaluator:
         self._judges, self._inception = box.judges(likeness, fidelity), box.inception()
 
     def sit(self, protocol: Protocol, sitting: Sitting, look: Look, images: int | None) -> Judged:
+        """Judges one subject of a protocol on this device."""
         from training.evaluation.protocol import run_protocol
 
         (judged,) = run_protocol(

@@ -63,6 +63,7 @@ class QueueSource:
         self._empty_until = 0.0
 
     def lease(self, count: int) -> Sequence[Task]:
+        """See `Source`; an empty reply holds for a second while something is held."""
         if self._held and time.monotonic() < self._empty_until:
             return []
         leases = self._ask("lease", count)
@@ -73,13 +74,16 @@ class QueueSource:
         return [lease.task(self.specs[lease.id]) for lease in found]
 
     def beat(self, beat: Beat) -> Orders:
+        """See `Source`."""
         return _ORDERS.validate_python(self._ask("beat", asdict(beat)))
 
     def ended(self, outcome: Outcome) -> None:
+        """See `Source`."""
         self._held.discard(outcome.id)
         self._ask("ended", asdict(outcome))
 
     def enter(self, profile: int, node: str) -> bool:
+        """Whether this lane's worker may begin; what an earlier one held goes back."""
         return bool(self._ask("enter", profile, node))
 
     def leave(self, reason: str, kind: Release) -> None:

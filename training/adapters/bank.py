@@ -37,6 +37,7 @@ class Site:
     out: int
 
     def size(self, rank: int) -> int:
+        """Parameters of the layer at this rank."""
         return rank * (prod(self.down) + self.out)
 
 
@@ -89,6 +90,7 @@ class Row:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of all parts."""
         return sum(part.nbytes for part in self.parts.values())
 
 

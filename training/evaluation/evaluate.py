@@ -58,6 +58,7 @@ class Evaluation:
     bare: tuple[Image.Image, ...] = ()
 
     def of_step(self, step: int) -> tuple[Score, ...]:
+        """The scores of one step."""
         return tuple(score for score in self.scores if score.step == step)
 
 

@@ -62,6 +62,7 @@ class Protocol(Closed):
 
     @property
     def subjects(self) -> dict[str, str]:
+        """The class noun of every subject, by its name."""
         return {**self.objects, **self.live}
 
     def prompts_of(self, subject: str, token: str) -> tuple[str, ...]:

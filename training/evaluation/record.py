@@ -56,6 +56,7 @@ class Record(Closed):
 
 
 def make_record(evaluation: "Evaluation", found: Photos, held_out: Sequence[Photo]) -> Record:
+    """What a run keeps about a judged subject."""
     candidates = sorted(evaluation.candidates, key=lambda candidate: candidate.step)
     chosen = evaluation.choice
     numbers = {score.name: score.value for score in evaluation.scores if score.step in (None, chosen.step)}

@@ -59,6 +59,7 @@ class Story:
 
     @property
     def landmarks(self) -> tuple[str, ...]:
+        """The scores without a step: floors, ceilings and limits, in words."""
         scores = self.record.scores if self.record is not None else ()
         return tuple(f"{s.name.replace('_', ' ')} {s.value:.3f} ({s.model})" for s in scores if s.step is None)
 

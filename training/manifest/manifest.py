@@ -41,6 +41,7 @@ class LoraSpec(Closed):
 
     @property
     def scale(self) -> float:
+        """What the product of the two low-rank matrices is multiplied by."""
         return 1.0 if self.alpha is None else self.alpha / self.rank
 
 
@@ -237,6 +238,7 @@ class SubjectSpec(SubjectSettings):
         return self.model_copy(update={"train": train.model_copy(update=rates), "words": slow})
 
     def fill(self, prompt: str) -> str:
+        """The prompt with `{class}` replaced by the class noun."""
         return prompt.replace("{class}", self.class_ or "")
 
     @property
@@ -247,10 +249,12 @@ class SubjectSpec(SubjectSettings):
 
     @property
     def filled_instance_prompt(self) -> str:
+        """The prompt of the subject's photos."""
         return self.fill(self.instance_prompt)
 
     @property
     def filled_class_prompt(self) -> str:
+        """The prompt of class images."""
         return self.fill(self.class_prompt)
 
 

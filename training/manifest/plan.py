@@ -61,6 +61,7 @@ class Plan(Closed):
 
 
 def profile_of(subject: SubjectSpec, base: Outline) -> Profile:
+    """What a subject must have in common with those it shares a pack with."""
     return Profile(
         resolution=subject.train.resolution or base.facts.resolution,
         targets=tuple(sorted(subject.lora.targets)),

@@ -43,6 +43,7 @@ class PhotoFile:
 
     @property
     def is_folder(self) -> bool:
+        """Whether it stands for a subfolder."""
         return self.name.endswith("/")
 
 

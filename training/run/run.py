@@ -76,10 +76,12 @@ class RunStore:
         self._folder = f"runs/{run}"
 
     def create(self, record: RunRecord, manifest_yaml: str) -> None:
+        """Writes a new run. Raises StorageError."""
         self.save(record)  # first: from here on a second submission finds it
         self.storage.put(f"{self._folder}/manifest.yaml", manifest_yaml.encode())
 
     def save(self, record: RunRecord) -> None:
+        """Writes the run's record. Raises StorageError."""
         self.storage.put(f"{self._folder}/run.json", record.model_dump_json(by_alias=True, indent=1).encode())
 
     def record(self) -> RunRecord:
@@ -91,9 +93,11 @@ class RunStore:
             raise UserError(f"Run '{self.run}' is not in this storage. The latest here: {known}.") from None
 
     def save_subject(self, record: SubjectRecord) -> None:
+        """Writes a subject's record. Raises StorageError."""
         self.storage.put(self.subject_key(record.id, "state.json"), record.model_dump_json(indent=1).encode())
 
     def subject(self, id: str) -> SubjectRecord | None:
+        """A subject's record; None if there is none yet."""
         try:
             return SubjectRecord.model_validate_json(self.storage.get(self.subject_key(id, "state.json")))
         except NotFound:

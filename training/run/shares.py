@@ -34,6 +34,7 @@ class Claim(Closed):
 
     @property
     def wanted(self) -> int:
+        """Devices that work for the run or that it waits for."""
         return self.working + self.pending
 
 

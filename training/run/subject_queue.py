@@ -129,6 +129,8 @@ class _Lane:
 
 
 class Note(NamedTuple):
+    """Something a lane had to say, and the number of the change it came with."""
+
     seq: int
     text: str
 

@@ -140,6 +140,7 @@ def load_latents(storage: Storage, key: str) -> tuple[Posterior, ...] | None:
 
 
 def save_latents(storage: Storage, key: str, images: Sequence[Posterior]) -> None:
+    """Writes images' posteriors under `key`, as `load_latents` reads them. Raises StorageError."""
     means = {f"{index}.mean": image.mean_CHW for index, image in enumerate(images)}
     stds = {f"{index}.std": image.std_CHW for index, image in enumerate(images)}
     # cloned: safetensors refuses views of one memory

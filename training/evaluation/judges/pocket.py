@@ -44,6 +44,8 @@ class Reading(NamedTuple):
 
 
 class Judge(nn.Module):
+    """A CNN with three heads over shared features: class, place and colour."""
+
     def __init__(self, config: JudgeConfig) -> None:
         super().__init__()
         self.config = config
@@ -65,11 +67,13 @@ class Judge(nn.Module):
         return torch.cat((maps.mean((2, 3)), maps.amax((2, 3))), dim=1)
 
     def forward(self, pixels_BCHW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The logits of class, place and colour, [B, words] each."""
         features = self.embed(pixels_BCHW)
         return self.noun(features), self.place(features), self.colour(features)
 
     @torch.no_grad()
     def read(self, images: Sequence[Image.Image]) -> list[Reading]:
+        """What each picture shows, with the probability of each word."""
         if not images:
             return []
         device = self.noun.weight.device
@@ -96,6 +100,7 @@ def to_pixels(images: Sequence[Image.Image]) -> Tensor:
 
 
 def load_judge(folder: Path = FOLDER) -> Judge:
+    """The judge in a folder, in eval mode on the CPU."""
     held = json.loads((folder / "config.json").read_text())
     judge = Judge(JudgeConfig(**{key: tuple(value) for key, value in held.items()}))
     judge.load_state_dict({name: tensor.float() for name, tensor in load_file(folder / "model.safetensors").items()})
@@ -103,6 +108,7 @@ def load_judge(folder: Path = FOLDER) -> Judge:
 
 
 def save_judge(judge: Judge, folder: Path = FOLDER) -> None:
+    """Writes the judge's config and fp16 weights."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(asdict(judge.config), indent=2) + "\n")
     weights = {name: tensor.detach().half().contiguous() for name, tensor in judge.state_dict().items()}

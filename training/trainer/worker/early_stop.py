@@ -54,9 +54,11 @@ class Watch:
         self._fixed[spec.id] = _Fixed(spec, latents, noise, places, [images.prompts[index] for index in picked])
 
     def leave(self, id: str) -> None:
+        """Forgets a subject."""
         self._fixed.pop(id, None)
 
     def is_due(self, id: str, step: int) -> bool:
+        """Whether the subject asked for early stop and is to be looked at after this step."""
         return id in self._fixed and step % EVERY == 0
 
     @torch.no_grad()

@@ -44,6 +44,7 @@ class Publication:
 
     @property
     def chosen(self) -> Chosen:
+        """The step that is published, and why."""
         if self.evaluation is None:
             return Chosen(step=self.state.step, reason="the last step")
         return Chosen(step=self.evaluation.choice.step, reason=self.evaluation.choice.reason)
@@ -71,12 +72,14 @@ def publish_subject(registry: Registry, base: Base, publication: Publication) ->
 
 
 def png_bytes(image: Image.Image) -> bytes:
+    """The picture as a PNG file."""
     buffer = io.BytesIO()
     image.save(buffer, format="PNG")
     return buffer.getvalue()
 
 
 def make_card(base: Base, publication: Publication, weights: bytes) -> Card:
+    """The card of a publication whose file is `weights`."""
     spec, state = publication.spec, publication.state
     loss = state.history[-max(1, state.step // 10) :, HISTORY.index("loss")].mean().item() if state.step else None
     return Card.model_validate(
