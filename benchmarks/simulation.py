@@ -84,7 +84,7 @@ class World:
             yield self.env.timeout(NODE_SECONDS)
 
     def life(self, lane: int, dies: float) -> simpy.events.ProcessGenerator:
-        """A lane on one node. Answers whether it ended before its node did."""
+        """A lane on one node. Returns whether it ended before its node did."""
         if not (yield self.env.process(self.spend("starting", LANE_SECONDS, dies))):
             return False
         self.queue.enter(lane, 0, "its node was lost", "preempted")
@@ -133,7 +133,7 @@ class World:
         return False
 
     def spend(self, what: str, seconds: float, dies: float) -> simpy.events.ProcessGenerator:
-        """Passes time that trains nothing. Answers whether the node outlived it."""
+        """Passes time that trains nothing. Returns whether the node outlived it."""
         spent = max(0.0, min(seconds, dies - self.env.now))
         yield self.env.timeout(spent)
         setattr(self.tally, what, getattr(self.tally, what) + spent)

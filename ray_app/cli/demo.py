@@ -72,7 +72,7 @@ class Ask:
 
 
 def run_demo(out: Path, manifest: Path = MANIFEST) -> int:
-    """Runs everything into `out`; answers the exit status: 0, or 1 if a subject failed."""
+    """Runs everything into `out`; returns the exit status: 0, or 1 if a subject failed."""
     if not manifest.is_file():
         raise UserError(f"The demo's photos are not installed ('{manifest}' is missing). Run it from a clone.")
     out.mkdir(parents=True, exist_ok=True)
@@ -142,11 +142,11 @@ async def _draw_all(url: str, base: str, asks: Sequence[Ask], console: Console) 
             bar = progress.add_task("images", total=len(asks))
 
             async def draw(ask: Ask) -> bytes:
-                answer = await client.post("/v1/images/generations", json=ask.body(base))
-                if answer.status_code != 200:
-                    raise UserError(f"The server answered {answer.status_code}: {answer.text[:500]}")
+                response = await client.post("/v1/images/generations", json=ask.body(base))
+                if response.status_code != 200:
+                    raise UserError(f"The server returned {response.status_code}: {response.text[:500]}")
                 progress.advance(bar)
-                return base64.b64decode(answer.json()["data"][0]["b64_json"])
+                return base64.b64decode(response.json()["data"][0]["b64_json"])
 
             return list(await asyncio.gather(*(draw(ask) for ask in asks)))
 

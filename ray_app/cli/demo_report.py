@@ -19,7 +19,7 @@ MARGIN = 10
 
 @dataclass(frozen=True)
 class Shot:
-    """A generated image and the prompt it answers."""
+    """A generated image and its prompt."""
 
     prompt: str
     image: bytes

@@ -92,7 +92,7 @@ def evaluate_protocol(
 ) -> tuple[Protocol, list[Judged], list[str]]:
     """Runs a protocol on the adapters that carry its subjects' ids; writes OUT/rows.parquet and a sheet a subject.
 
-    Answers the protocol, what was judged, and the subjects that have no adapter or no photos here. Raises UserError if
+    Returns the protocol, what was judged, and the subjects that have no adapter or no photos here. Raises UserError if
     none is left.
     """
     protocol, photos = load_protocol(name), wish.photos

@@ -57,7 +57,7 @@ def validate(manifest: Path, as_json: bool) -> None:
 @manifest_path
 @options.address
 @options.storage
-@click.option("--detach", is_flag=True, help="answer the run's id at once; `status RUN --watch` follows it")
+@click.option("--detach", is_flag=True, help="print the run's id at once; `status RUN --watch` follows it")
 @click.option("--keep-last", is_flag=True, help="publish the last step of every subject, whatever the scores say")
 @lanes_option
 @max_gpus_option

@@ -42,7 +42,7 @@ def check_reach(address: str, storage: str, base: str, root: str) -> None:
 
 
 def submit_job(submission: Submission, address: str, limits: Limits) -> str:
-    """Starts the driver as a Ray job and answers the job's id. Raises UserError if the cluster does not take it."""
+    """Starts the driver as a Ray job and returns the job's id. Raises UserError if the cluster does not take it."""
     arguments = drive_arguments(submission, "auto", limits)
     python = sys.executable if urlsplit(address).hostname in ("127.0.0.1", "localhost", "::1") else "python"
     job = {

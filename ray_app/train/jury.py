@@ -1,4 +1,4 @@
-"""A protocol on a cluster: an evaluator on each device, subjects to whoever is free. No maths, no files."""
+"""A protocol on a cluster: an evaluator on each device, subjects to the one that is free. No maths, no files."""
 
 import os
 from collections.abc import Iterator, Sequence

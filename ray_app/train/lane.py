@@ -31,9 +31,9 @@ if TYPE_CHECKING:
 
     from training.base.base import Base
 
-IDLE_SECONDS = 1.0  # how long an empty answer of the queue holds while the pack is busy
+IDLE_SECONDS = 1.0  # how long an empty reply of the queue holds while the pack is busy
 QUEUE_TIMEOUT_S = 60.0
-STORAGE_REST_S = 10.0  # before a lane tries a storage again that did not answer
+STORAGE_REST_S = 10.0  # before a lane tries a storage again that did not respond
 _ORDERS = TypeAdapter(Orders)
 
 log = logging.getLogger(__name__)

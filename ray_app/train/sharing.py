@@ -34,7 +34,7 @@ class Sharing:
         self._allowed: int | None = quota
 
     def ask(self, working: int, pending: int) -> int | None:
-        """How many devices this run may have; None: as many as there are. The last answer holds for a moment."""
+        """How many devices this run may have; None: as many as there are. The last reply holds for a moment."""
         import ray
 
         if time.monotonic() - self._asked >= ASK_SECONDS:

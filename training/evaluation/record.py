@@ -19,7 +19,7 @@ from training.storage.card import Score
 from training.storage.closed import Closed
 from training.storage.interface import NotFound
 
-if TYPE_CHECKING:  # whoever only reads records needs no torch
+if TYPE_CHECKING:  # reading records needs no torch
     from training.evaluation.evaluate import Evaluation
 
 TILE_PX = 96

@@ -65,7 +65,7 @@ class Story:
 
 
 def write_report(run: RunStore) -> str:
-    """Writes the page beside the run and answers its key."""
+    """Writes the page beside the run and returns its key."""
     key = f"runs/{run.run}/report.html"
     run.storage.put(key, render_report(run).encode())
     return key

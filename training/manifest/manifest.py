@@ -1,6 +1,6 @@
 """The manifest: what a user asks for. Closed, frozen, checked, and free of machines and of torch.
 
-`load_manifest(path)` reads YAML, merges each subject over `defaults` and answers a `Manifest` in which every subject
+`load_manifest(path)` reads YAML, merges each subject over `defaults` and returns a `Manifest` in which every subject
 is complete. Errors are collected and reported together, each with its line and what is allowed.
 """
 
@@ -102,7 +102,10 @@ class TrainSpec(Closed):
     flip: bool = True
     color_jitter: bool = False
     backgrounds: int = Field(
-        0, ge=0, le=16, description="so many more variants of a photo with transparency, each before a plain colour"
+        0,
+        ge=0,
+        le=16,
+        description="further variants of each photo with transparency: its subject before another plain colour",
     )
     batch_size: int = Field(1, ge=1, le=64)
     gradient_accumulation_steps: int = Field(1, ge=1, le=1024)

@@ -20,7 +20,7 @@ from training.storage.closed import Closed
 
 LEASE_SECONDS = 300.0
 MAX_ATTEMPTS = 3
-SUSPECT_ATTEMPTS = 2  # after so many lost workers a subject trains alone: the one that kills its pack shows itself
+SUSPECT_ATTEMPTS = 2  # after so many lost workers a subject trains alone: so that the one that kills its pack is found
 CALMER = 0.1  # what the learning rates of a subject are multiplied by after it has diverged, once
 KEPT_NOTES = 1000
 
@@ -192,7 +192,7 @@ class SubjectQueue:
         return [self._lease_of(id) for id in chosen]
 
     def beat(self, lane: int, beat: Beat) -> Orders:
-        """Renews the lane's leases and takes in its news. Answers what it shall drop."""
+        """Renews the lane's leases and takes in its news. Returns what it must drop."""
         here = self._lane(lane)
         here.phases = {id: str(doing) for id, doing in beat.phase.items()}
         here.images_per_second = beat.images_per_second

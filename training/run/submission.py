@@ -183,7 +183,7 @@ def _state(
 ) -> SubjectRecord:
     fresh = SubjectRecord(id=subject.id, max_steps=subject.train.max_steps, fingerprint=found.fingerprint)
     if before is not None and before.fingerprint != found.fingerprint and before.state not in _DONE:
-        before = None  # other photos by now: what was learned from the old ones is of no use
+        before = None  # the photos have changed: what was learned from the old ones does not count
         store.storage.delete_tree(store.subject_key(subject.id, "checkpoints"))
     if found.fingerprint is None:
         return (before or fresh).model_copy(update={"state": "failed", "reason": found.problem})

@@ -39,7 +39,7 @@ class StorageFull(StorageError):
 
 
 class StorageUnavailable(StorageError):
-    """The store did not answer properly within the retries; the same call may succeed later."""
+    """The store did not respond properly within the retries; the same call may succeed later."""
 
 
 def unknown_scheme(uri: str) -> StorageError:

@@ -1,7 +1,7 @@
 """An object store (S3 or compatible, Google Cloud Storage) as a storage.
 
 Owns the options of its URI, the retries and what they may conclude. Retries are made here and not in obstore: only
-whoever retries a conditional write knows that a refusal may be its own first attempt, whose answer was lost.
+a caller that retries a conditional write may be refused because of its own first attempt, whose response was lost.
 """
 
 import contextlib
@@ -80,8 +80,8 @@ class ObjectStorage(Storage):
         path = check_key(key)
 
         def read() -> tuple[bytes, str]:
-            answer = obstore.get(self._store, path)
-            return bytes(answer.bytes()), self._tag(answer.meta)
+            response = obstore.get(self._store, path)
+            return bytes(response.bytes()), self._tag(response.meta)
 
         return self._tried("read", key, read)
 
@@ -154,8 +154,8 @@ class ObjectStorage(Storage):
         source = check_key(key)
 
         def fetch() -> None:
-            answer = obstore.get(self._store, source)
-            write_file(path, _whole(answer.stream(min_chunk_size=_CHUNK), answer.meta["size"]))
+            response = obstore.get(self._store, source)
+            write_file(path, _whole(response.stream(min_chunk_size=_CHUNK), response.meta["size"]))
 
         self._tried("read", key, fetch)
 
@@ -170,7 +170,7 @@ class ObjectStorage(Storage):
         return tag
 
     def _write_if(self, key: str, data: bytes, mode: "PutMode") -> bool:
-        """A conditional put. Refused after a lost answer, it has succeeded if the key holds exactly `data`."""
+        """A conditional put. Refused after a lost response, it has succeeded if the key holds exactly `data`."""
         path, tries = check_key(key), 0
 
         def write() -> None:
@@ -260,7 +260,7 @@ def _whole(chunks: Iterator[bytes], size: int) -> Iterator[bytes]:
         seen += len(chunk)
         yield bytes(chunk)
     if seen != size:
-        raise ConnectionError(f"truncated answer: {seen} of {size} bytes")
+        raise ConnectionError(f"truncated response: {seen} of {size} bytes")
 
 
 def _final(error: Exception, what: str) -> StorageError | None:

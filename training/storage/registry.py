@@ -47,7 +47,7 @@ _TRIES = 100
 
 
 class UnknownAdapter(UserError):
-    """No such tenant, id or version, or it was deleted: whoever asks may not learn which."""
+    """No such tenant, id or version, or it was deleted: the caller does not learn which."""
 
 
 class CurrentVersion(UserError):
@@ -343,7 +343,7 @@ OnDamage = Callable[[str, CorruptAdapter], None]
 
 
 def _logged(name: str, error: CorruptAdapter) -> None:
-    logger.error("passed over %s: %s", name, error)
+    logger.error("skipped %s: %s", name, error)
 
 
 def _resolved(tenant: str, id: str, version: str, card: Card, current: Current) -> Resolved:

@@ -101,7 +101,7 @@ class Inception:
 
     @torch.inference_mode()
     def features(self, images: Images) -> Tensor:
-        """fp32 [N, 2048] on the CPU; the network resizes by itself, so give pictures of one size."""
+        """fp32 [N, 2048] on the CPU; the network resizes them, so give pictures of one size."""
         parts = []
         for start in range(0, len(images), BATCH):
             held = np.stack([np.asarray(image.convert("RGB")) for image in images[start : start + BATCH]])

@@ -24,7 +24,7 @@ IMAGE_PX = 64
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JudgeConfig:
-    """The words that the judge can answer, in the order of its outputs."""
+    """The words that the judge knows, in the order of its outputs."""
 
     classes: tuple[str, ...]
     places: tuple[str, ...]

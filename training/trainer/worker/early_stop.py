@@ -63,7 +63,7 @@ class Watch:
 
     @torch.no_grad()
     def settled(self, bank: Bank, wearing: Mapping[str, tuple[int, float]]) -> list[str]:
-        """Looks at the subjects in `wearing` (slot and scale each) and answers those that may stop."""
+        """Looks at the subjects in `wearing` (slot and scale each) and returns those that may stop."""
         for id, loss in self._look(bank, wearing).items():
             self._fixed[id].losses.append(loss)
         return [id for id in wearing if self._has_settled(self._fixed[id])]

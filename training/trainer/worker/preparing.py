@@ -86,11 +86,11 @@ class Preparing:
         raise AssertionError("prepare_prior ends with a set")
 
     def _resume(self, spec: SubjectSpec) -> tuple[SubjectState | None, list[str]]:
-        """The latest whole checkpoint, and a note for each torn one that was passed over."""
+        """The latest whole checkpoint, and a note for each torn one that was skipped."""
         torn: list[str] = []
         for step, data in self._run.load_checkpoints(spec.id):
             try:
                 return load_state(data), torn
             except UserError as error:
-                torn.append(f"{spec.id}: checkpoint of step {step} is passed over: {error}")
+                torn.append(f"{spec.id}: checkpoint of step {step} is skipped: {error}")
         return None, torn
