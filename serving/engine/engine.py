@@ -111,6 +111,7 @@ class Engine:
             "slots": slots.count,
             "slots_loaded": len(slots),
             "slots_pinned": slots.pinned,
+            "slots_bytes": self.adapters.bank.weights_SP.nbytes,
             "host_adapters": len(host),
             "host_bytes": host.bytes,
         }
@@ -247,10 +248,10 @@ class Engine:
             sample.step += 1
 
     def _forward(self, batch: Sequence[Sample]) -> Forward:
-        """The forward of these samples: the last one of their kind while the company is the same."""
-        kind = batch[0].kind
+        """The forward of these samples: the last one of their kind while the company and the bank's layers are."""
+        kind, layout = batch[0].kind, self.adapters.bank.layout
         forward = self._forwards.get(kind)
-        if forward is None or set(forward.order) != set(batch):
+        if forward is None or forward.layout is not layout or set(forward.order) != set(batch):
             fixed_rows = self.scheduler.step_rows(batch[0].cells) if self.spec.fixed_rows else None
             forward = Forward.make(
                 batch, self.adapters.bank, self.base, empty=self.adapters.empty, fixed_rows=fixed_rows

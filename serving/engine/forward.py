@@ -17,19 +17,24 @@ from serving.engine.job import Sample
 from serving.engine.prompts import make_routes
 from serving.engine.samplers import Lines
 from training.adapters.bank import Bank, Route
+from training.adapters.layout import Layout
 from training.base.base import Base
 from training.base.family import Cond
 
 
 @dataclass(frozen=True, slots=True)
 class Forward:
-    """What samples of one kind need to step together. `order` are the samples, guided first."""
+    """What samples of one kind need to step together. `order` are the samples, guided first.
+
+    `layout` is the bank's when the routes were made: in another one they would keep its old weights in memory.
+    """
 
     order: tuple[Sample, ...]
     rows: int
     conds: tuple[Cond, ...]
     guidance_G: Tensor
     routes: tuple[Route, ...]
+    layout: Layout
 
     @classmethod
     def make(
@@ -52,6 +57,7 @@ class Forward:
             conds=tuple(conds),
             guidance_G=guidance.to(base.device).view(-1, 1, 1, 1),
             routes=tuple(routes),
+            layout=bank.layout,
         )
 
     def __call__(self, base: Base, bank: Bank, latents_NCHW: Tensor, lines: Lines) -> Tensor:

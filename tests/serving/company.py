@@ -11,7 +11,7 @@ from serving.engine.engine import Engine
 from serving.engine.job import Done, Failed, Job
 from serving.engine.request import AdapterRef, AdapterUse, GenerateRequest
 from training.adapters.adapter import Adapter, LowRank
-from training.adapters.bank import find_sites
+from training.adapters.layout import find_sites
 from training.base.base import Base
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")

@@ -8,7 +8,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from training.adapters.adapter import Adapter
-from training.adapters.bank import find_sites
+from training.adapters.layout import find_sites
 from training.adapters.merge import merge_adapters
 from training.base.base import Base, load_base
 from training.base.files.weights import find_weights
