@@ -14,8 +14,9 @@ from serving.engine.job import EngineStats
 from serving.engine.loop import EngineLoop
 from serving.engine.request import AdapterRef
 from serving.engine.tiers.disk import DiskCache
+from serving.engine.tiers.fetcher import Fetcher
 from serving.http.app import create_app, open_keys
-from serving.http.library import Fetcher, Library
+from serving.http.library import Library
 from training.base.base import best_device, load_base
 from training.base.files.outline import outline
 from training.storage.registry import Registry

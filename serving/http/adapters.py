@@ -64,11 +64,8 @@ async def show_model(request: Request, model: Name) -> Model:
     service = service_of(request)
     tenant = service.tenant(request)
     library = service.intake.library
-    uses = await asyncio.to_thread(service.intake.adapters, tenant, model, ())
-    if not uses:
-        return _base_model(library.base)
-    name = f"{uses[0].ref.tenant}/{uses[0].ref.id}@{uses[0].ref.version}"
-    return _model(await asyncio.to_thread(library.resolve, tenant, name), library.base)
+    resolved = await asyncio.to_thread(service.intake.model, tenant, model)
+    return _base_model(library.base) if resolved is None else _model(resolved, library.base)
 
 
 @router.get("/v1/adapters", responses=ERRORS)

@@ -112,7 +112,7 @@ async def _health(request: Request, response: Response) -> Health:
 async def _metrics(request: Request) -> Response:
     """Prometheus' text format."""
     service = service_of(request)
-    service.metrics.damaged.set(service.intake.library.damaged)
+    service.metrics.damaged.set(service.intake.library.known.damaged)
     return Response(service.metrics.render(await service.engines.stats()), media_type="text/plain; version=0.0.4")
 
 

@@ -90,11 +90,18 @@ class Intake:
                 )
         return request
 
+    def model(self, tenant: str, model: str) -> Resolved | None:
+        """The version that a model name means now; None if it is the base. Raises ApiError."""
+        named = self._named_by(model)
+        return self._resolve(tenant, named, "model") if named else None
+
     def adapters(self, tenant: str, model: str | None, worn: Sequence[WornAdapter]) -> tuple[AdapterUse, ...]:
-        """The versions that a model name and a mix mean now."""
+        """The versions that a model name and a mix mean now. Raises ApiError."""
         named = self._named_by(model)
         mix = [*([(named, 1.0, "model")] if named else []), *((one.id, one.weight, "adapters") for one in worn)]
-        return tuple(self._use(tenant, name, weight, param) for name, weight, param in mix)
+        return tuple(
+            AdapterUse(ref=ref_of(self._resolve(tenant, name, param)), weight=weight) for name, weight, param in mix
+        )
 
     def _named_by(self, model: str | None) -> str | None:
         """The adapter that a model name holds; None if it is the base."""
@@ -112,15 +119,14 @@ class Intake:
             )
         return adapter
 
-    def _use(self, tenant: str, name: str, weight: float, param: str) -> AdapterUse:
+    def _resolve(self, tenant: str, name: str, param: str) -> Resolved:
         try:
-            resolved = self.library.resolve(tenant, name)
+            return self.library.resolve(tenant, name)
         except UnknownAdapter as error:
             code = "model_not_found" if param == "model" else "adapter_not_found"
             raise ApiError(404, str(error), param=param, code=code) from None
         except Refused as error:
             raise ApiError(400, str(error), param=param, code="wrong_base") from None
-        return AdapterUse(ref=ref_of(resolved), weight=weight)
 
     def prompt(self, prompt: str, field: str) -> str:
         """`prompt`, if it is within the limits. Raises ApiError."""

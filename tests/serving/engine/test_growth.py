@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from serving.engine.engine import Engine
+from serving.engine.job import Sample
 from serving.errors import AdapterUnavailable
 from tests.serving.company import ATTENTION, WIDE, Shelf, ask, finished, random_adapter, ref, run, small
 from training.adapters.bank import Bank
@@ -46,7 +47,8 @@ def test_slots_are_as_wide_as_what_is_worn(tiny: Base, shelf: Shelf) -> None:
 def latents(engine: Engine, late: str | None) -> tuple[Tensor, Tensor | None, list[int]]:
     """Of `cat`, and of `late`, which comes while `cat` runs; and the bank's bytes after each step."""
     first = engine.submit(ask("cat", steps=8, count=2))
-    samples, joined, held = list(first.samples), [], []
+    samples, held = list(first.samples), list[int]()
+    joined: list[Sample] = []
 
     def join(step: int) -> None:
         held.append(engine.adapters.bank.weights_SP.nbytes)

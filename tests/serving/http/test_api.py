@@ -19,9 +19,10 @@ from safetensors.torch import save
 from serving.config import Limits, ServeSpec
 from serving.engine.engine import Engine
 from serving.engine.loop import EngineLoop
+from serving.engine.tiers.fetcher import Fetcher
 from serving.http.access.tenants import Keys
 from serving.http.app import create_app
-from serving.http.library import Fetcher, Library
+from serving.http.library import Library
 from serving.local import LocalEngines
 from tests.serving.company import random_adapter, small
 from training.adapters.adapter import Adapter, save_adapter
