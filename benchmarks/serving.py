@@ -35,7 +35,7 @@ from peft.tuners.lora import LoraLayer
 
 from serving.config import EngineSpec
 from serving.engine.engine import Engine
-from serving.engine.job import Done, Failed, Job
+from serving.engine.job import Done, Job, JobFailed
 from serving.engine.prompts import make_routes
 from serving.engine.request import AdapterRef, AdapterUse, GenerateRequest
 from serving.engine.tiers.adapters import Adapters
@@ -212,7 +212,7 @@ def serve(engine: Engine, wanted: Sequence[tuple[float, GenerateRequest]]) -> tu
         outcomes = engine.step()
         now += time.process_time() - began
         for outcome in outcomes:
-            assert not isinstance(outcome, Failed), outcome
+            assert not isinstance(outcome, JobFailed), outcome
             if isinstance(outcome, Done):
                 latencies.append(now - jobs.pop(outcome.job))
     return now, latencies

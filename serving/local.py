@@ -57,10 +57,10 @@ def make_engine(spec: ServeSpec) -> Engine:
 
 def make_app(spec: ServeSpec, loop: EngineLoop) -> FastAPI:
     """The app over one local engine."""
-    return create_app(loop.stream, LocalEngines(loop), open_library(spec), spec, open_keys(spec.keys))
+    return create_app(loop.stream, LocalEngines(loop), make_library(spec), spec, open_keys(spec.keys))
 
 
-def open_library(spec: ServeSpec) -> Library:
+def make_library(spec: ServeSpec) -> Library:
     """The adapters on the server's storage, for its base."""
     return Library(Registry(open_storage(spec.storage)), outline(spec.base), refresh_s=spec.refresh_s)
 

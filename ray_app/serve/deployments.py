@@ -106,11 +106,11 @@ class Ingress:
     def __serve_build_asgi_app__(self) -> Any:
         from ray_app.serve.engines import RayEngines
         from serving.http.app import create_app, open_keys
-        from serving.local import open_library
+        from serving.local import make_library
 
         engines = RayEngines(self._engine, self._least)
         spec = self._server
-        return create_app(engines.generate, engines, open_library(spec), spec, open_keys(spec.keys))
+        return create_app(engines.generate, engines, make_library(spec), spec, open_keys(spec.keys))
 
 
 def build_app(args: Deployment) -> Any:

@@ -1,7 +1,7 @@
 """The engine: one base, a bank of adapters, and any number of requests that join and leave at every step.
 
 `step()` lets go of what is over, brings adapters into slots, encodes prompts, takes one denoising step of one batch and
-decodes some of what is finished. It answers what happened as `Outcome`s. A fault while working on several samples is
+decodes some of what is finished. It answers what happened as `JobEvent`s. A fault while working on several samples is
 bisected, so that only the request that causes it fails. Single-threaded; knows nothing about HTTP, events or encodings.
 """
 
@@ -17,13 +17,13 @@ from torch import Tensor
 
 from serving.config import EngineSpec
 from serving.engine.forward import Forward
-from serving.engine.job import Done, EngineStats, Failed, Guess, Job, Outcome, Sample
+from serving.engine.job import Done, EngineStats, Guess, Job, JobEvent, JobFailed, Sample
 from serving.engine.pictures.preview import PreviewMap, fit_preview
-from serving.engine.prompts import Prompts, Text
+from serving.engine.prompts import PromptCache, Text
 from serving.engine.request import AdapterRef, GenerateRequest
-from serving.engine.samplers import Lines
+from serving.engine.samplers import ScheduleLines
 from serving.engine.scheduler import Scheduler
-from serving.engine.tiers.adapters import Adapters, Fetch, explain
+from serving.engine.tiers.adapters import Adapters, Fetch, explain_load
 from serving.errors import DeadlineExceeded, GenerationFailed, QueueFull, Refused
 from training.base.base import Base
 from training.errors import UserError
@@ -42,7 +42,7 @@ class Engine:
         self._row_cells = base.facts.latent_side**2
         self.scheduler = Scheduler[Sample](spec.max_rows, spec.queue, spec.max_rows * self._row_cells)
         self.jobs: dict[Job, None] = {}
-        self._prompts = Prompts(
+        self._prompts = PromptCache(
             base,
             self.adapters.bank,
             empty=self.adapters.empty,
@@ -51,7 +51,7 @@ class Engine:
         )
         self._forwards: dict[tuple[Hashable, ...], Forward] = {}
         self._finished: deque[Sample] = deque()
-        self._outcomes: list[Outcome] = []
+        self._outcomes: list[JobEvent] = []
         self._preview: PreviewMap | None = None
         self._image_s = 0.0  # between two images, smoothed
         self._last_image_s = 0.0
@@ -132,7 +132,7 @@ class Engine:
     # -- one step --
 
     @torch.inference_mode()
-    def step(self) -> list[Outcome]:
+    def step(self) -> list[JobEvent]:
         """Everything up to the next step border."""
         self._sweep()
         self.scheduler.admit(self._start)
@@ -163,7 +163,7 @@ class Engine:
                 continue
             for ref, load in list(job.loads.items()):
                 if load.done() and (error := load.exception()) is not None:
-                    self._fail(job, explain(ref, error))
+                    self._fail(job, explain_load(ref, error))
                     break
 
     def _start(self, sample: Sample) -> bool:
@@ -232,7 +232,7 @@ class Engine:
         order = forward.order
         began = time.perf_counter()
         with self._timed("denoise"):
-            lines = Lines.gather([s.job.schedule for s in order], [s.step for s in order], self.base.device)
+            lines = ScheduleLines.gather([s.job.schedule for s in order], [s.step for s in order], self.base.device)
             latents_NCHW = torch.stack([_tensor(sample.latents) for sample in order])
             output_NCHW = forward(self.base, self.adapters.bank, latents_NCHW, lines)
             before_NCHW = torch.stack([_tensor(sample.clean) for sample in order])
@@ -332,7 +332,7 @@ class Engine:
     def _fail(self, job: Job, error: Exception) -> None:
         if not job.over:
             self.stats.failed += 1
-            self._outcomes.append(Failed(job, error))
+            self._outcomes.append(JobFailed(job, error))
             self._end(job)
 
     def _end(self, job: Job) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from serving.engine.job import Sample
 from serving.engine.prompts import make_routes
-from serving.engine.samplers import Lines
+from serving.engine.samplers import ScheduleLines
 from training.adapters.bank import Bank, Route
 from training.adapters.layout import Layout
 from training.base.base import Base
@@ -60,7 +60,7 @@ class Forward:
             layout=bank.layout,
         )
 
-    def __call__(self, base: Base, bank: Bank, latents_NCHW: Tensor, lines: Lines) -> Tensor:
+    def __call__(self, base: Base, bank: Bank, latents_NCHW: Tensor, lines: ScheduleLines) -> Tensor:
         """The guided prediction [N, C, h, w] in float32, for scaled latents in `order`."""
         guided = len(self.guidance_G)
         x_MCHW = self._rows(lines.model_input(latents_NCHW))

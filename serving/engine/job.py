@@ -122,14 +122,14 @@ class Done:
 
 
 @dataclass(frozen=True, slots=True)
-class Failed:
+class JobFailed:
     """A job that ends without (all of) its images."""
 
     job: Job
     error: Exception
 
 
-Outcome = Guess | Done | Failed
+JobEvent = Guess | Done | JobFailed
 
 
 @dataclass(slots=True)

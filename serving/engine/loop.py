@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from serving.engine.engine import Engine
-from serving.engine.job import Done, EngineStats, Failed, Job, Outcome
+from serving.engine.job import Done, EngineStats, Job, JobEvent, JobFailed
 from serving.engine.pictures.codec import encode, enlarge
 from serving.engine.pictures.decoding import Decoding
-from serving.engine.request import AdapterRef, Event, GenerateRequest, Picture, Preview
+from serving.engine.request import AdapterRef, Event, FinishedPicture, GenerateRequest, Preview
 from serving.errors import Cancelled, GenerationFailed, NotReady
 
 logger = logging.getLogger(__name__)
@@ -35,9 +35,9 @@ class _Listener:
     """Where the outcomes of one job go."""
 
     loop: asyncio.AbstractEventLoop
-    outcomes: "asyncio.Queue[Outcome]" = field(default_factory=asyncio.Queue)
+    outcomes: "asyncio.Queue[JobEvent]" = field(default_factory=asyncio.Queue)
 
-    def hear(self, outcome: Outcome) -> None:
+    def hear(self, outcome: JobEvent) -> None:
         with contextlib.suppress(RuntimeError):  # its event loop is closed: nobody listens
             self.loop.call_soon_threadsafe(self.outcomes.put_nowait, outcome)
 
@@ -80,7 +80,7 @@ class EngineLoop:
         try:
             while left:
                 outcome = await listener.outcomes.get()
-                if isinstance(outcome, Failed):
+                if isinstance(outcome, JobFailed):
                     if isinstance(outcome.error, GenerationFailed):
                         logger.error("request %s failed", request.request_id, exc_info=outcome.error)
                     raise outcome.error
@@ -90,9 +90,9 @@ class EngineLoop:
             if left:
                 self._cancel(job)
 
-    async def generate(self, request: GenerateRequest) -> list[Picture]:
+    async def generate(self, request: GenerateRequest) -> list[FinishedPicture]:
         """All pictures of a request, in order."""
-        pictures = [event async for event in self.stream(request) if isinstance(event, Picture)]
+        pictures = [event async for event in self.stream(request) if isinstance(event, FinishedPicture)]
         return sorted(pictures, key=lambda picture: picture.index)
 
     def forget(self, ref: AdapterRef) -> None:
@@ -140,7 +140,9 @@ class EngineLoop:
         self._obey()
         for job in list(self._listeners):
             reason = NotReady("The server is shutting down; try again.")
-            self._tell([Failed(job, reason if self._broken is None else GenerationFailed("The engine has stopped."))])
+            self._tell(
+                [JobFailed(job, reason if self._broken is None else GenerationFailed("The engine has stopped."))]
+            )
 
     def _obey(self) -> None:
         while self._commands:
@@ -154,7 +156,7 @@ class EngineLoop:
         self._listeners[job] = listener
         return job
 
-    def _tell(self, outcomes: Sequence[Outcome]) -> None:
+    def _tell(self, outcomes: Sequence[JobEvent]) -> None:
         for outcome in outcomes:
             listener = self._listeners.get(outcome.job)
             if listener is not None:
@@ -196,12 +198,12 @@ class EngineLoop:
         return future
 
 
-def _encoded(request: GenerateRequest, outcome: Outcome) -> Event:
+def _encoded(request: GenerateRequest, outcome: JobEvent) -> Event:
     """Runs on a worker thread."""
     form, quality = request.output_format, request.output_quality
     if isinstance(outcome, Done):
-        return Picture(index=outcome.index, seed=outcome.seed, data=encode(outcome.pixels, form, quality))
-    if isinstance(outcome, Failed):
+        return FinishedPicture(index=outcome.index, seed=outcome.seed, data=encode(outcome.pixels, form, quality))
+    if isinstance(outcome, JobFailed):
         raise Cancelled
     pixels = enlarge(outcome.pixels, request.width, request.height)
     return Preview(

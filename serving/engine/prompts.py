@@ -53,7 +53,7 @@ def make_routes(
     return [bank.route(component, slots_NK, weights_NK) for component in components]
 
 
-class Prompts:
+class PromptCache:
     """At most `capacity` embeddings are kept, least recently used out first. `longest`: tokens a prompt may have."""
 
     def __init__(self, base: Base, bank: Bank, *, empty: int, capacity: int, longest: int) -> None:

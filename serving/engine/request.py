@@ -70,7 +70,7 @@ class Preview(Closed):
     data: bytes
 
 
-class Picture(Closed):
+class FinishedPicture(Closed):
     """A finished image, encoded."""
 
     kind: Literal["picture"] = "picture"
@@ -79,4 +79,4 @@ class Picture(Closed):
     data: bytes
 
 
-Event = Annotated[Preview | Picture, Field(discriminator="kind")]
+Event = Annotated[Preview | FinishedPicture, Field(discriminator="kind")]

@@ -14,13 +14,13 @@ from training.base.noise.process import BEFORE, CLEAN, CLEAN_OUT, CLEAN_X, INPUT
 
 
 @dataclass(frozen=True, slots=True)
-class Lines:
+class ScheduleLines:
     """One line of each row's table, on the device of the latents."""
 
     coefficients_NK: Tensor
 
     @classmethod
-    def gather(cls, schedules: Sequence[Schedule], steps: Sequence[int], device: torch.device) -> "Lines":
+    def gather(cls, schedules: Sequence[Schedule], steps: Sequence[int], device: torch.device) -> "ScheduleLines":
         lines = torch.stack([schedule.table_TK[step] for schedule, step in zip(schedules, steps, strict=True)])
         return cls(lines.to(device, non_blocking=True))
 

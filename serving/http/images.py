@@ -12,7 +12,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Header, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
-from serving.engine.request import Event, GenerateRequest, Picture
+from serving.engine.request import Event, FinishedPicture, GenerateRequest
 from serving.errors import GenerationFailed
 from serving.http.intake import usage_of, used
 from serving.http.library import Library
@@ -74,15 +74,15 @@ async def generate_images(
     return await unless_gone(request, replies.once(tenant, idempotency_key, digest, make))
 
 
-async def _collect(service: Service, wanted: GenerateRequest) -> list[Picture]:
+async def _collect(service: Service, wanted: GenerateRequest) -> list[FinishedPicture]:
     async with aclosing(service.events(wanted)) as events:
-        pictures = [event async for event in events if isinstance(event, Picture)]
+        pictures = [event async for event in events if isinstance(event, FinishedPicture)]
     if len(pictures) != wanted.count:
         raise GenerationFailed(f"{len(pictures)} of {wanted.count} images came.")
     return sorted(pictures, key=lambda picture: picture.index)
 
 
-def _answer(pictures: list[Picture], wanted: GenerateRequest, body: ImagesBody, service: Service) -> Response:
+def _answer(pictures: list[FinishedPicture], wanted: GenerateRequest, body: ImagesBody, service: Service) -> Response:
     data = [
         ImageData(b64_json=base64.b64encode(picture.data).decode(), seed=picture.seed, adapters=used(wanted))
         for picture in pictures
@@ -132,7 +132,7 @@ async def _server_sent(
                 event = pending.result()
             except StopAsyncIteration:
                 return
-            name, data = _told(event, wanted, library)
+            name, data = _as_event(event, wanted, library)
             yield f"event: {name}\ndata: {data}\n\n".encode()
             pending = asyncio.ensure_future(anext(events))
     except Exception as error:
@@ -143,10 +143,10 @@ async def _server_sent(
         await events.aclose()
 
 
-def _told(event: Event, wanted: GenerateRequest, library: Library) -> tuple[str, str]:
+def _as_event(event: Event, wanted: GenerateRequest, library: Library) -> tuple[str, str]:
     image = base64.b64encode(event.data).decode()
     size, now = f"{wanted.width}x{wanted.height}", int(time.time())
-    if isinstance(event, Picture):
+    if isinstance(event, FinishedPicture):
         completed = CompletedImage(
             b64_json=image,
             image_index=event.index,

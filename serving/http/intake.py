@@ -15,7 +15,7 @@ from serving.engine.request import AdapterRef, AdapterUse, GenerateRequest
 from serving.errors import Refused
 from serving.http.library import Library
 from serving.http.problems import ApiError
-from serving.http.wire import ImagesBody, TokenDetails, Usage, UsedAdapter, WornAdapter
+from serving.http.wire import ImagesBody, TokenDetails, TokenUsage, UsedAdapter, WornAdapter
 from training.base.facts import Facts
 from training.storage.registry import Resolved, UnknownAdapter
 
@@ -149,7 +149,7 @@ class Intake:
         return int(width), int(height)
 
 
-def usage_of(request: GenerateRequest, library: Library, indices: Sequence[int]) -> Usage:
+def usage_of(request: GenerateRequest, library: Library, indices: Sequence[int]) -> TokenUsage:
     """What images `indices` of a request take; the prompts and the start picture count with image 0.
 
     A token of text is one of the base's tokenizer, a token of an image one latent cell.
@@ -159,7 +159,7 @@ def usage_of(request: GenerateRequest, library: Library, indices: Sequence[int])
     text = library.count_tokens(request.prompt) + library.count_tokens(request.negative_prompt) if first else 0
     start = cells if first and request.image is not None else 0
     made = cells * len(indices)
-    return Usage(
+    return TokenUsage(
         input_tokens=text + start,
         input_tokens_details=TokenDetails(text_tokens=text, image_tokens=start),
         output_tokens=made,

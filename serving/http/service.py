@@ -15,7 +15,7 @@ from typing import Protocol, TypeVar
 from fastapi import Request
 
 from serving.engine.job import EngineStats
-from serving.engine.request import AdapterRef, Event, GenerateRequest, Picture
+from serving.engine.request import AdapterRef, Event, FinishedPicture, GenerateRequest
 from serving.http.access.tenants import Keys, Quota, Scope
 from serving.http.infotext import infotext, with_infotext
 from serving.http.intake import Intake
@@ -64,12 +64,12 @@ class Service:
             events = self.generate(wanted)
             try:
                 async for event in events:
-                    yield self._signed(event, wanted) if isinstance(event, Picture) else event
+                    yield self._signed(event, wanted) if isinstance(event, FinishedPicture) else event
             finally:
                 if isinstance(events, AsyncGenerator):
                     await events.aclose()
 
-    def _signed(self, picture: Picture, wanted: GenerateRequest) -> Picture:
+    def _signed(self, picture: FinishedPicture, wanted: GenerateRequest) -> FinishedPicture:
         if wanted.output_format != "png" or not self.intake.spec.picture_parameters:
             return picture
         text = infotext(wanted, picture.seed, self.intake.library.base, self.intake.library.base_hash)

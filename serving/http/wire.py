@@ -109,7 +109,7 @@ class TokenDetails(BaseModel):
     image_tokens: int
 
 
-class Usage(BaseModel):
+class TokenUsage(BaseModel):
     """What a request took: text in tokens of the base's tokenizer, images in latent cells."""
 
     input_tokens: int
@@ -128,7 +128,7 @@ class ImagesAnswer(BaseModel):
     size: str
     output_format: ImageFormat
     background: Literal["opaque"] = "opaque"
-    usage: Usage
+    usage: TokenUsage
 
 
 class PartialImage(BaseModel):
@@ -160,10 +160,10 @@ class CompletedImage(BaseModel):
     output_format: ImageFormat
     quality: Literal["auto"] = "auto"
     background: Literal["opaque"] = "opaque"
-    usage: Usage = Field(description="of this image; the prompts count with image 0")
+    usage: TokenUsage = Field(description="of this image; the prompts count with image 0")
 
 
-class Model(BaseModel):
+class ModelInfo(BaseModel):
     """A base, or an adapter on it, as OpenAI lists models."""
 
     id: str
@@ -172,9 +172,9 @@ class Model(BaseModel):
     owned_by: str
 
 
-class Models(BaseModel):
+class ModelPage(BaseModel):
     object: Literal["list"] = "list"
-    data: list[Model]
+    data: list[ModelInfo]
     has_more: bool = False
 
 
@@ -211,7 +211,7 @@ class AdapterChange(Closed):
     )
 
 
-class Adapters(BaseModel):
+class AdapterPage(BaseModel):
     """A page of a list: the next one begins `after` its `last_id`."""
 
     object: Literal["list"] = "list"

@@ -20,7 +20,7 @@ from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
 
 from training.adapters.adapter import Adapter
-from training.adapters.layout import WORDS, Layer, Layout, Row, Site, unpack
+from training.adapters.layout import WORDS, AdapterRow, Layer, Layout, Site, unpack
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,18 +220,18 @@ class Bank:
 
     # -- slots --
 
-    def pack(self, adapter: Adapter) -> Row:
+    def pack(self, adapter: Adapter) -> AdapterRow:
         """Lays an adapter out as a slot, on the CPU, in the bank's dtype.
 
         Raises UserError naming what does not fit: a module without a layer here, a rank above the bank's, a shape.
         """
         return self.layout.pack(adapter, self.weights_SP.dtype)
 
-    def unpack(self, row: Row, rank: int | None = None, scale: float = 1.0) -> Adapter:
+    def unpack(self, row: AdapterRow, rank: int | None = None, scale: float = 1.0) -> Adapter:
         """The inverse of `pack`: the first `rank` ranks of the layers the row changes, `scale` folded into up."""
         return unpack(row, rank, scale)
 
-    def put(self, slot: int, row: Row) -> None:
+    def put(self, slot: int, row: AdapterRow) -> None:
         """A row into a slot: as many ranks as the adapter has, or its predecessor had, are written.
 
         The row may be of another layout. Raises KeyError, with nothing changed, for a layer that the bank lacks.
@@ -240,7 +240,7 @@ class Bank:
         self.layout.write(self.weights_SP.detach()[self._known(slot)], row, clear_to=self._ranks[slot])
         self._worn[slot], self._words[slot], self._ranks[slot] = worn, row.words, row.rank
 
-    def take(self, slot: int) -> Row:
+    def take(self, slot: int) -> AdapterRow:
         """A copy of a slot, on the CPU."""
         return self.row_of(self.weights_SP.detach()[self._known(slot)], slot)
 
@@ -249,12 +249,12 @@ class Bank:
         self.weights_SP.detach()[self._known(slot)].zero_()
         self._worn[slot], self._words[slot], self._ranks[slot] = {}, {}, 0
 
-    def row_of(self, values_P: Tensor, slot: int) -> Row:
+    def row_of(self, values_P: Tensor, slot: int) -> AdapterRow:
         """`values_P`, laid out as `slot` is (an optimizer's moment, say), as a row of its own on the CPU."""
         rank = self._ranks[self._known(slot)]
         return self.layout.read(values_P, self._worn[slot], self._words[slot], rank)
 
-    def flat(self, row: Row) -> Tensor:
+    def flat(self, row: AdapterRow) -> Tensor:
         """The inverse of `row_of`: a row as the whole length of a slot, [P], on the CPU."""
         values_P = torch.zeros(self.layout.size, dtype=self.weights_SP.dtype)
         self.layout.write(values_P, row)

@@ -60,7 +60,7 @@ def find_sites(component: str, model: nn.Module, targets: Sequence[str]) -> tupl
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class AdapterRow:
     """One adapter laid out by `layout`.
 
     `parts[component]`: [rank, W]; `parts[WORDS]`: textual-inversion vectors [V, D]. `worn[component]`: indices of the
@@ -146,7 +146,7 @@ class Layout:
 
     # -- an adapter to a row, a row to values, and back --
 
-    def pack(self, adapter: Adapter, dtype: torch.dtype) -> Row:
+    def pack(self, adapter: Adapter, dtype: torch.dtype) -> AdapterRow:
         """Lays an adapter out, on the CPU.
 
         Raises UserError naming what does not fit: a module without a layer here, too high a rank, a shape.
@@ -173,7 +173,7 @@ class Layout:
         if left:
             raise UserError(f"{len(left)} adapter modules have no layer in this base, the first is '{min(left)}'.")
         words, parts[WORDS] = self._pack_words(adapter, dtype)
-        return Row(self, parts, {component: frozenset(found) for component, found in worn.items()}, words, rank)
+        return AdapterRow(self, parts, {component: frozenset(found) for component, found in worn.items()}, words, rank)
 
     def _pack_words(self, adapter: Adapter, dtype: torch.dtype) -> tuple[dict[str, int], Tensor]:
         named = {word: vectors.reshape(-1, vectors.shape[-1]) for word, vectors in sorted(adapter.embeddings.items())}
@@ -186,14 +186,14 @@ class Layout:
         empty = torch.zeros(0, self.width, dtype=dtype)
         return words, torch.cat([empty, *(vectors_VD.to(empty) for vectors_VD in named.values())])
 
-    def worn(self, row: Row) -> dict[str, frozenset[int]]:
+    def worn(self, row: AdapterRow) -> dict[str, frozenset[int]]:
         """The indices of the sites that a row, of whatever layout, changes here.
 
         Raises KeyError for a layer that is not here.
         """
         return {name: frozenset(self._places[site.key][1] for site in _worn_sites(row, name)) for name in row.worn}
 
-    def write(self, values_P: Tensor, row: Row, clear_to: int = 0) -> None:
+    def write(self, values_P: Tensor, row: AdapterRow, clear_to: int = 0) -> None:
         """A row, of whatever layout, into the values of a slot. Its ranks are written, those up to `clear_to` cleared.
 
         Copies between a pinned row and a device do not wait. Raises KeyError for a layer that is not here.
@@ -209,7 +209,7 @@ class Layout:
             ranked_RW[row.rank : clear_to].zero_()
         self.vectors_of(values_P)[: len(row.parts[WORDS])].copy_(row.parts[WORDS], non_blocking=True)
 
-    def _moves(self, row: Row, component: str) -> list[tuple[slice, slice]]:
+    def _moves(self, row: AdapterRow, component: str) -> list[tuple[slice, slice]]:
         """The columns of what a row wears, in its layout and in this one; neighbours that stay neighbours as one."""
         moves: list[tuple[slice, slice]] = []
         for site in _worn_sites(row, component):
@@ -220,11 +220,13 @@ class Layout:
                 moves.append((there, here))
         return moves
 
-    def read(self, values_P: Tensor, worn: Mapping[str, frozenset[int]], words: Mapping[str, int], rank: int) -> Row:
+    def read(
+        self, values_P: Tensor, worn: Mapping[str, frozenset[int]], words: Mapping[str, int], rank: int
+    ) -> AdapterRow:
         """The inverse of `write`: a copy of a slot's values as a row of this layout, on the CPU."""
         parts = {name: self.ranked(values_P, name)[:rank].to("cpu", copy=True) for name in self.sites}
         parts[WORDS] = self.vectors_of(values_P)[: sum(words.values())].to("cpu", copy=True)
-        return Row(self, parts, worn, words, rank)
+        return AdapterRow(self, parts, worn, words, rank)
 
     def _views(self, parts: Mapping[str, Tensor]) -> Iterator[tuple[str, int, Tensor, Tensor]]:
         """For every layer: component, index, `down_RI` and `up_RO`, views of a row's parts."""
@@ -236,7 +238,7 @@ class Layout:
                 yield component, index, pieces[2 * index], pieces[2 * index + 1]
 
 
-def unpack(row: Row, rank: int | None = None, scale: float = 1.0) -> Adapter:
+def unpack(row: AdapterRow, rank: int | None = None, scale: float = 1.0) -> Adapter:
     """The inverse of `Layout.pack`: the first `rank` ranks of the layers the row changes, `scale` folded into up."""
     rank = row.rank if rank is None else rank
     modules = {}
@@ -250,7 +252,7 @@ def unpack(row: Row, rank: int | None = None, scale: float = 1.0) -> Adapter:
     return Adapter(modules, {word: found.clone() for word, found in zip(row.words, vectors, strict=True)})
 
 
-def _worn_sites(row: Row, component: str) -> list[Site]:
+def _worn_sites(row: AdapterRow, component: str) -> list[Site]:
     """The layers of a component that a row changes, in its order."""
     return [row.layout.sites[component][index] for index in sorted(row.worn.get(component, ()))]
 

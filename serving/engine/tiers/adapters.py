@@ -26,7 +26,7 @@ from serving.errors import AdapterUnavailable
 from serving.flags import flag
 from training.adapters.adapter import Adapter
 from training.adapters.bank import Bank
-from training.adapters.layout import Layout, Row, find_sites
+from training.adapters.layout import AdapterRow, Layout, find_sites
 from training.base.base import Base
 from training.errors import UserError
 
@@ -38,7 +38,7 @@ Fetch = Callable[[AdapterRef], Adapter]
 class HostRow:
     """An adapter in host memory, laid out over its own layers. `changes_text`: whether it changes what prompts mean."""
 
-    row: Row
+    row: AdapterRow
     changes_text: bool
 
     @property
@@ -171,7 +171,7 @@ class Adapters:
         return HostRow(row, bool(row.words) or any(row.worn.get(name) for name in self._facts.text_encoders))
 
 
-def explain(key: AdapterRef, error: BaseException) -> Exception:
+def explain_load(key: AdapterRef, error: BaseException) -> Exception:
     """The error of a failed load, for those who waited for it."""
     if isinstance(error, AdapterUnavailable):
         return error

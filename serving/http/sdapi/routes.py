@@ -1,7 +1,7 @@
 """What clients of AUTOMATIC1111's API call to get pictures; `<lora:id:weight>` in the prompt works.
 
 Unlike there, calls may overlap, an unknown adapter is an error, what is not done is refused by name, and no call
-changes anything for anybody else. What clients ask before they begin is in `api_sdapi_info.py`.
+changes anything for anybody else. What clients ask before they begin is in `info.py`.
 """
 
 import asyncio
@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from fastapi import APIRouter, Request
 
-from serving.engine.request import GenerateRequest, Picture
+from serving.engine.request import FinishedPicture, GenerateRequest
 from serving.http.images import ERRORS
 from serving.http.infotext import infotext
 from serving.http.intake import any_seed, read_picture_field
@@ -29,12 +29,12 @@ PREVIEWS = 8
 
 
 @dataclass(eq=False, slots=True)
-class Progress:
+class CallProgress:
     """How far the images of one call are."""
 
     count: int
     since: float
-    task: "asyncio.Task[list[Picture]] | None" = None
+    task: "asyncio.Task[list[FinishedPicture]] | None" = None
     done: int = 0
     part: dict[int, float] = field(default_factory=dict)
     current: bytes | None = None
@@ -44,19 +44,19 @@ class Progress:
         return min(1.0, sum(self.part.values()) / self.count)
 
 
-Under = dict[str, list[Progress]]  # by tenant; the newest last
+Under = dict[str, list[CallProgress]]  # by tenant; the newest last
 
 
 @router.post("/txt2img", responses=ERRORS)
 async def txt2img(request: Request, body: Txt2ImgBody) -> SdImages:
     """Images of a prompt."""
-    return await _make(request, body)
+    return await _make_images(request, body)
 
 
 @router.post("/img2img", responses=ERRORS)
 async def img2img(request: Request, body: Img2ImgBody) -> SdImages:
     """Images that start from a picture."""
-    return await _make(request, body)
+    return await _make_images(request, body)
 
 
 @router.get("/progress", responses=ERRORS)
@@ -89,15 +89,15 @@ async def interrupt(request: Request) -> dict[str, object]:
     return {}
 
 
-async def _make(request: Request, body: Txt2ImgBody) -> SdImages:
+async def _make_images(request: Request, body: Txt2ImgBody) -> SdImages:
     service = service_of(request)
     tenant = service.tenant(request)
     wanted = await asyncio.to_thread(_wanted, service, tenant, body, request_id(request))
-    one = Progress(count=wanted.count, since=time.monotonic())
+    one = CallProgress(count=wanted.count, since=time.monotonic())
     under: Under = request.app.state.under
     under.setdefault(tenant, []).append(one)
     try:
-        one.task = asyncio.ensure_future(_run(service, wanted, one))
+        one.task = asyncio.ensure_future(_draw_images(service, wanted, one))
         pictures = await unless_gone(request, one.task)
     except asyncio.CancelledError:
         if one.task is not None and one.task.cancelled():
@@ -107,15 +107,15 @@ async def _make(request: Request, body: Txt2ImgBody) -> SdImages:
         under[tenant].remove(one)
         if not under[tenant]:
             del under[tenant]
-    return _answer(service, wanted, pictures, body)
+    return _images_of(service, wanted, pictures, body)
 
 
-async def _run(service: Service, wanted: GenerateRequest, one: Progress) -> list[Picture]:
+async def _draw_images(service: Service, wanted: GenerateRequest, one: CallProgress) -> list[FinishedPicture]:
     pictures = []
     async with aclosing(service.events(wanted)) as events:
         async for event in events:
             one.current = event.data
-            if isinstance(event, Picture):
+            if isinstance(event, FinishedPicture):
                 pictures.append(event)
                 one.done += 1
                 one.part[event.index] = 1.0
@@ -160,7 +160,9 @@ def _wanted(service: Service, tenant: str, body: Txt2ImgBody, name: str) -> Gene
     )
 
 
-def _answer(service: Service, wanted: GenerateRequest, pictures: list[Picture], body: Txt2ImgBody) -> SdImages:
+def _images_of(
+    service: Service, wanted: GenerateRequest, pictures: list[FinishedPicture], body: Txt2ImgBody
+) -> SdImages:
     library = service.intake.library
     texts = [infotext(wanted, picture.seed, library.base, library.base_hash) for picture in pictures]
     info = {
