@@ -16,7 +16,7 @@ from serving.errors import Refused
 from serving.http.library import Library
 from serving.http.problems import ApiError
 from serving.http.wire import ImagesBody, TokenDetails, TokenUsage, UsedAdapter, WornAdapter
-from training.base.facts import Facts
+from training.base.facts import Facts, SamplerName
 from training.storage.registry import Resolved, UnknownAdapter
 
 
@@ -29,7 +29,23 @@ class Intake:
 
     @property
     def facts(self) -> Facts:
+        """Sizes and recommendations of the base."""
         return self.library.outline.facts
+
+    @property
+    def steps(self) -> int:
+        """Of a request that names none."""
+        return self.facts.steps if self.spec.steps is None else self.spec.steps
+
+    @property
+    def guidance_scale(self) -> float:
+        """Of a request that names none."""
+        return self.facts.guidance_scale if self.spec.guidance_scale is None else self.spec.guidance_scale
+
+    @property
+    def scheduler(self) -> SamplerName:
+        """The sampler of a request that names none."""
+        return self.spec.scheduler or self.facts.sampler
 
     def images(self, tenant: str, body: ImagesBody, request_id: str) -> GenerateRequest:
         """The request of an OpenAI images body."""
@@ -54,9 +70,9 @@ class Intake:
                 height=height,
                 count=body.n or 1,
                 seed=any_seed() if body.seed is None else body.seed,
-                steps=body.steps or self.spec.steps,
-                guidance_scale=self.spec.guidance_scale if body.guidance_scale is None else body.guidance_scale,
-                scheduler=body.scheduler or self.spec.scheduler,
+                steps=body.steps or self.steps,
+                guidance_scale=self.guidance_scale if body.guidance_scale is None else body.guidance_scale,
+                scheduler=body.scheduler or self.scheduler,
                 image=None if body.image is None else read_picture_field(body.image, "image", width, height),
                 strength=body.strength or 0.8,
                 previews=body.partial_images or 0,
