@@ -32,15 +32,19 @@ class LocalEngines:
     loop: EngineLoop
 
     async def forget(self, ref: AdapterRef) -> None:
+        """See `Engines`."""
         self.loop.forget(ref)
 
     async def preload(self, ref: AdapterRef) -> None:
+        """See `Engines`."""
         self.loop.preload(ref)
 
     async def stats(self) -> Mapping[str, EngineStats]:
+        """See `Engines`."""
         return {"local": self.loop.stats()}
 
     async def ready(self) -> bool:
+        """See `Engines`."""
         return self.loop.healthy
 
 

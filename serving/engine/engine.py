@@ -1,8 +1,8 @@
 """The engine: one base, a bank of adapters, and any number of requests that join and leave at every step.
 
-`step()` lets go of what is over, brings adapters into slots, encodes prompts, takes one denoising step of one batch and
-decodes some of what is finished. It answers what happened as `JobEvent`s. A fault while working on several samples is
-bisected, so that only the request that causes it fails. Single-threaded; knows nothing about HTTP, events or encodings.
+`step()` ends jobs that are over, brings adapters into slots, encodes prompts, takes one denoising step of one batch and
+decodes some of what is finished. It returns what happened as `JobEvent`s. An error in a batch is bisected, so that only
+the request that causes it fails. Single-threaded; knows nothing about HTTP, events or encodings.
 """
 
 import time
@@ -38,7 +38,7 @@ class Engine:
         self.stats = EngineStats()
         self.woken = Event()
         self.adapters = Adapters(base, spec, fetch, self.woken)
-        # no step, and no decoding, is larger than a full one at the base's own size, unless one image is
+        # no step and no decoding has more cells than a full one at the base's own size, but for a single larger image
         self._row_cells = base.facts.latent_side**2
         self.scheduler = Scheduler[Sample](spec.max_rows, spec.queue, spec.max_rows * self._row_cells)
         self.jobs: dict[Job, None] = {}
@@ -57,13 +57,15 @@ class Engine:
         self._last_image_s = 0.0
 
     def close(self) -> None:
-        """Leaves the base as it was."""
+        """Stops the loaders and takes the bank off the base, which is as it was before."""
         self.adapters.close()
 
     # -- requests in and out --
 
     def submit(self, request: GenerateRequest, pixels_CHW: Tensor | None = None) -> Job:
-        """Queues a request; its adapters begin to load at once. `pixels_CHW`: the picture of image-to-image, uint8.
+        """Queues a request and returns its job; its adapters begin to load at once.
+
+        `pixels_CHW`: the picture that image-to-image starts from, uint8, of the request's size.
 
         Raises QueueFull, or UserError for what this engine cannot do.
         """
@@ -91,7 +93,7 @@ class Engine:
             self._end(job)
 
     def forget(self, ref: AdapterRef) -> None:
-        """A version is deleted or replaced: it is kept only while requests wear it."""
+        """Drops a version that is deleted or replaced; while requests use it, it stays."""
         self.adapters.forget(ref)
 
     @property
@@ -133,7 +135,7 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> list[JobEvent]:
-        """Everything up to the next step border."""
+        """One step; returns what happened to jobs in it. A job's own error is a JobFailed, never raised."""
         self._sweep()
         self.scheduler.admit(self._start)
         self._begin()
@@ -155,7 +157,7 @@ class Engine:
         assert len(worn) == pinned, f"{len(worn)} adapters are worn, but {pinned} slots are pinned"
 
     def _sweep(self) -> None:
-        """Ends jobs that are out of time or whose adapters could not be loaded."""
+        """Fails jobs that are past their deadline or whose adapters could not be loaded."""
         now = time.monotonic()
         for job in list(self.jobs):
             if now > job.deadline_s:
@@ -169,7 +171,7 @@ class Engine:
     def _start(self, sample: Sample) -> bool:
         """Takes slots for a sample's adapters; False if it has to wait for a load or a slot."""
         job = sample.job
-        # again, since an adapter that was in a slot when the request came may have been evicted while it waited
+        # asked again: an adapter that was in a slot when the request came may have been evicted while it waited
         self.adapters.want(job.keys, job.loads)
         if not sample.ready or any(load.exception() for load in job.loads.values()):
             return False
@@ -227,7 +229,7 @@ class Engine:
             sample.clean = torch.zeros_like(sample.latents)
 
     def _denoise(self, batch: Sequence[Sample]) -> None:
-        """One step of every sample of the batch; if it raises, nothing of theirs has changed."""
+        """One step of every sample of the batch; if it raises, no sample has changed."""
         forward = self._forward(batch)
         order = forward.order
         began = time.perf_counter()
@@ -237,7 +239,7 @@ class Engine:
             output_NCHW = forward(self.base, self.adapters.bank, latents_NCHW, lines)
             before_NCHW = torch.stack([_tensor(sample.clean) for sample in order])
             latents_NCHW, clean_NCHW = lines.step(latents_NCHW, output_NCHW, before_NCHW, self._fresh_noise(order))
-            if self.base.device.type == "cuda":  # a step ends when it is done, else many would be on their way
+            if self.base.device.type == "cuda":  # waits for the device: else many steps would be queued on it
                 torch.cuda.synchronize(self.base.device)
         rows = sum(sample.rows for sample in order)
         self.scheduler.pace.saw(batch[0].kind, rows, time.perf_counter() - began)
@@ -248,7 +250,7 @@ class Engine:
             sample.step += 1
 
     def _forward(self, batch: Sequence[Sample]) -> Forward:
-        """The forward of these samples: the last one of their kind while the company and the bank's layers are."""
+        """The forward of these samples: the last one of their kind, if it is of the same samples and bank's layers."""
         kind, layout = batch[0].kind, self.adapters.bank.layout
         forward = self._forwards.get(kind)
         if forward is None or forward.layout is not layout or set(forward.order) != set(batch):
@@ -311,7 +313,7 @@ class Engine:
     # -- ends --
 
     def _guarded(self, samples: Sequence[Sample], work: Callable[[Sequence[Sample]], None]) -> None:
-        """Does `work` on the samples; if it raises, on each half, so that it fails only the job that is at fault."""
+        """Does `work` on the samples; if it raises, on each half, so that only the job that causes the error fails."""
         samples = [sample for sample in samples if not sample.job.over]
         if not samples:
             return
@@ -345,7 +347,7 @@ class Engine:
         self.adapters.settle(job.loads)
 
     def _leave(self, sample: Sample) -> None:
-        """A sample waits and runs no more: what it held is free again."""
+        """Takes a sample out of the scheduler and releases its adapters."""
         if self.scheduler.remove(sample):
             self.adapters.release(sample.job.keys)
         self._forwards.pop(sample.kind, None)
@@ -364,7 +366,7 @@ class Engine:
         self.stats.images += 1
 
     def _retry_after_s(self) -> float:
-        """How long until what waits now is about half as much."""
+        """Seconds until about half of the images that wait have started; 1 to 60."""
         return min(60.0, max(1.0, 0.5 * self.scheduler.waiting * self._image_s))
 
 

@@ -40,7 +40,10 @@ class Forward:
     def make(
         cls, samples: Sequence[Sample], bank: Bank, base: Base, *, empty: int, fixed_rows: int | None
     ) -> "Forward":
-        """`empty` is the bank's slot of zeros; `fixed_rows` fills the forward up with rows that nobody reads."""
+        """The forward of samples that have started.
+
+        `empty` is the bank's slot of zeros; `fixed_rows` pads the forward with rows that nobody reads.
+        """
         order = sorted(samples, key=lambda sample: (not sample.job.guided, sample.slots or ()))
         guided = sum(sample.job.guided for sample in order)
         rows = [sample for sample in order[:guided] for _ in range(2)] + order[guided:]

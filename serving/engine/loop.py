@@ -1,7 +1,7 @@
-"""The loop: owns the engine's one compute thread, and joins it to asyncio.
+"""The loop: runs the engine on its one compute thread, and connects it to asyncio.
 
-Everything that touches the engine runs on that thread; callers talk to it by commands and get their outcomes on their
-own event loop. Encoding and decoding of pictures happens on neither. Knows nothing about HTTP.
+Everything that touches the engine runs on that thread; callers send it commands and get the results on their own event
+loop. Encoding and decoding of pictures happens on neither. Knows nothing about HTTP.
 """
 
 import asyncio
@@ -43,7 +43,7 @@ class _Listener:
 
 
 class EngineLoop:
-    """Starts the thread at once. `close()` ends it; `drain_s` lets what runs come to its end first."""
+    """Starts the thread at once. `close()` ends it."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
@@ -51,7 +51,7 @@ class EngineLoop:
         self._commands: deque[Callable[[], None]] = deque()
         self._listeners: dict[Job, _Listener] = {}
         self._closing = False
-        self._gate = threading.Lock()  # no command slips in after the last look at them
+        self._gate = threading.Lock()  # no command is added after the last ones have run
         self._ended = False
         self._broken: BaseException | None = None
         self._report = engine.snapshot()
@@ -64,7 +64,9 @@ class EngineLoop:
         return self._thread.is_alive() and self._broken is None and not self._closing
 
     async def stream(self, request: GenerateRequest) -> AsyncIterator[Event]:
-        """Previews and pictures as they come; ends with the last picture. Leaving it early cancels the request."""
+        """Previews and pictures as they come; ends with the last picture. Leaving it early cancels the request.
+
+        Raises Refused or its kinds for what is not served, GenerationFailed for a fault of ours."""
         pixels = None
         if request.image is not None:
             decoded = self._decoding.submit(request.tenant, request.image, request.width, request.height)
@@ -96,7 +98,7 @@ class EngineLoop:
         return sorted(pictures, key=lambda picture: picture.index)
 
     def forget(self, ref: AdapterRef) -> None:
-        """A version is deleted or replaced."""
+        """Drops a version that is deleted or replaced, once no request uses it."""
         self._on_thread(lambda: self.engine.forget(ref))
 
     def preload(self, ref: AdapterRef) -> None:
@@ -104,11 +106,11 @@ class EngineLoop:
         self._on_thread(lambda: self.engine.adapters.preload(ref))
 
     def stats(self) -> EngineStats:
-        """The engine's counters as they were between its last two steps; from any thread, at once, never to change."""
+        """The engine's counters as they were after its last step: a copy, from any thread, without waiting."""
         return self._report
 
     def close(self, drain_s: float = 0.0) -> None:
-        """Takes no new request; waits up to `drain_s` for the running ones, then fails what is left."""
+        """Refuses new requests, waits up to `drain_s` for the running ones, then fails the others with NotReady."""
         deadline = time.monotonic() + drain_s
         while self.engine.jobs and self.healthy and time.monotonic() < deadline:
             time.sleep(0.02)

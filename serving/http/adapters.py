@@ -1,4 +1,4 @@
-"""`/v1/models` and `/v1/adapters`: what a tenant may wear, and putting adapters in and taking them away."""
+"""`/v1/models` and `/v1/adapters`: the adapters that a tenant may use; uploading, changing and deleting its own."""
 
 import asyncio
 import mimetypes
@@ -32,7 +32,7 @@ from training.storage.registry import Resolved
 
 router = APIRouter(tags=["adapters"])
 PAGE = 1000
-# what another tenant may read of a public adapter's card: how to use it, not how and of what it was made
+# what other tenants may read of a public adapter's card: how to use it, not how and from what it was made
 SHOWN = {
     "sha256", "size", "created", "base", "base_hash", "rank", "alpha", "targets", "text_encoder_targets",
     "instance_prompt", "class_name", "trigger",
@@ -48,7 +48,7 @@ async def list_models(
     after: After = None,
     limit: Annotated[int | None, Query(ge=1, le=10_000, description="adapters at most; else all")] = None,
 ) -> ModelPage:
-    """The base, and every adapter that the caller may wear, each as a model to name in a request."""
+    """The base, and every adapter that the caller may use, each as a model to name in a request."""
     service = service_of(request)
     tenant = service.tenant(request)
     library = service.intake.library
@@ -90,7 +90,7 @@ async def upload_adapter(
     id: Annotated[str, Form(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$", description="its id; an existing one is replaced")],
     public: Annotated[
         bool | SkipJsonSchema[None],
-        Form(description="other tenants may generate with it; left out: as before, at first no"),
+        Form(description="other tenants may generate with it; left out: unchanged, for a new one no"),
     ] = None,
     trigger: Annotated[str, Form(max_length=1000, description="what its prompts say")] = "",
 ) -> AdapterDetails:

@@ -22,7 +22,7 @@ from serving.http.service import Service, request_id, service_of, unless_gone
 from serving.http.wire import CompletedImage, ErrorAnswer, ImageData, ImagesAnswer, ImagesBody, PartialImage
 
 router = APIRouter(tags=["images"])
-HEAD_START_S = 1.0  # errors within this time are an HTTP status, also of a stream
+HEAD_START_S = 1.0  # an error within so many seconds is an HTTP status, also of a stream
 KEEP_ALIVE_S = 10.0
 ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorAnswer, "description": text}
@@ -31,7 +31,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
         401: "no or wrong key",
         403: "the key lacks a scope, or a web page of another origin asks",
         404: "unknown model or adapter",
-        405: "the path knows other methods; see `Allow`",
+        405: "the path allows other methods; see `Allow`",
         409: "the version is the one that is served",
         413: "the body is too large",
         422: "the adapter cannot be loaded, or the idempotency key was used for another request",

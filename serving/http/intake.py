@@ -1,6 +1,6 @@
 """From what a client sent to what an engine can do: names resolved, defaults filled in, limits checked.
 
-Every refusal is an `ApiError` that names the field. Blocking (it reads the registry), so it runs on a thread.
+Every refusal is an `ApiError` that names the field. It reads the registry, which blocks, so it runs on a thread.
 """
 
 import base64
@@ -34,12 +34,12 @@ class Intake:
 
     @property
     def steps(self) -> int:
-        """Of a request that names none."""
+        """Denoising steps of a request that names none."""
         return self.facts.steps if self.spec.steps is None else self.spec.steps
 
     @property
     def guidance_scale(self) -> float:
-        """Of a request that names none."""
+        """The guidance of a request that names none."""
         return self.facts.guidance_scale if self.spec.guidance_scale is None else self.spec.guidance_scale
 
     @property
@@ -48,7 +48,7 @@ class Intake:
         return self.spec.scheduler or self.facts.sampler
 
     def images(self, tenant: str, body: ImagesBody, request_id: str) -> GenerateRequest:
-        """The request of an OpenAI images body."""
+        """The engine's request of an OpenAI images body. Raises ApiError."""
         if body.partial_images and not body.stream:
             raise ApiError(400, "'partial_images' needs 'stream': true.", param="partial_images")
         if body.background == "transparent":
@@ -185,7 +185,7 @@ def usage_of(request: GenerateRequest, library: Library, indices: Sequence[int])
 
 
 def used(request: GenerateRequest) -> list[UsedAdapter]:
-    """The adapters of a request as the answer tells them."""
+    """The adapters of a request as replies list them."""
     return [
         UsedAdapter(id=f"{use.ref.tenant}/{use.ref.id}", version=use.ref.version, weight=use.weight)
         for use in request.adapters
@@ -193,6 +193,7 @@ def used(request: GenerateRequest) -> list[UsedAdapter]:
 
 
 def ref_of(resolved: Resolved) -> AdapterRef:
+    """The reference by which engines know a version."""
     return AdapterRef(tenant=resolved.tenant, id=resolved.id, version=resolved.version)
 
 

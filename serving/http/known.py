@@ -1,4 +1,4 @@
-"""What adapter names mean, remembered for a moment, and which adapters are damaged. Blocking; safe for many threads."""
+"""Resolved adapter names, cached for a moment, and which adapters are damaged. Blocking; safe for many threads."""
 
 import logging
 import threading
@@ -12,7 +12,7 @@ logger = logging.getLogger(__name__)
 
 
 class Known:
-    """What `registry` says of adapters; an answer is up to `refresh_s` old."""
+    """A cache of what `registry` says of adapters, up to `refresh_s` seconds old."""
 
     def __init__(self, registry: Registry, refresh_s: float) -> None:
         self._registry = registry

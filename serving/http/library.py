@@ -1,7 +1,7 @@
 """The adapters as clients see them: resolved, listed, uploaded and deleted, always on behalf of a tenant.
 
-What a tenant may not see does not exist for it: another's adapter and a missing one give the same error. Joins the
-registry to one base; blocking, so an event loop calls it from a thread. Knows nothing about HTTP or the engine.
+An adapter that a tenant may not see does not exist for it: another's adapter and a missing one give the same error. For
+one base. Every call blocks, so an event loop calls it from a thread. Knows nothing about HTTP or the engine.
 """
 
 import threading
@@ -25,7 +25,7 @@ from training.storage.card import Card
 from training.storage.registry import WEIGHTS, CorruptAdapter, Registry, Resolved, UnknownAdapter, Usage, check_id
 from training.storage.storage import content_id
 
-USAGE_S = 10.0  # how old what is known about a tenant's stored bytes may be
+USAGE_S = 10.0  # how old the count of a tenant's stored bytes may be
 
 
 class Library:
@@ -46,14 +46,16 @@ class Library:
         self._tokenizer: Any = None
 
     def resolve(self, tenant: str, name: str) -> Resolved:
-        """What `id`, `tenant/id` or either with `@version` means to `tenant` now. Raises UnknownAdapter."""
+        """The version that `id`, `tenant/id` or either with `@version` means to `tenant` now.
+
+        Raises UnknownAdapter, CorruptAdapter; Refused for an adapter of another base."""
         path, _, version = name.partition("@")
         owner, slash, id = path.partition("/")
         owner, id = (owner, id) if slash else (tenant, path)
         try:
             resolved = self.known.look(f"{owner}/{id}", version or None)
         except CorruptAdapter:
-            if owner != tenant:  # whose card cannot be read is not known to be public
+            if owner != tenant:  # without a readable card nobody knows whether it is public
                 raise unknown(name) from None
             raise
         if resolved is None or (resolved.tenant != tenant and not resolved.public):
@@ -98,7 +100,7 @@ class Library:
     ) -> Resolved:
         """Checks an adapter file against the base, publishes it as the tenant's `id` and returns its version.
 
-        `public` None leaves an existing adapter as visible as it is; a new one is private. Raises AdapterError saying
+        `public` None leaves the visibility of an existing adapter; a new one is private. Raises AdapterError saying
         which modules or values are wrong, QuotaExceeded if `limits` allow no more; then nothing has been stored.
         """
         check_id(id)
@@ -111,14 +113,14 @@ class Library:
         card = self._card(adapter, weights, trigger)
         with self._lock:
             mine = self._uploads[tenant]
-        with mine:  # one after another: each counts what those before have stored
+        with mine:  # one at a time: each counts what those before have stored
             if limits is not None:
                 self._check_room(tenant, id, len(weights), limits)
-            if public is False:  # first: what is private is never public for a moment
+            if public is False:  # first, so that the new version is not public even for a moment
                 with suppress(UnknownAdapter):
                     self.registry.describe(tenant, id, public=False)
             published = self.registry.publish(tenant, id, weights, card)
-            if not published.new:  # the same file again: it is what the tenant wants served, whatever came between
+            if not published.new:  # the same file was published before: the tenant wants it served again
                 self.registry.set_current(tenant, id, published.version)
             self.registry.describe(tenant, id, public=public, trigger=trigger or None)
             self._forget(tenant, id)
@@ -237,7 +239,7 @@ class Library:
             )
 
     def _listed(self, name: str, tenant: str, version: str | None = None) -> Resolved | None:
-        """What `name` is, if a list of `tenant` may have it."""
+        """The version that `name` means, if a list of `tenant` may show it; else None."""
         try:
             resolved = self.known.look(name, version)
         except CorruptAdapter:
@@ -260,7 +262,7 @@ def unknown(name: str) -> UnknownAdapter:
 
 
 def _place(name: str, tenant: str) -> tuple[bool, str]:
-    """Where `tenant/id` stands in a list of `tenant`: its own come first."""
+    """The sort key of `tenant/id` in a list of `tenant`: its own come first."""
     return not name.startswith(f"{tenant}/"), name
 
 

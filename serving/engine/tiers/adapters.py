@@ -1,7 +1,7 @@
 """Adapters on their way into the bank: registry -> host memory -> slots of the device.
 
-Joins the three tiers for the engine. Slots and host cache keep the books; here a row is copied. A load that fails has
-touched neither slots nor host cache, so it costs nobody anything.
+Joins the three tiers for the engine: `Slots` and `HostCache` decide what is where, here rows are copied. A load that
+fails has changed neither slots nor host cache, so it affects no other request.
 
 The bank starts over no layer and grows when an adapter with further layers is put into a slot, so that a slot is as
 wide as what adapters in use change, not as all that they might. It does not shrink.
@@ -43,6 +43,7 @@ class HostRow:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of host memory that it takes."""
         return self.row.nbytes
 
 
@@ -59,7 +60,7 @@ class Adapters:
         sites = {name: find_sites(name, model, targets[name]) for name, model in base.models.items()}
         vectors = (spec.words, facts.word_width)
         self._reach = Layout(sites, spec.rank, *vectors)  # every layer that an adapter may change here
-        self.empty = spec.slots  # the bank's last slot is never handed out: it stays zero
+        self.empty = spec.slots  # the bank's last slot is never given to an adapter: it stays zero
         self.bank = Bank(
             dict.fromkeys(sites, ()),
             slots=spec.slots + 1,
@@ -92,7 +93,7 @@ class Adapters:
                 loads[key] = self.host.want(key)
 
     def settle(self, loads: Loads) -> None:
-        """The loads are not needed any more."""
+        """Releases all `loads` and forgets them."""
         for key in loads:
             self.host.release(key)
         loads.clear()
@@ -114,7 +115,7 @@ class Adapters:
             host_row = loads[key].result()
             self.bank.put(slot, host_row.row)
             self._changes_text[key] = host_row.changes_text
-        if placement.fresh:  # what was evicted for them is forgotten
+        if placement.fresh:  # forgets the adapters that were evicted for them
             self._changes_text = {key: changes for key, changes in self._changes_text.items() if key in self.slots}
         self.swap_seconds += time.perf_counter() - began
         return placement.slots
@@ -145,7 +146,7 @@ class Adapters:
         return self._changes_text[key]
 
     def forget(self, key: AdapterRef) -> None:
-        """Drops a deleted or replaced version from every tier, unless a request still wears it."""
+        """Drops a deleted or replaced version from every tier, unless a request still uses it."""
         self.host.drop(key)
         if self.slots.drop(key):
             del self._changes_text[key]
@@ -172,7 +173,7 @@ class Adapters:
 
 
 def explain_load(key: AdapterRef, error: BaseException) -> Exception:
-    """The error of a failed load, for those who waited for it."""
+    """The error of a failed load, as the requests that waited for it get it."""
     if isinstance(error, AdapterUnavailable):
         return error
     reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"

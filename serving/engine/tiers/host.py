@@ -1,8 +1,9 @@
 """Adapters in host memory, between the device's slots and the registry: loaded once, in the background.
 
-A loader thread fetches what is asked for and not here. Requests for one cold adapter share its load; a load that fails
-fails only those that wait for it, is not remembered, and costs no other adapter its place. What waits for admission is
-pinned; the rest stays, least recently used out first, within a budget of bytes. Knows nothing about slots or HTTP.
+A loader thread fetches an adapter that is wanted and not here. Requests for the same adapter share its load; a load
+that fails is an error of those that wait for it only, is not remembered, and evicts nothing. Adapters that a waiting
+request needs are pinned; the others are evicted, least recently used first, beyond a budget of bytes. Knows nothing
+about slots or HTTP.
 """
 
 import threading
@@ -16,7 +17,8 @@ class Sized(Protocol):
     """Something that lies in memory."""
 
     @property
-    def nbytes(self) -> int: ...
+    def nbytes(self) -> int:
+        """Bytes of memory that it takes."""
 
 
 HostKey = TypeVar("HostKey", bound=Hashable)
@@ -50,7 +52,7 @@ class HostCache(Generic[HostKey, HostValue]):
         return len(self._held)
 
     def want(self, key: HostKey) -> Future[HostValue]:
-        """Pins `key` and answers its value, at once or when its load ends. Give the pin back with `release`."""
+        """Pins `key` and returns a future of its value, which is done when its load ends. Undone by `release`."""
         with self._lock:
             self._pins[key] = self._pins.get(key, 0) + 1
             if key in self._held:
@@ -73,19 +75,19 @@ class HostCache(Generic[HostKey, HostValue]):
                 self._shrink()
 
     def drop(self, key: HostKey) -> None:
-        """Forgets an adapter, unless somebody waits with it."""
+        """Forgets an adapter, unless it is pinned."""
         with self._lock:
             if key in self._held and key not in self._pins:
                 self.bytes -= self._held.pop(key).nbytes
 
     def close(self) -> None:
-        """Waits for nothing: loads that have not begun are dropped."""
+        """Stops the loaders without waiting; loads that have not begun are cancelled."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _load(self, key: HostKey, future: Future[HostValue]) -> None:
         try:
             value = self._fetch(key)
-        except BaseException as error:  # whatever it is, it belongs to those who wait for this adapter
+        except BaseException as error:  # any error is passed to those who wait for this adapter
             with self._lock:
                 del self._loading[key]
                 self.failures += 1

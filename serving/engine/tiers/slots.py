@@ -1,4 +1,4 @@
-"""Which adapter is in which slot of the bank: least recently used out first, never one in use. Knows no tensors.
+"""Which adapter is in which slot of the bank: the least recently used is evicted, never one in use. Knows no tensors.
 
 A key is in at most one slot. `acquire` takes all of a request's adapters or none, so two requests never hold half of
 what they need and wait for each other.
@@ -56,7 +56,7 @@ class Slots(Generic[SlotKey]):
             return None
         wanted = dict.fromkeys(keys)
         for key in wanted:
-            self._pins[key] = self._pins.get(key, 0) + 1  # first, so that none of them evicts another
+            self._pins[key] = self._pins.get(key, 0) + 1  # pinned first, so that none of them evicts another
         fresh = []
         for key in wanted:
             if key in self._loaded:
@@ -90,7 +90,7 @@ class Slots(Generic[SlotKey]):
         return tuple(self._loaded)
 
     def check_integrity(self) -> None:
-        """Raises AssertionError with the numbers if the books do not add up."""
+        """Raises AssertionError with the numbers if free and loaded slots do not add up to all, or a pin is wrong."""
         used = [*self._free, *self._loaded.values()]
         assert len(used) == self.count, f"free({len(self._free)}) + loaded({len(self._loaded)}) != slots({self.count})"
         assert len(set(used)) == self.count, f"a slot is used twice: free {self._free}, loaded {self._loaded}"

@@ -8,7 +8,7 @@ from serving.http.wire import ADAPTER_NAME, WornAdapter
 
 # A tag ends before the next "<", so a search looks at every character once, whatever the prompt.
 _TAG = re.compile(r"<(\w+):([^<>]*)>")
-_KINDS = ("lora", "lyco")  # two names of one thing there
+_KINDS = ("lora", "lyco")  # two names of the same tag
 
 
 def split_prompt(prompt: str) -> tuple[str, list[WornAdapter]]:
@@ -21,7 +21,7 @@ def split_prompt(prompt: str) -> tuple[str, list[WornAdapter]]:
 
 
 def refuse_tags(negative_prompt: str) -> str:
-    """The negative prompt, in which tags mean nothing. Raises ApiError if it has one."""
+    """The negative prompt unchanged. Raises ApiError if it has a tag, which would do nothing there."""
     tag = _TAG.search(negative_prompt)
     if tag is not None:
         raise ApiError(

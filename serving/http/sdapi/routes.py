@@ -1,7 +1,7 @@
 """What clients of AUTOMATIC1111's API call to get pictures; `<lora:id:weight>` in the prompt works.
 
-Unlike there, calls may overlap, an unknown adapter is an error, what is not done is refused by name, and no call
-changes anything for anybody else. What clients ask before they begin is in `info.py`.
+Unlike there, calls may overlap, an unknown adapter is an error, unsupported fields are refused by name, and no call
+changes anything for other callers. The lists that clients read when they start are in `info.py`.
 """
 
 import asyncio
@@ -41,6 +41,7 @@ class CallProgress:
 
     @property
     def share(self) -> float:
+        """How much of the call is done, 0 to 1."""
         return min(1.0, sum(self.part.values()) / self.count)
 
 
@@ -80,7 +81,7 @@ async def progress(request: Request, skip_current_image: bool = False) -> SdProg
 
 @router.post("/interrupt", responses=ERRORS)
 async def interrupt(request: Request) -> dict[str, object]:
-    """Stops the caller's calls; nobody else's."""
+    """Cancels all running calls of the caller's tenant, of no other."""
     service = service_of(request)
     under: Under = request.app.state.under
     for one in under.get(service.tenant(request), []):
@@ -137,7 +138,7 @@ def _wanted(service: Service, tenant: str, body: Txt2ImgBody, name: str) -> Gene
     image, strength = None, 1.0
     if isinstance(body, Img2ImgBody):
         image = read_picture_field(body.init_images[0], "init_images", width, height)
-        strength = min(1.0, max(body.denoising_strength, 1.001 / steps))  # also 0 means one step there
+        strength = min(1.0, max(body.denoising_strength, 1.001 / steps))  # AUTOMATIC1111 takes 0 as one step
     return intake.checked(
         GenerateRequest(
             request_id=name,
