@@ -130,7 +130,7 @@ def test_rows_that_join_and_leave_at_every_step(engine: Engine, alone: dict[str,
 
 def test_a_short_request_does_not_wait_for_a_long_one(engine: Engine) -> None:
     long = engine.submit(ask("cat", steps=50))
-    engine.step()
+    run_until(engine, lambda: engine.scheduler.running)  # its adapter is loaded
     short = engine.submit(ask("dog", steps=3))
     run(engine, [short])
     assert not long.over and 3 <= long.samples[0].step <= 20
