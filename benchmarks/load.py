@@ -42,7 +42,7 @@ from PIL import Image
 
 from benchmarks.serving import ATTENTION, engine_over, markdown, random_adapter, ref, shelf
 from serving.engine.engine import Engine
-from serving.engine.job import Done, Failed, Job
+from serving.engine.job import Done, Job, JobFailed
 from serving.engine.request import AdapterUse, GenerateRequest
 from training.adapters.adapter import save_adapter
 from training.base.base import load_base
@@ -115,7 +115,7 @@ class Play:
             outcomes = self.engine.step()
             self.now += time.process_time() - began
             for outcome in outcomes:
-                assert not isinstance(outcome, Failed), outcome
+                assert not isinstance(outcome, JobFailed), outcome
                 if isinstance(outcome, Done):
                     self._done(outcome)
         for job in list(self.engine.jobs):

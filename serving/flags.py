@@ -1,4 +1,4 @@
-"""Command-line flags made of the fields of a spec, so that whatever can be set has one. Knows no torch."""
+"""Command-line flags made from the fields of a spec, so that every setting has one. Knows no torch."""
 
 import functools
 from collections.abc import Callable
@@ -20,7 +20,7 @@ def flags(spec: type[Closed], argument: str) -> Callable[[Command], Command]:
     """A decorator: one flag for each field of `spec`; the command gets the `spec` of their values as `argument`.
 
     `max_rows` is `--max-rows`, or `DREAMFLEET_MAX_ROWS`; lists are written with commas. Bounds are the fields' own.
-    What the fields refuse is a UserError that names the flag.
+    Raises UserError, naming the flag, for a value that its field refuses.
     """
 
     def decorate(command: Command) -> Command:
@@ -44,7 +44,7 @@ def flags(spec: type[Closed], argument: str) -> Callable[[Command], Command]:
 
 
 def flag(name: str) -> str:
-    """How the flag of a field is written."""
+    """The flag of a field: `--max-rows` of `max_rows`."""
     return f"--{name.replace('_', '-')}"
 
 

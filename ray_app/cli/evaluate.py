@@ -31,7 +31,9 @@ _folder = click.Path(path_type=Path, file_okay=False, exists=True)
 @click.option("--models", type=_folder, envvar="DREAMFLEET_MODELS", help="the folder of configured weights")
 @click.option("--base", help="the base's name or folder, if not the one the card names")
 @click.option("--images", type=click.IntRange(1, 64), help="pictures a prompt")
-@click.option("--steps", type=click.IntRange(1, 1000), default=20, show_default=True, help="denoising steps a picture")
+@click.option(
+    "--steps", type=click.IntRange(1, 1000), help="denoising steps a picture; what the base recommends by default"
+)
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), default="out/evaluate", show_default=True)
 @click.option("--address", help="spread a protocol's subjects over a cluster: local, auto, host:port, ray://host:10001")
 @options.storage
@@ -47,7 +49,7 @@ def evaluate(
     models: Path | None,
     base: str | None,
     images: int | None,
-    steps: int,
+    steps: int | None,
     out: Path,
     address: str | None,
     storage: str,

@@ -22,8 +22,11 @@ Alive = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Wish:
-    """How adapters are to be judged. `photos`: a folder of real photos, or of a folder a subject; `models`: of
-    configured weights; `images` a prompt, the protocol's own by default; `out` receives the pictures."""
+    """How adapters are to be judged.
+
+    `photos`: a folder of real photos, or of a folder a subject; `models`: of configured weights; `images` a prompt, the
+    protocol's own by default; `steps` a picture, the base's own by default; `out` receives the pictures.
+    """
 
     tenant: str = "default"
     base: str | None = None
@@ -32,7 +35,7 @@ class Wish:
     likeness: str = "auto"
     fidelity: str = "auto"
     images: int | None = None
-    steps: int = 20
+    steps: int | None = None
     out: Path = Path("out/evaluate")
     address: str | None = None
 
@@ -111,8 +114,7 @@ def evaluate_protocol(
         )
     loaded = _open_base([there[subject] for subject in ready], wish.base)
     sittings = [_sitting(registry, there[subject], photos, loaded) for subject in ready]
-    # the usual guidance of Stable Diffusion, and that of the pocket base
-    look = Look(wish.steps, 3.0 if loaded.name == "pocket" else 7.5, None)
+    look = Look(wish.steps or loaded.facts.steps, loaded.facts.guidance_scale, None)
     wish.out.mkdir(parents=True, exist_ok=True)
     judged = []
     for one in _sit_all(loaded, protocol, sittings, look, wish, alive):

@@ -123,8 +123,8 @@ def fuse(parts: Sequence[str], out: Path, base: str | None, storage: str, tenant
 @click.option("--prompt", multiple=True, help="several make several rows; the adapter's own prompt by default")
 @click.option("--weights", default="0,0.3,0.5,0.7,1", show_default=True)
 @click.option("--seed", default=42, show_default=True)
-@click.option("--steps", default=25, show_default=True, type=click.IntRange(1))
-@click.option("--guidance-scale", default=4.0, show_default=True)
+@click.option("--steps", type=click.IntRange(1), help="what the base recommends by default")
+@click.option("--guidance-scale", type=click.FloatRange(0), help="what the base recommends by default")
 @click.option("--negative-prompt", default="")
 @click.option("--out", default="sweep.png", show_default=True, type=click.Path(path_type=Path, dir_okay=False))
 @base_option
@@ -135,8 +135,8 @@ def sweep(
     prompt: Sequence[str],
     weights: str,
     seed: int,
-    steps: int,
-    guidance_scale: float,
+    steps: int | None,
+    guidance_scale: float | None,
     negative_prompt: str,
     out: Path,
     base: str | None,

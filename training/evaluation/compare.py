@@ -52,11 +52,11 @@ class Comparison:
 
 
 def compare(
-    base: Base, entries: Sequence[Entry], judges: Judges, *, images: int = 2, steps: int = 20, guidance: float = 3.0
+    base: Base, entries: Sequence[Entry], judges: Judges, *, images: int = 2, steps: int | None = None
 ) -> Comparison:
-    """Draws and scores `entries`; `images` seeds a prompt."""
+    """Draws and scores `entries`; `images` seeds a prompt. Guidance is the base's own, and `steps` where it is None."""
     bank = adapter_bank(base, [entry.adapter for entry in entries])
-    look = Look(steps, guidance, None)
+    look = Look(steps or base.facts.steps, base.facts.guidance_scale, None)
 
     def shots(slot: int, prompt: str, count: int) -> list[Shot]:
         return [Shot(slot, 1.0, prompt, seed, look) for seed in range(count)]

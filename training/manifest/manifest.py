@@ -174,8 +174,8 @@ class SampleSpec(Closed):
     images: int | None = Field(
         None, ge=0, le=64, description="how many, the sample prompts in turn; 4 by default, or one a prompt; 0: none"
     )
-    steps: int = Field(20, ge=1, le=1000, description="denoising steps a picture")
-    guidance_scale: float = Field(3.0, ge=0, le=50)
+    steps: int | None = Field(None, ge=1, le=1000, description="denoising steps a picture; the base's own by default")
+    guidance_scale: float | None = Field(None, ge=0, le=50, description="the base's own by default")
 
 
 class SubjectSettings(Closed):

@@ -159,18 +159,25 @@ class Registry:
 
     def weights(self, resolved: Resolved) -> bytes:
         """The file of a version; raises CorruptAdapter if it is not what was published, UnknownAdapter if deleted."""
-        name = f"{resolved.name}@{resolved.version[:12]}"
+        return self.fetch(resolved.tenant, resolved.id, resolved.version)
+
+    def fetch(self, tenant: str, id: str, version: str) -> bytes:
+        """The weights of a version that was resolved before, by its whole name: one read, whatever is current.
+
+        Raises CorruptAdapter if they are not what was published, UnknownAdapter if the version has been deleted.
+        """
+        key, name = f"{self._ledger(tenant, id).folder}/{version}/{WEIGHTS}", f"{tenant}/{id}@{version[:12]}"
         try:
-            data = self.read(resolved, WEIGHTS)
+            data = self.storage.get(key)
         except NotFound:
-            self.resolve(resolved.name, resolved.version)  # UnknownAdapter if it was deleted meanwhile
+            self.resolve(f"{tenant}/{id}", version)  # UnknownAdapter if it was deleted meanwhile
             try:
-                data = self.read(resolved, WEIGHTS)  # or it was, and is published again
+                data = self.storage.get(key)  # or it was, and is published again
             except NotFound as error:
                 raise CorruptAdapter(
                     f"Adapter {name} has lost its weights. Delete the adapter and publish it again."
                 ) from error
-        if content_id(data) != resolved.version:
+        if content_id(data) != version:
             raise CorruptAdapter(
                 f"Adapter {name} is damaged: its {len(data)} stored bytes do not have the published hash. Delete the "
                 "adapter and publish it again."

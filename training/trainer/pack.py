@@ -12,7 +12,8 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from training.adapters.adapter import Adapter
-from training.adapters.bank import Bank, find_sites
+from training.adapters.bank import Bank
+from training.adapters.layout import find_sites
 from training.base.base import Base
 from training.trainer.batch import WHOLE, Turn, make_batch
 from training.trainer.checkpoint import SubjectState

@@ -14,7 +14,8 @@ from tests.serving.company import Shelf, ask, ref, run as serve, small
 from tests.training.subjects import subject
 from tests.training.trainer.test_pack import distance
 from training.adapters.adapter import Adapter, LowRank, load_adapter, save_adapter
-from training.adapters.bank import Bank, find_sites
+from training.adapters.bank import Bank
+from training.adapters.layout import find_sites
 from training.base.base import Base
 from training.base.noise.process import Density
 from training.base.stream import stream

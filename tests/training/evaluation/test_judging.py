@@ -16,7 +16,7 @@ from torch import Tensor
 from tests.tiny import tiny_images
 from tests.training.subjects import latents, spec
 from training.adapters.adapter import Adapter, LowRank, load_adapter
-from training.adapters.bank import find_sites
+from training.adapters.layout import find_sites
 from training.base.base import Base
 from training.base.files.outline import outline
 from training.base.stream import stream

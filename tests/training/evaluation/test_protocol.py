@@ -13,7 +13,7 @@ from PIL import Image
 
 from tests.tiny import tiny_images
 from training.adapters.adapter import Adapter, LowRank
-from training.adapters.bank import find_sites
+from training.adapters.layout import find_sites
 from training.base.base import Base
 from training.base.stream import stream
 from training.errors import UserError

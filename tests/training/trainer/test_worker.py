@@ -207,7 +207,7 @@ def test_what_a_subject_can_do_without_costs_nobody_the_adapter(
     folder: Path, tiny: Base, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     faults: dict[str, tuple[str, Callable[..., str]]] = {
-        "sampling": ("training.sampling.samples._shots", lambda one: one.spec.id),
+        "sampling": ("training.sampling.samples._shots", lambda one, facts: one.spec.id),
         "checkpoint": ("training.run.run.RunStore.save_checkpoint", lambda run, id, *_: id),
         "look": ("training.trainer.worker.early_stop.Watch._has_settled", lambda watch, fixed: fixed.spec.id),
     }
