@@ -6,7 +6,7 @@ large one, and a large one not for ever. Images of the same kind go with it: of 
 leader, unless the device has room for them. The images of one tenant share in the same way.
 
 A tenant, or an image, that comes starts level with what is served at that moment: it can neither be starved by a flood
-nor save up. Source: self-clocked fair queueing, Golestani 1994.
+nor save up. Source: start-time fair queueing, Goyal, Vin and Cheng 1996, with the order of the ends of steps.
 """
 
 from collections import deque
@@ -75,7 +75,7 @@ class Scheduler(Generic[T]):
         self._tenants: dict[str, _Tenant[T]] = {}
         self._running: dict[T, float] = {}  # what each has been served, on its tenant's scale
         self._overtaken: dict[T, int] = {}
-        self._level = 0.0  # the service of the tenant that led the last step: where those start that come
+        self._level = 0.0  # what the tenant that led the last step had been served before: where those start that come
 
     @property
     def waiting(self) -> int:
@@ -170,12 +170,12 @@ class Scheduler(Generic[T]):
         return chosen
 
     def _charge(self, chosen: Sequence[T], lead: str, parts: Mapping[str, Sequence[T]]) -> None:
+        self._level = max(self._level, self._tenants[lead].service)
         for item in chosen:
             tenant = self._tenants[item.tenant]
+            tenant.level = max(tenant.level, self._running[item])
             tenant.service += _cost(item)
             self._running[item] += _cost(item)
-            tenant.level = max(tenant.level, self._running[item])
-        self._level = max(self._level, self._tenants[lead].service)
         for name, part in parts.items():  # what a tenant got because there was room is not held against it for long
             tenant = self._tenants[name]
             tenant.service = min(tenant.service, self._level + _cost_of(part))
