@@ -2,8 +2,8 @@
 
 Owns what a user asks for by name (`diffusers`, `kohya`, `lora_diffusion`), the recognition of a file by its keys, and
 the rule that an import which attaches nothing, or leaves a key unused, is an error. The keys of each format are in
-`format_named.py` (diffusers, PEFT and their ancestors), `format_peft.py` (PEFT's settings), `format_kohya.py` and
-`format_lora_diffusion.py`. Canonical module keys and the meaning of an adapter are in `adapter.py`.
+`named.py` (diffusers, PEFT and their ancestors), `peft.py` (PEFT's settings), `kohya.py` and
+`lora_diffusion.py`. Canonical module keys and the meaning of an adapter are in `adapter.py`.
 """
 
 import re
@@ -33,19 +33,9 @@ from training.adapters.formats.lora_diffusion import is_lora_diffusion, read_lor
 from training.adapters.formats.named import is_named, read_named
 from training.adapters.formats.parts import OWN, Parts, Source
 from training.adapters.formats.peft import CONFIG, peft_config, write_peft
-from training.adapters.merge import merge_adapters, reduce_rank
 from training.adapters.tensor_file import TensorFileError, read_tensors, write_tensors
 
-__all__ = [
-    "Format",
-    "Label",
-    "export_adapter",
-    "import_adapter",
-    "label_of",
-    "merge_adapters",
-    "recognise",
-    "reduce_rank",
-]
+__all__ = ["Format", "Label", "export_adapter", "import_adapter", "label_of", "recognise"]
 
 Format = Literal["diffusers", "kohya", "lora_diffusion", "peft"]
 """What can be written; all of them, and files of older diffusers, can be read."""

@@ -1,6 +1,6 @@
 """Models that look at pictures, behind three small promises. Each has a name, which goes wherever its numbers go.
 
-Here are those that need no download; `features_local.py` has those that are configured by a path. Shapes: N pictures, E
+Here are those that need no download; `configured.py` has those that are configured by a path. Shapes: N pictures, E
 features, H and W cells of a map.
 """
 
