@@ -23,8 +23,9 @@ from training.base.families import open_family
 from training.base.files.folder import hash_base, public_name
 from training.base.files.outline import Outline
 from training.storage.card import Card
-from training.storage.registry import WEIGHTS, CorruptAdapter, Registry, Resolved, UnknownAdapter, Usage, check_id
+from training.storage.registry import WEIGHTS, CorruptAdapter, Registry, StoredUsage
 from training.storage.storage import content_id
+from training.storage.version import Resolved, UnknownAdapter, check_id
 
 REMEMBERED = 4096
 USAGE_S = 10.0  # how old what is known about a tenant's stored bytes may be
@@ -44,7 +45,7 @@ class Library:
         self.base_hash = hash_base(outline.folder)
         self._refresh_s = refresh_s
         self._resolved: OrderedDict[tuple[str, str | None], tuple[float, Resolved]] = OrderedDict()
-        self._usage: dict[str, tuple[float, Usage]] = {}
+        self._usage: dict[str, tuple[float, StoredUsage]] = {}
         self._uploads: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
         self._damaged: dict[str, str] = {}
         self._lock = threading.Lock()
@@ -231,7 +232,7 @@ class Library:
 
     def _check_room(self, tenant: str, id: str, size: int, limits: Limits) -> None:
         now = time.monotonic()
-        expires, usage = self._usage.get(tenant, (0.0, Usage(0, 0)))
+        expires, usage = self._usage.get(tenant, (0.0, StoredUsage(0, 0)))
         if now >= expires:
             usage = self.registry.usage(tenant)
             self._usage[tenant] = now + USAGE_S, usage

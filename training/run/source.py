@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
-from training.manifest.manifest import SubjectSpec
+from training.manifest.subject import SubjectSpec
 
 Kind = Literal["done", "bad subject", "diverged", "out of memory", "too large", "cancelled", "unknown"]
 

@@ -11,8 +11,9 @@ from serving.http.library import Fetcher
 from tests.serving.company import random_adapter
 from training.adapters.adapter import save_adapter
 from training.base.base import Base
-from training.storage.registry import DEFAULT_TENANT, Registry, Resolved
+from training.storage.registry import Registry
 from training.storage.storage import content_id
+from training.storage.version import DEFAULT_TENANT, Resolved
 
 
 def aged(cache: DiskCache, data: bytes, seconds: float) -> str:

@@ -14,9 +14,10 @@ from PIL import Image
 
 from training.base.base import Base
 from training.errors import SubjectFailed, UserError
-from training.evaluation.evaluate import Evaluation, candidate_steps
-from training.manifest.manifest import SubjectSpec
+from training.evaluation.evaluate import Evaluation
+from training.evaluation.exam import candidate_steps
 from training.manifest.plan import PackPlan
+from training.manifest.subject import SubjectSpec
 from training.photos.intake import check_words, fingerprint, read_files
 from training.photos.photos import Photo, Photos, photos
 from training.run.fault import apart, kind_of, reason_of, together
