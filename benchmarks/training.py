@@ -34,7 +34,8 @@ from tests.tiny import clip, clip_tokenizer, ddpm, vae
 from training.adapters.adapter import Adapter
 from training.base.base import Base, load_base
 from training.base.words import tokenise
-from training.manifest.manifest import SubjectSpec, parse_manifest
+from training.manifest.manifest import parse_manifest
+from training.manifest.subject import SubjectSpec
 from training.trainer.latents import LatentSet, posteriors
 from training.trainer.member import Subject
 from training.trainer.pack import Pack, training_bank

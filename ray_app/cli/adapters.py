@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from serving.http.library import Library
     from training.adapters.adapter import Adapter
     from training.adapters.formats.formats import Format
-    from training.storage.registry import Registry, Resolved
+    from training.storage.registry import Registry
+    from training.storage.version import Resolved
 
 # folders below that of an adapter: PEFT's and diffusers' scripts write one a component, we one for words
 FOLDERS = ("unet", "text_encoder", "text_encoder_2", "embeddings")

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from ray_app.cli.scoring import Wish
     from training.evaluation.compare import Comparison
     from training.storage.card import Score
-    from training.storage.registry import Registry, Resolved
+    from training.storage.registry import Registry
+    from training.storage.version import Resolved
 
 _folder = click.Path(path_type=Path, file_okay=False, exists=True)
 

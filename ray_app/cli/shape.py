@@ -21,7 +21,8 @@ from training.errors import UserError
 
 if TYPE_CHECKING:
     from training.adapters.adapter import Adapter
-    from training.storage.registry import Registry, Resolved
+    from training.storage.registry import Registry
+    from training.storage.version import Resolved
 
 parts = click.argument("parts", nargs=-1, required=True, metavar="ID[@VERSION][:WEIGHT]...")
 

@@ -18,8 +18,8 @@ from pydantic import TypeAdapter
 
 from ray_app.silence import silence
 from training.errors import UserError
-from training.manifest.manifest import SubjectSpec
 from training.manifest.plan import PackPlan
+from training.manifest.subject import SubjectSpec
 from training.run.run import RunRecord, RunStore
 from training.run.source import Beat, Orders, Outcome, Task
 from training.run.subject_queue import Lease, Release

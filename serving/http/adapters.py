@@ -28,7 +28,7 @@ from serving.http.wire import (
     Name,
 )
 from training.adapters.adapter import AdapterError
-from training.storage.registry import Resolved
+from training.storage.version import Resolved
 
 router = APIRouter(tags=["adapters"])
 PAGE = 1000

@@ -17,7 +17,7 @@ from serving.http.library import Library
 from serving.http.problems import ApiError
 from serving.http.wire import ImagesBody, TokenDetails, TokenUsage, UsedAdapter, WornAdapter
 from training.base.facts import Facts, SamplerName
-from training.storage.registry import Resolved, UnknownAdapter
+from training.storage.version import Resolved, UnknownAdapter
 
 
 @dataclass(frozen=True, slots=True)

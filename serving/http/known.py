@@ -5,7 +5,8 @@ import threading
 import time
 from collections import OrderedDict
 
-from training.storage.registry import CorruptAdapter, Registry, Resolved, UnknownAdapter
+from training.storage.registry import CorruptAdapter, Registry
+from training.storage.version import Resolved, UnknownAdapter
 
 REMEMBERED = 4096
 logger = logging.getLogger(__name__)

@@ -22,8 +22,9 @@ from training.base.families import open_family
 from training.base.files.folder import hash_base, public_name
 from training.base.files.outline import Outline
 from training.storage.card import Card
-from training.storage.registry import WEIGHTS, CorruptAdapter, Registry, Resolved, UnknownAdapter, Usage, check_id
+from training.storage.registry import WEIGHTS, CorruptAdapter, Registry, StoredUsage
 from training.storage.storage import content_id
+from training.storage.version import Resolved, UnknownAdapter, check_id
 
 USAGE_S = 10.0  # how old the count of a tenant's stored bytes may be
 
@@ -40,7 +41,7 @@ class Library:
         self.base = public_name(outline.name)
         self.base_hash = hash_base(outline.folder)
         self.known = Known(registry, refresh_s)
-        self._usage: dict[str, tuple[float, Usage]] = {}
+        self._usage: dict[str, tuple[float, StoredUsage]] = {}
         self._uploads: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
         self._lock = threading.Lock()
         self._tokenizer: Any = None
@@ -223,7 +224,7 @@ class Library:
 
     def _check_room(self, tenant: str, id: str, size: int, limits: Limits) -> None:
         now = time.monotonic()
-        expires, usage = self._usage.get(tenant, (0.0, Usage(0, 0)))
+        expires, usage = self._usage.get(tenant, (0.0, StoredUsage(0, 0)))
         if now >= expires:
             usage = self.registry.usage(tenant)
             self._usage[tenant] = now + USAGE_S, usage

@@ -20,8 +20,9 @@ from serving.errors import (
 )
 from serving.http.replies import KeyReused
 from training.errors import UserError
-from training.storage.registry import CorruptAdapter, CurrentVersion, UnknownAdapter
+from training.storage.registry import CorruptAdapter, CurrentVersion
 from training.storage.storage import StorageError
+from training.storage.version import UnknownAdapter
 
 logger = logging.getLogger(__name__)
 REQUEST_ID: ContextVar[str] = ContextVar("request_id", default="-")  # of the request that is being handled

@@ -21,7 +21,7 @@ from serving.http.infotext import infotext, with_infotext
 from serving.http.intake import Intake
 from serving.http.metrics import Metrics
 from serving.http.problems import ApiError
-from training.storage.registry import DEFAULT_TENANT
+from training.storage.version import DEFAULT_TENANT
 
 Generate = Callable[[GenerateRequest], AsyncIterator[Event]]
 T = TypeVar("T")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from training.errors import UserError
-from training.manifest.manifest import SubjectSpec
+from training.manifest.subject import SubjectSpec
 from training.photos.photos import Photo, PhotoFile, list_photo_files, subfolders
 from training.storage.file_hash import hash_file
 from training.storage.interface import Storage, masked

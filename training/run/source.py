@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Literal, Protocol
 
-from training.manifest.manifest import SubjectSpec
+from training.manifest.subject import SubjectSpec
 
 
 class Phase(StrEnum):

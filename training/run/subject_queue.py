@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 
 from pydantic import Field
 
-from training.manifest.manifest import SubjectSpec
+from training.manifest.subject import SubjectSpec
 from training.run.run import ENDED, Attempt, State, SubjectRecord
 from training.run.source import Beat, Orders, Outcome, Phase, Task
 from training.storage.closed import Closed

@@ -12,8 +12,9 @@ from typing import NamedTuple
 from training.base.files.folder import find_base, hash_base
 from training.base.files.outline import Outline, outline
 from training.errors import UserError
-from training.manifest.manifest import Manifest, SubjectSpec, load_manifest
+from training.manifest.manifest import Manifest, load_manifest
 from training.manifest.plan import unmatched_targets
+from training.manifest.subject import SubjectSpec
 from training.photos.intake import UPLOADED, check_words, current_fingerprint, read_files
 from training.photos.photos import PhotoFile, list_photo_files, photos
 from training.run.run import RunRecord, RunStore, SubjectRecord, digest_of, find_unfinished, new_run_id

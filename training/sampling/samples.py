@@ -8,7 +8,7 @@ from PIL import Image
 from training.adapters.bank import Bank
 from training.base.base import Base
 from training.base.facts import Facts
-from training.manifest.manifest import SubjectSpec
+from training.manifest.subject import SubjectSpec
 from training.sampling.render import Look, Shot, render
 
 

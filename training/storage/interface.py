@@ -1,6 +1,6 @@
 """What a storage promises: its methods, its errors and the names a key may have.
 
-`storage_local.py` keeps the promise in a folder, `storage_object.py` in an object store; `storage.py` opens either.
+`local.py` keeps the promise in a folder, `object_store.py` in an object store; `storage.py` opens either.
 
 A key is a relative path of segments joined by `/`. A reader never sees half a file: a folder writes under a temporary
 name, fsyncs and renames; an object store publishes a put as a whole. All errors are `StorageError`s:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from training.base.noise.process import UNIFORM, Process
 from training.base.stream import shuffled, stream
-from training.manifest.manifest import SubjectSpec
+from training.manifest.subject import SubjectSpec
 from training.trainer.latents import LatentSet
 
 

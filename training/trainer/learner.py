@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from training.adapters.bank import Bank
-from training.manifest.manifest import TrainSpec
+from training.manifest.subject import TrainSpec
 from training.trainer.member import Member
 from training.trainer.optimizer import OptimizerState, SlotOptimizer, make_optimizers
 

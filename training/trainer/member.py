@@ -12,7 +12,7 @@ from training.adapters.adapter import Adapter, LowRank
 from training.adapters.layout import find_sites
 from training.base.base import Base
 from training.base.stream import stream
-from training.manifest.manifest import SubjectSpec, TrainSpec
+from training.manifest.subject import SubjectSpec, TrainSpec
 from training.trainer.checkpoint import HISTORY, SubjectState
 from training.trainer.latents import LatentSet
 

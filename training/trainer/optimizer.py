@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from training.errors import SubjectFailed
-from training.manifest.manifest import TrainSpec
+from training.manifest.subject import TrainSpec
 
 
 @dataclass(slots=True)

@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_map_only
 from training.adapters.bank import Bank
 from training.base.base import Base
 from training.errors import GangBroken, SubjectFailed, UserError
-from training.manifest.manifest import TrainSpec, ZeroSpec
+from training.manifest.subject import TrainSpec, ZeroSpec
 from training.trainer.learner import Rates
 from training.trainer.member import Member, Report, Subject
 from training.trainer.optimizer import OptimizerState

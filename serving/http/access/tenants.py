@@ -29,7 +29,7 @@ from serving.config import Limits
 from serving.errors import NotReady, QueueFull
 from training.errors import UserError
 from training.storage.closed import Closed
-from training.storage.registry import check_id
+from training.storage.version import check_id
 
 logger = logging.getLogger(__name__)
 PREFIX = "dfk_"

@@ -34,7 +34,7 @@ from training.evaluation.judges.features import (
     TextModel,
     pixels,
 )
-from training.evaluation.judges.pocket import Judge, JudgeConfig
+from training.evaluation.judges.pocket import JudgeConfig, JudgeNet
 
 
 def pictures(count: int = 3, side: int = 40) -> list[Image.Image]:
@@ -184,7 +184,7 @@ def test_efficientnet_sees_a_picture_in_its_copy() -> None:
 def judge() -> PocketJudge:
     torch.manual_seed(0)
     return PocketJudge(
-        Judge(JudgeConfig(classes=("dog",), places=("snow", "night"), colours=("red", "blue"), widths=(8, 8))).eval()
+        JudgeNet(JudgeConfig(classes=("dog",), places=("snow", "night"), colours=("red", "blue"), widths=(8, 8))).eval()
     )
 
 

@@ -18,8 +18,9 @@ from training.adapters.bank import Bank
 from training.base.base import Base
 from training.base.files.outline import outline
 from training.errors import UserError
-from training.manifest.manifest import Manifest, SubjectSpec, parse_manifest
+from training.manifest.manifest import Manifest, parse_manifest
 from training.manifest.plan import plan_run
+from training.manifest.subject import SubjectSpec
 from training.photos.intake import current_fingerprint, fingerprint
 from training.run.run import RunStore
 from training.run.source import Beat, Orders, Outcome, Task

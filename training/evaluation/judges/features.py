@@ -1,6 +1,6 @@
 """Models that look at pictures, behind three small promises. Each has a name, which goes wherever its numbers go.
 
-Here are those that need no download; `features_local.py` has those that are configured by a path. Shapes: N pictures, E
+Here are those that need no download; `configured.py` has those that are configured by a path. Shapes: N pictures, E
 features, H and W cells of a map.
 """
 
@@ -22,7 +22,7 @@ from training.base.family import Cond
 from training.base.noise.process import row_losses
 from training.base.stream import stream
 from training.errors import UserError
-from training.evaluation.judges.pocket import Judge, to_pixels
+from training.evaluation.judges.pocket import JudgeNet, to_pixels
 
 BATCH = 16
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -106,7 +106,7 @@ class PocketJudge:
 
     name = "pocket-judge"
 
-    def __init__(self, judge: Judge) -> None:
+    def __init__(self, judge: JudgeNet) -> None:
         self._judge = judge
 
     @torch.inference_mode()

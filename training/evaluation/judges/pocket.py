@@ -43,7 +43,7 @@ class Reading(NamedTuple):
     colour_probability: float
 
 
-class Judge(nn.Module):
+class JudgeNet(nn.Module):
     """A CNN with three heads over shared features: class, place and colour."""
 
     def __init__(self, config: JudgeConfig) -> None:
@@ -99,15 +99,15 @@ def to_pixels(images: Sequence[Image.Image]) -> Tensor:
     return torch.from_numpy(np.stack([np.asarray(i) for i in sized])).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def load_judge(folder: Path = FOLDER) -> Judge:
+def load_judge(folder: Path = FOLDER) -> JudgeNet:
     """The judge in a folder, in eval mode on the CPU."""
     held = json.loads((folder / "config.json").read_text())
-    judge = Judge(JudgeConfig(**{key: tuple(value) for key, value in held.items()}))
+    judge = JudgeNet(JudgeConfig(**{key: tuple(value) for key, value in held.items()}))
     judge.load_state_dict({name: tensor.float() for name, tensor in load_file(folder / "model.safetensors").items()})
     return judge.eval()
 
 
-def save_judge(judge: Judge, folder: Path = FOLDER) -> None:
+def save_judge(judge: JudgeNet, folder: Path = FOLDER) -> None:
     """Writes the judge's config and fp16 weights."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(asdict(judge.config), indent=2) + "\n")

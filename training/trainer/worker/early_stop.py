@@ -15,7 +15,7 @@ from training.base.base import Base
 from training.base.noise.process import row_losses
 from training.base.stream import shuffled, stream
 from training.evaluation.choose import has_settled
-from training.manifest.manifest import SubjectSpec
+from training.manifest.subject import SubjectSpec
 from training.trainer.latents import LatentSet, same_sizes
 
 EVERY = 10  # steps between looks; a look costs a forward of ROWS rows

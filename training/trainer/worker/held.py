@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from PIL import Image
 
-from training.manifest.manifest import SubjectSpec
+from training.manifest.subject import SubjectSpec
 from training.photos.photos import Photo, Photos
 from training.run.source import Task
 

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 from PIL import Image
 
-from training.evaluation.evaluate import candidate_steps
-from training.manifest.manifest import SubjectSpec
+from training.evaluation.exam import candidate_steps
+from training.manifest.subject import SubjectSpec
 from training.run.run import RunStore
 from training.sampling.samples import Worn, draw_samples
 from training.trainer.checkpoint import dump_state

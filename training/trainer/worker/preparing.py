@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from training.base.base import Base
 from training.errors import UserError
-from training.manifest.manifest import SubjectSpec
+from training.manifest.subject import SubjectSpec
 from training.photos.intake import check_words, fingerprint, read_files
 from training.photos.photos import Photo, PhotoFile, Photos, photos
 from training.run.run import RunStore
