@@ -52,7 +52,7 @@ class EngineSpec(Closed):
     targets: tuple[str, ...] | None = Field(
         default=None, description="ends of the denoiser's layers that are served; all that adapters change by default"
     )
-    text_encoder_targets: tuple[str, ...] | None = Field(default=None, description="the same of text encoders")
+    text_encoder_targets: tuple[str, ...] | None = Field(default=None, description="the same for text encoders")
     max_rows: int = Field(
         default=32,
         ge=1,

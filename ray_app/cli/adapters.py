@@ -133,7 +133,7 @@ def export(
 @click.argument("id")
 @click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--base", default="pocket", show_default=True, help="the base it was trained on")
-@click.option("--trigger", default="", help="the words that call the subject up")
+@click.option("--trigger", default="", help="the words in a prompt that name the subject")
 @click.option("--public/--private", default=None, help="whether others may generate with it; else as before")
 @options.storage
 @options.tenant

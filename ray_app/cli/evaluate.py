@@ -26,7 +26,7 @@ _folder = click.Path(path_type=Path, file_okay=False, exists=True)
 @click.argument("adapters", nargs=-1)
 @click.option("--protocol", help="a published protocol on the adapters of its subjects: dreambooth")
 @click.option("--photos", type=_folder, help="real photos: FOLDER, or FOLDER/ID for several adapters")
-@click.option("--fresh", is_flag=True, help="draw and score again, also for a single adapter")
+@click.option("--fresh", is_flag=True, help="draw and score again, also for one adapter")
 @click.option("--likeness-model", default="auto", show_default=True)
 @click.option("--fidelity-model", default="auto", show_default=True)
 @click.option("--models", type=_folder, envvar="DREAMFLEET_MODELS", help="the folder of configured weights")
@@ -57,7 +57,7 @@ def evaluate(
     tenant: str,
     as_json: bool,
 ) -> None:
-    """Score ADAPTERS ([TENANT/]ID[@VERSION]): one shows how its checkpoints did, several are drawn side by side."""
+    """Score ADAPTERS ([TENANT/]ID[@VERSION]): one: the scores of its checkpoints; several: drawn side by side."""
     from ray_app.cli.scoring import Wish, compare_adapters, resolve_all
     from training.storage.registry import Registry
 

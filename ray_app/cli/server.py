@@ -65,7 +65,7 @@ def generate(
     timeout_s: float,
     as_json: bool,
 ) -> None:
-    """Ask a running server for images; writes PNG files into OUT and prints their names."""
+    """Request images from a running server; writes PNG files into OUT and prints their names."""
     asked = {
         "prompt": prompt,
         "n": count,

@@ -38,7 +38,7 @@ parts = click.argument("parts", nargs=-1, required=True, metavar="ID[@VERSION][:
 def merge(
     parts: Sequence[str], out: str, rank: int | None, base: str | None, storage: str, tenant: str, as_json: bool
 ) -> None:
-    """Add adapters up, each times its weight, into one."""
+    """Add adapters, each multiplied by its weight, into one."""
     from training.adapters.adapter import save_adapter
     from training.adapters.merge import merge_adapters, reduce_rank
     from training.storage.local import write_file
@@ -58,14 +58,14 @@ def merge(
 
 @click.command()
 @click.argument("source")
-@click.option("--rank", required=True, type=click.IntRange(1), help="of no layer more than this")
+@click.option("--rank", required=True, type=click.IntRange(1), help="maximum rank of a layer")
 @click.option("--out", required=True, help="the id to publish it as, or a file that ends in .safetensors")
 @click.option("--base", help="the base's name or folder; of a published adapter the one its card names, else pocket")
 @options.storage
 @options.tenant
 @options.as_json
 def resize(source: str, rank: int, out: str, base: str | None, storage: str, tenant: str, as_json: bool) -> None:
-    """Make an adapter of a lower rank by SVD, the nearest there is, and say how far it is from SOURCE.
+    """Make the nearest adapter of a lower rank by SVD, and report its distance from SOURCE.
 
     SOURCE is a published adapter, [TENANT/]ID[@VERSION], a file that ends in .safetensors, or a folder, written with
     its path: ./FOLDER.

@@ -74,7 +74,7 @@ def train(
     priority: int,
     as_json: bool,
 ) -> None:
-    """Train the subjects of MANIFEST. The same command again takes an unfinished run up, and trains nothing twice."""
+    """Train the subjects of MANIFEST. The same command again resumes an unfinished run, and trains nothing twice."""
     from training.run.submission import submit
 
     check_address(address)

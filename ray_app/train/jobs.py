@@ -99,5 +99,5 @@ def _client(address: str) -> Any:
     except (ConnectionError, RuntimeError) as error:
         said = str(error).strip().splitlines()[0]
         raise UserError(
-            f"No Ray dashboard answers at {address}: {said}. Give the head's, like http://head:8265."
+            f"No Ray dashboard responds at {address}: {said}. Give the head's, like http://head:8265."
         ) from None

@@ -1,6 +1,6 @@
-"""How long a step takes, learned from the steps taken: seconds = a + b x rows, for each kind of row by itself.
+"""How long a step takes, learned from the steps taken: seconds = a + b x rows, for each kind of row separately.
 
-Whoever forms a batch asks how much longer a step gets by more rows. On a device that is not full they are nearly free;
+The scheduler asks how much longer a step gets by more rows. On a device that is not full they are nearly free;
 on a full one each costs its share. Knows no tensors.
 """
 

@@ -168,7 +168,7 @@ def list_runs(storage: Storage) -> list[str]:
 
 
 def find_unfinished(storage: Storage, name: str, digest: str) -> RunRecord | None:
-    """The run that was submitted with the same manifest and has not ended, if any: it is to be taken up."""
+    """The run that was submitted with the same manifest and has not ended, if any: it is resumed."""
     for run in reversed(list_runs(storage)):
         if run.startswith(f"{name}-"):
             record = _record_or_none(storage, run)

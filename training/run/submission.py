@@ -58,7 +58,7 @@ def read_manifest(path: str | Path) -> tuple[Manifest, Outline]:
 
 
 def submit(path: str | Path, storage: Storage, *, upload: bool = False, keep_last: bool = False) -> Submission:
-    """Takes up the unfinished run of the same manifest, or creates one. Raises UserError for a manifest that is wrong.
+    """Resumes the unfinished run of the same manifest, or creates one. Raises UserError for a manifest that is wrong.
 
     `upload` copies local photos to the storage, for workers on other machines. `keep_last` is said of every subject.
     """

@@ -23,7 +23,7 @@ class Learner(Protocol):
     """The weights of a bank's slots and how they are trained."""
 
     def join(self, slot: int, spec: TrainSpec, state: OptimizerState | None) -> None:
-        """Takes up a slot that has just been filled; `state` is what its optimizer remembers."""
+        """Starts to train a slot that has just been filled; `state` is its optimizer's."""
 
     def leave(self, slot: int, spec: TrainSpec) -> None:
         """Forgets a slot."""

@@ -1,6 +1,6 @@
 """The training loop: it keeps a pack full and yields what happened. It saves nothing and reports nothing.
 
-Whoever iterates decides what to print, store and publish, and may take a subject out at any step border.
+The caller decides what to print, store and publish, and may take a subject out at any step border.
 """
 
 import time

@@ -29,7 +29,7 @@ class SlotOptimizer(Protocol):
     """What a pack asks of an optimizer. `rates_P` of `step` are learning rates by column range."""
 
     def join(self, slot: int, spec: TrainSpec, state: OptimizerState | None) -> None:
-        """Takes up a slot; `state` is what was remembered of it, None at a beginning."""
+        """Starts a slot; `state` is its saved state, None at the first step."""
 
     def state(self, slot: int) -> OptimizerState:
         """What is remembered of a slot, on the CPU."""

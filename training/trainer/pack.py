@@ -2,7 +2,7 @@
 
 `Pack.step()` is the fused step: `batch` draws every subject's rows, `step` runs them through one forward and backward,
 `learner` takes each optimizer step that is due. What a subject learns depends on itself alone: its random stream is
-keyed by its seed and step, its gradient is clipped by itself, its loss is a summand of its own. The pack knows nothing
+keyed by its seed and step, its gradient is clipped separately, its loss is a summand of its own. The pack knows nothing
 of files, queues or clocks.
 """
 

@@ -60,7 +60,7 @@ class Decoding:
         return picture.decoded
 
     def close(self) -> None:
-        """Cancels what waits; what is being decoded ends by itself."""
+        """Cancels what waits; what is being decoded finishes."""
         with self._lock:
             self._closed = True
             for pictures in self._waiting.values():

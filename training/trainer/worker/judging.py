@@ -47,7 +47,7 @@ class Judging:
         self._box = JudgeBox(base)
 
     def check(self, spec: SubjectSpec) -> None:
-        """Raises UserError if the subject's models are not to be had: better before training than after."""
+        """Raises UserError if the weights of the subject's judges are missing: better before training than after."""
         if spec.evaluate.enabled:
             self._judges(spec)
 
