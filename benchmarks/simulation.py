@@ -187,8 +187,8 @@ def main() -> None:
     print("\n".join(table))
     if asked.write:
         about = (
-            "What is real, measured and assumed: the head of [`simulation.py`](simulation.py). A use of 90 % was to\n"
-            "be reached: missed where a subject trains for seconds, because drawing its sample images takes one more."
+            "The docstring of [`simulation.py`](simulation.py) lists what is real, measured and assumed. Target: 90 %\n"
+            "utilisation. Where a subject trains for only seconds, generating its sample images takes a large part of them."
         )
         text = "# Ten thousand subjects on preemptible GPUs\n\n" + about + "\n\n" + "\n".join(table) + "\n"
         Path(__file__).with_suffix(".md").write_text(text, encoding="utf-8")
