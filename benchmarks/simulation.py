@@ -188,7 +188,7 @@ def main() -> None:
     if asked.write:
         about = (
             "The docstring of [`simulation.py`](simulation.py) lists what is real, measured and assumed. Target: 90 %\n"
-            "utilisation. Where a subject trains for only seconds, generating its sample images takes a large part of them."
+            "utilisation. Where a subject trains for only seconds, its sample images take a large part of them."
         )
         text = "# Ten thousand subjects on preemptible GPUs\n\n" + about + "\n\n" + "\n".join(table) + "\n"
         Path(__file__).with_suffix(".md").write_text(text, encoding="utf-8")

@@ -48,8 +48,8 @@ NAMES = {
 }
 NOTES = """
 Targets, set for two CPU cores and a base of 4 M parameters: a pack of 8 at 4 times (a) and 3 times (b), with prior at 3
-times, a pack of 32 at 8 times (a). With a larger base, one row already uses more of the peak arithmetic throughput, so a
-pack gains less.
+times, a pack of 32 at 8 times (a). With a larger base, one row already uses more of the peak arithmetic throughput, so
+a pack gains less.
 """
 RESULT = Path(__file__).with_suffix(".md")
 
@@ -250,8 +250,8 @@ def table(lines: Sequence[Line], asked: argparse.Namespace, seconds: float, diff
     tail = [
         f"| (c) as (a), a process per subject ({seconds:.1f} s start-up) | | | {per_process:.0f} | | | |",
         "",
-        "Peak memory is that of the process, including interpreter, libraries and base. The largest difference of any parameter",
-        f"between a pack of 8 and the same subjects one by one, fp32, 20 steps: {difference:.1e}.",
+        "Peak memory is that of the process, including interpreter, libraries and base. The largest difference of any",
+        f"parameter between a pack of 8 and the same subjects one by one, fp32, 20 steps: {difference:.1e}.",
         "",
     ]
     return "\n".join([*head, *rows, *tail]) + NOTES
