@@ -148,8 +148,8 @@ def main() -> None:
     lines = [
         f"{time.strftime('%Y-%m-%d')}, {asked.base}, {cores} cores, load average {load:.1f} at the start.",
         "",
-        "Subjects of one training step, published with four sample images of 32 px each: time of the subject loop alone,",
-        "and with driver, queue and lane, measured from the first lease.",
+        "Subjects of one training step, published with four sample images of 32 px each: time of the subject loop",
+        "alone, and with driver, queue and lane, measured from the first lease.",
         "",
         "| subjects | loop alone, s | through Ray, s | loop a subject, s | overhead a subject, s |",
         "|---:|---:|---:|---:|---:|",
