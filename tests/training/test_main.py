@@ -10,6 +10,8 @@ import yaml
 from tests.tiny import tiny_images
 from training.__main__ import train_here
 from training.errors import UserError
+from training.photos import photos
+from training.photos.photos import PhotoFile
 from training.run.lead import Lead
 from training.run.run import RunStore, list_runs
 from training.storage.registry import Registry
@@ -91,3 +93,16 @@ def test_a_run_that_another_process_drives_is_left_alone(manifest: Path, tmp_pat
     assert other.acquire() is None
     with pytest.raises(UserError, match="drives run"):
         train_here(str(manifest), storage)
+
+
+def test_a_photo_is_read_once(manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What gives a subject its fingerprint is what it is trained on."""
+    read, opened = photos._read_file, list[str]()
+
+    def watched(path: Path) -> PhotoFile:
+        opened.append(f"{path.parent.name}/{path.name}")
+        return read(path)
+
+    monkeypatch.setattr(photos, "_read_file", watched)
+    train_here(str(manifest), open_storage(str(tmp_path / "storage")))
+    assert opened and len(opened) == len(set(opened))

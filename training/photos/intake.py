@@ -7,6 +7,7 @@ uploaded to the run's own storage.
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from training.errors import UserError
@@ -17,6 +18,7 @@ from training.storage.interface import Storage, masked
 from training.storage.storage import open_storage
 
 UPLOADED = "storage:"
+CACHE_BYTES = 512 * 2**20
 # these decide what is kept or shown, not what is learned
 _NO_EFFECT: dict[str, Any] = {
     "id": True,
@@ -46,6 +48,41 @@ def _read_keys(storage: Storage, prefix: str, shown: str) -> tuple[PhotoFile, ..
     names = [key[start:] for key in keys]
     files = (PhotoFile(name, storage.get(key)) for name, key in zip(names, keys, strict=True) if "/" not in name)
     return (*files, *subfolders(name for name in names if "/" in name))
+
+
+class FileCache:
+    """Files of subjects, so that one process reads each once: it trains on what it took the fingerprint of.
+
+    Keeps up to `room` bytes; other files are read again. `root` is where a manifest's relative folders start. Threads
+    may share it.
+    """
+
+    def __init__(self, storage: Storage, root: str = ".", room: int = CACHE_BYTES) -> None:
+        self._storage = storage
+        self._root = root
+        self._room = room
+        self._kept: dict[str, tuple[PhotoFile, ...]] = {}
+        self._lock = Lock()
+
+    def read(self, subject: SubjectSpec) -> tuple[PhotoFile, ...]:
+        """The files of a subject as they were first read. Raises UserError saying what is missing where."""
+        with self._lock:
+            if subject.id in self._kept:
+                return self._kept[subject.id]
+        files = read_files(subject, self._storage, self._root)
+        size = sum(len(file.data) for file in files)
+        with self._lock:
+            if size <= self._room:
+                self._room -= size
+                self._kept[subject.id] = files
+        return files
+
+    def pop(self, id: str) -> tuple[PhotoFile, ...] | None:
+        """Removes and returns a subject's files; None if they are not kept."""
+        with self._lock:
+            files = self._kept.pop(id, None)
+            self._room += sum(len(file.data) for file in files or ())
+            return files
 
 
 def check_words(subject: SubjectSpec, photos: Sequence[Photo]) -> None:

@@ -1,6 +1,7 @@
 """A subject queue in this process: one machine without Ray. Every change of a subject is written to the storage."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from training.manifest.plan import PackPlan
 from training.run.run import RunStore, SubjectRecord
@@ -32,6 +33,7 @@ class LocalSource:
         self._lane = lane
         self._store: RunStore = submission.store
         self._specs = {subject.id: subject for subject in submission.manifest.subjects}
+        self._files = submission.files
         self._see = see
         self._seen = queue.view().seq
 
@@ -39,7 +41,7 @@ class LocalSource:
         """See `Source`."""
         leases: list[Lease] = self._queue.lease(self._lane, count)
         self._write()
-        return [lease.task(self._specs[lease.id]) for lease in leases]
+        return [replace(lease.task(self._specs[lease.id]), files=self._files.pop(lease.id)) for lease in leases]
 
     def beat(self, beat: Beat) -> Orders:
         """See `Source`."""

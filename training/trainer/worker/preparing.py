@@ -46,7 +46,7 @@ class Preparing:
         Raises UserError for photos that cannot be used or have changed since they were looked at, StorageError.
         """
         self._say(spec.id, Doing(Phase.READING))
-        files = read_files(spec, self._run.storage, self._root)
+        files = task.files if task.files is not None else read_files(spec, self._run.storage, self._root)
         if fingerprint(task.spec, self._base.hash, files, self._root) != task.fingerprint:
             raise UserError(CHANGED)
         found = self._photos(spec, files)

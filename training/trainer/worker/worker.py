@@ -6,6 +6,7 @@ a reason; it never raises here and never costs another subject a step (`training
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -81,6 +82,7 @@ class Worker:
             self._opened.check(held.spec)
         self._judging.check(held.spec)
         prepared = self._preparing.prepare(held.task, held.spec)
+        held.task = replace(held.task, files=None)  # not needed while it trains
         held.found, held.held_out = prepared.photos, prepared.held_out
         for note in prepared.notes:
             self._pulse.note(note)
