@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 # folders below that of an adapter: PEFT's and diffusers' scripts write one a component, we one for words
 FOLDERS = ("unet", "text_encoder", "text_encoder_2", "embeddings")
 
-base_option = click.option("--base", help="the base's name or folder, if not the one the card names")
+base_option = click.option("--base", help="name or folder of the base; default: the one that the adapter's card names")
 
 
 @click.group()
 def adapters() -> None:
-    """The registry: list, show, import, export and delete adapters."""
+    """List, show, import, export, delete, merge and resize published adapters."""
 
 
 @adapters.command("list")
@@ -75,7 +75,7 @@ def show(adapter: str, storage: str, tenant: str, as_json: bool) -> None:
 @click.argument("adapter")
 @options.storage
 @options.tenant
-@click.option("--yes", is_flag=True, help="do not ask")
+@click.option("--yes", is_flag=True, help="delete without asking")
 @options.as_json
 def delete(adapter: str, storage: str, tenant: str, yes: bool, as_json: bool) -> None:
     """Delete ADAPTER ([TENANT/]ID) with all its versions."""
@@ -95,9 +95,20 @@ def delete(adapter: str, storage: str, tenant: str, yes: bool, as_json: bool) ->
 @adapters.command()
 @click.argument("adapter")
 @click.option(
-    "--format", "format_", type=click.Choice(["diffusers", "kohya", "lora_diffusion", "peft"]), default="diffusers"
+    "--format",
+    "format_",
+    type=click.Choice(["diffusers", "kohya", "lora_diffusion", "peft"]),
+    default="diffusers",
+    show_default=True,
+    help="which program's files to write",
 )
-@click.option("--out", type=click.Path(path_type=Path, file_okay=False), default=".", show_default=True)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=".",
+    show_default=True,
+    help="folder for the files",
+)
 @base_option
 @options.storage
 @options.tenant
@@ -105,7 +116,7 @@ def delete(adapter: str, storage: str, tenant: str, yes: bool, as_json: bool) ->
 def export(
     adapter: str, format_: "Format", out: Path, base: str | None, storage: str, tenant: str, as_json: bool
 ) -> None:
-    """Write ADAPTER ([TENANT/]ID[@VERSION]) as files that other programs read: all of them, or none."""
+    """Write ADAPTER ([TENANT/]ID[@VERSION]) as files for other programs; writes all of them or none."""
     from training.adapters.adapter import load_adapter
     from training.adapters.formats.formats import export_adapter, label_of
     from training.storage.delivery import deliver
@@ -132,9 +143,13 @@ def export(
 @adapters.command("import")
 @click.argument("id")
 @click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--base", default="pocket", show_default=True, help="the base it was trained on")
-@click.option("--trigger", default="", help="the words in a prompt that name the subject")
-@click.option("--public/--private", default=None, help="whether others may generate with it; else as before")
+@click.option("--base", default="pocket", show_default=True, help="the base that it was trained on")
+@click.option("--trigger", default="", help="words of a prompt that name the subject")
+@click.option(
+    "--public/--private",
+    default=None,
+    help="whether other tenants may generate with it; default: unchanged, private if new",
+)
 @options.storage
 @options.tenant
 @options.as_json
@@ -148,9 +163,9 @@ def import_(
     tenant: str,
     as_json: bool,
 ) -> None:
-    """Publish FILES (diffusers, kohya, lora_diffusion or PEFT; one folder or its files) as adapter ID.
+    """Publish FILES (diffusers, kohya, lora_diffusion or PEFT) as adapter ID.
 
-    A folder stands for its files and those of its folders unet, text_encoder and embeddings.
+    A folder means its files and those in its subfolders unet, text_encoder, text_encoder_2 and embeddings.
     """
     from training.adapters.formats.formats import import_adapter
 

@@ -24,19 +24,25 @@ _folder = click.Path(path_type=Path, file_okay=False, exists=True)
 
 @click.command()
 @click.argument("adapters", nargs=-1)
-@click.option("--protocol", help="a published protocol on the adapters of its subjects: dreambooth")
+@click.option("--protocol", help="run a published protocol on the adapters of its subjects: dreambooth")
 @click.option("--photos", type=_folder, help="real photos: FOLDER, or FOLDER/ID for several adapters")
-@click.option("--fresh", is_flag=True, help="draw and score again, also for one adapter")
-@click.option("--likeness-model", default="auto", show_default=True)
-@click.option("--fidelity-model", default="auto", show_default=True)
-@click.option("--models", type=_folder, envvar="DREAMFLEET_MODELS", help="the folder of configured weights")
-@click.option("--base", help="the base's name or folder, if not the one the card names")
-@click.option("--images", type=click.IntRange(1, 64), help="pictures a prompt")
+@click.option("--fresh", is_flag=True, help="generate and score images again; else the card's scores are printed")
+@click.option("--likeness-model", default="auto", show_default=True, help="model of the likeness scores")
+@click.option("--fidelity-model", default="auto", show_default=True, help="model of the fidelity score")
+@click.option("--models", type=_folder, envvar="DREAMFLEET_MODELS", help="folder with the weights of clip, dino, ...")
+@click.option("--base", help="name or folder of the base; default: the one that the adapters' cards name")
+@click.option("--images", type=click.IntRange(1, 64), help="images per prompt")
+@click.option("--steps", type=click.IntRange(1, 1000), help="steps per image; default: as the base recommends")
 @click.option(
-    "--steps", type=click.IntRange(1, 1000), help="denoising steps a picture; what the base recommends by default"
+    "--out",
+    type=click.Path(path_type=Path, file_okay=False),
+    default="out/evaluate",
+    show_default=True,
+    help="folder for tables and images",
 )
-@click.option("--out", type=click.Path(path_type=Path, file_okay=False), default="out/evaluate", show_default=True)
-@click.option("--address", help="spread a protocol's subjects over a cluster: local, auto, host:port, ray://host:10001")
+@click.option(
+    "--address", help="distribute a protocol's subjects over a cluster: local, auto, host:port, ray://host:10001"
+)
 @options.storage
 @options.tenant
 @options.as_json
@@ -57,7 +63,7 @@ def evaluate(
     tenant: str,
     as_json: bool,
 ) -> None:
-    """Score ADAPTERS ([TENANT/]ID[@VERSION]): one: the scores of its checkpoints; several: drawn side by side."""
+    """Print the scores of an adapter's checkpoints, or compare several ADAPTERS ([TENANT/]ID[@VERSION])."""
     from ray_app.cli.scoring import Wish, compare_adapters, resolve_all
     from training.storage.registry import Registry
 

@@ -25,23 +25,29 @@ file = click.option(
     show_default=True,
     envvar="DREAMFLEET_KEYS",
     type=click.Path(path_type=Path, dir_okay=False),
-    help="the file that holds the keys, hashed; the server's --keys",
+    help="file with the hashed keys; a server gets the same file by its --keys",
 )
 
 
 @click.group()
 def keys() -> None:
-    """API keys: make, list and revoke them."""
+    """Make, list and revoke API keys."""
 
 
 @keys.command()
 @click.argument("tenant")
 @file
-@click.option("--scope", "scopes", multiple=True, type=click.Choice(SCOPES), help="default: images and train")
-@click.option("--expires", help="90d, 12h, or a date such as 2027-01-31; without: never")
+@click.option(
+    "--scope",
+    "scopes",
+    multiple=True,
+    type=click.Choice(SCOPES),
+    help="repeatable; default: images and train",
+)
+@click.option("--expires", help="90d, 12h, or a date such as 2027-01-31; default: never")
 @options.as_json
 def make(tenant: str, path: Path, scopes: "tuple[Scope, ...]", expires: str | None, as_json: bool) -> None:
-    """Make a key of TENANT and print it; it is shown only once."""
+    """Make a key for TENANT and print it; it is shown only once."""
     from serving.http.access.tenants import USUAL, Keys
 
     end = None if expires is None else parse_expiry(expires, datetime.now(UTC))
@@ -79,7 +85,7 @@ def list_(path: Path, as_json: bool) -> None:
 @file
 @options.as_json
 def revoke(key_id: str, path: Path, as_json: bool) -> None:
-    """Refuse the key KEY_ID from this moment; running servers follow by themselves."""
+    """Revoke the key KEY_ID; running servers reload the file and reject it."""
     from serving.http.access.tenants import Keys
 
     key = Keys(path).revoke(key_id)

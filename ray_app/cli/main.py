@@ -52,9 +52,15 @@ def main() -> None:
 
 
 @main.command()
-@click.option("--out", type=click.Path(path_type=Path, file_okay=False), default="out/demo", show_default=True)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, file_okay=False),
+    default="out/demo",
+    show_default=True,
+    help="folder for the report, the images and the storage",
+)
 def demo(out: Path) -> None:
-    """Train the shipped subjects, serve them, draw them: writes OUT/report.html."""
+    """Train the included subjects, serve them and generate images; writes OUT/report.html."""
     from ray_app.cli.demo import run_demo
 
     sys.exit(run_demo(out))
@@ -62,9 +68,9 @@ def demo(out: Path) -> None:
 
 @main.command()
 @click.argument("name", default="pocket")
-@click.option("--json", "as_json", is_flag=True, help="one JSON object on stdout")
+@click.option("--json", "as_json", is_flag=True, help="print one JSON object on stdout")
 def base(name: str, as_json: bool) -> None:
-    """Print the folder of a base, ready for diffusers' from_pretrained."""
+    """Print the folder of the base NAME (default: pocket), for diffusers' from_pretrained."""
     from training.base.files.folder import find_base
 
     folder = find_base(name)

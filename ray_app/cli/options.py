@@ -12,22 +12,30 @@ PLAIN_WIDTH = 200
 
 Function = TypeVar("Function", bound=Callable[..., object])
 
-as_json = click.option("--json", "as_json", is_flag=True, help="one JSON object on stdout, everything else on stderr")
+as_json = click.option(
+    "--json", "as_json", is_flag=True, help="print one JSON object on stdout, everything else on stderr"
+)
 storage = click.option(
     "--storage",
     default="./storage",
     show_default=True,
     envvar="DREAMFLEET_STORAGE",
-    help="a folder, s3://bucket/prefix?... or gs://bucket/prefix",
+    help="where runs and adapters are kept: a folder, s3://bucket/prefix?... or gs://bucket/prefix",
 )
 address = click.option(
     "--address",
     default="local",
     show_default=True,
     envvar="DREAMFLEET_ADDRESS",
-    help="local (starts Ray here), auto, host:port, ray://host:10001, http://host:8265",
+    help="the Ray cluster: local (starts Ray here), auto, host:port, ray://host:10001, http://host:8265",
 )
-tenant = click.option("--tenant", default="default", show_default=True, envvar="DREAMFLEET_TENANT")
+tenant = click.option(
+    "--tenant",
+    default="default",
+    show_default=True,
+    envvar="DREAMFLEET_TENANT",
+    help="owner of the adapters",
+)
 
 
 def console(as_json: bool = False) -> Console:

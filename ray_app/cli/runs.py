@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 @click.option("--watch", is_flag=True, help="follow the run until it ends")
 @options.as_json
 def status(run: str | None, storage: str, watch: bool, as_json: bool) -> None:
-    """Show all runs, or the subjects of one."""
+    """Print all runs, or the subjects of one."""
     from ray_app.train.drive import read_run
     from training.run.run import RunStore
 
@@ -54,7 +54,7 @@ def status(run: str | None, storage: str, watch: bool, as_json: bool) -> None:
 @options.storage
 @options.as_json
 def logs(run: str, subject: str | None, storage: str, as_json: bool) -> None:
-    """Print what happened in a run, or to one of its subjects."""
+    """Print the events of a run, or of one of its subjects."""
     from training.run.log import read_log
     from training.run.run import RunStore
 
@@ -73,7 +73,7 @@ def logs(run: str, subject: str | None, storage: str, as_json: bool) -> None:
 @options.storage
 @options.as_json
 def cancel(run: str, subjects: Sequence[str], storage: str, as_json: bool) -> None:
-    """Stop a run, or some of its subjects. What is published stays published."""
+    """Stop a run, or some of its subjects. Published adapters remain."""
     from training.run.cancel import cancel_run
     from training.run.lead import Lead
     from training.run.run import RunStore
@@ -101,7 +101,7 @@ def cancel(run: str, subjects: Sequence[str], storage: str, as_json: bool) -> No
 def retry(
     run: str, address: str, storage: str, lanes: int | None, max_gpus: int | None, priority: int, as_json: bool
 ) -> None:
-    """Retry what failed or was cancelled in a run, from its checkpoints."""
+    """Train the failed and cancelled subjects of a run again, from their checkpoints."""
     from training.run.run import RunStore
     from training.run.submission import reopen
 

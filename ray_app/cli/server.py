@@ -16,10 +16,10 @@ from training.errors import UserError
 @click.command()
 @options.storage
 @options.address
-@click.option("--base", default="pocket", show_default=True)
-@click.option("--host", default="127.0.0.1", show_default=True)
+@click.option("--base", default="pocket", show_default=True, help="the base to serve")
+@click.option("--host", default="127.0.0.1", show_default=True, help="address to listen on")
 @click.option("--port", default=8000, show_default=True, type=click.IntRange(0, 65535))
-@click.option("--keys", type=click.Path(path_type=Path), help="file of tenants and keys; without it loopback only")
+@click.option("--keys", type=click.Path(path_type=Path), help="keys file; without it only this machine may connect")
 @flags(EngineSpec, "engine")
 def serve(storage: str, address: str, base: str, host: str, port: int, keys: Path | None, engine: EngineSpec) -> None:
     """Serve the base and every published adapter over HTTP, until Ctrl-C."""
@@ -38,17 +38,23 @@ def serve(storage: str, address: str, base: str, host: str, port: int, keys: Pat
 
 @click.command()
 @click.argument("prompt")
-@click.option("--adapter", "adapters", multiple=True, help="ID[@VERSION][:WEIGHT]; several are mixed")
-@click.option("-n", "count", default=1, show_default=True, type=click.IntRange(1))
-@click.option("--seed", type=click.IntRange(0))
-@click.option("--steps", type=click.IntRange(1))
-@click.option("--guidance-scale", type=click.FloatRange(0))
-@click.option("--negative-prompt")
-@click.option("--size", help="WIDTHxHEIGHT in pixels")
-@click.option("--url", default="http://127.0.0.1:8000", show_default=True)
-@click.option("--key", help="API key, where the server asks for one")
-@click.option("--out", type=click.Path(path_type=Path, file_okay=False), default=".", show_default=True)
-@click.option("--timeout", "timeout_s", default=600.0, show_default=True, help="seconds")
+@click.option("--adapter", "adapters", multiple=True, help="ID[@VERSION][:WEIGHT]; repeat it to mix several")
+@click.option("-n", "count", default=1, show_default=True, type=click.IntRange(1), help="number of images")
+@click.option("--seed", type=click.IntRange(0), help="seed of the first image; default: random")
+@click.option("--steps", type=click.IntRange(1), help="denoising steps; default: the server's")
+@click.option("--guidance-scale", type=click.FloatRange(0), help="default: the server's")
+@click.option("--negative-prompt", help="what the images should not show")
+@click.option("--size", help="WIDTHxHEIGHT in pixels; default: the base's")
+@click.option("--url", default="http://127.0.0.1:8000", show_default=True, help="address of the server")
+@click.option("--key", help="API key, if the server requires one")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=".",
+    show_default=True,
+    help="folder for the images",
+)
+@click.option("--timeout", "timeout_s", default=600.0, show_default=True, help="seconds to wait for the response")
 @options.as_json
 def generate(
     prompt: str,
@@ -65,7 +71,7 @@ def generate(
     timeout_s: float,
     as_json: bool,
 ) -> None:
-    """Request images from a running server; writes PNG files into OUT and prints their names."""
+    """Generate images of PROMPT with a running server; writes PNG files into OUT and prints their names."""
     asked = {
         "prompt": prompt,
         "n": count,

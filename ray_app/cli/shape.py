@@ -29,8 +29,8 @@ parts = click.argument("parts", nargs=-1, required=True, metavar="ID[@VERSION][:
 
 @click.command()
 @parts
-@click.option("--out", required=True, help="the id of the new adapter, or a file that ends in .safetensors")
-@click.option("--rank", type=click.IntRange(1), help="reduce to this rank by SVD; exact by default")
+@click.option("--out", required=True, help="id of the new adapter, or a file that ends in .safetensors")
+@click.option("--rank", type=click.IntRange(1), help="reduce the result to this rank by SVD; default: exact")
 @base_option
 @options.storage
 @options.tenant
@@ -38,7 +38,7 @@ parts = click.argument("parts", nargs=-1, required=True, metavar="ID[@VERSION][:
 def merge(
     parts: Sequence[str], out: str, rank: int | None, base: str | None, storage: str, tenant: str, as_json: bool
 ) -> None:
-    """Add adapters, each multiplied by its weight, into one."""
+    """Add adapters, each multiplied by its weight (default: 1), into one."""
     from training.adapters.adapter import save_adapter
     from training.adapters.merge import merge_adapters, reduce_rank
     from training.storage.local import write_file
@@ -59,16 +59,16 @@ def merge(
 @click.command()
 @click.argument("source")
 @click.option("--rank", required=True, type=click.IntRange(1), help="maximum rank of a layer")
-@click.option("--out", required=True, help="the id to publish it as, or a file that ends in .safetensors")
-@click.option("--base", help="the base's name or folder; of a published adapter the one its card names, else pocket")
+@click.option("--out", required=True, help="id of the new adapter, or a file that ends in .safetensors")
+@click.option("--base", help="name or folder of the base; default: the one that the adapter's card names, else pocket")
 @options.storage
 @options.tenant
 @options.as_json
 def resize(source: str, rank: int, out: str, base: str | None, storage: str, tenant: str, as_json: bool) -> None:
-    """Make the nearest adapter of a lower rank by SVD, and report its distance from SOURCE.
+    """Write the closest adapter of a lower rank (SVD), and print its error relative to SOURCE.
 
-    SOURCE is a published adapter, [TENANT/]ID[@VERSION], a file that ends in .safetensors, or a folder, written with
-    its path: ./FOLDER.
+    SOURCE is a published adapter ([TENANT/]ID[@VERSION]), a file that ends in .safetensors, or a folder, which must
+    start with ., / or ~ (for example ./FOLDER).
     """
     from training.adapters.adapter import load_adapter, save_adapter
     from training.adapters.merge import reduce_rank, relative_error
@@ -105,7 +105,7 @@ def resize(source: str, rank: int, out: str, base: str | None, storage: str, ten
 def fuse(parts: Sequence[str], out: Path, base: str | None, storage: str, tenant: str, as_json: bool) -> None:
     """Write the base with adapters fused in, as a full diffusers folder.
 
-    Their words become words of its tokenizer, whatever the weight: a word has no strength.
+    Words that the adapters have trained are added to the tokenizer and the text encoder, not scaled by the weight.
     """
     from training.adapters.fuse import fuse_base
 
@@ -121,13 +121,19 @@ def fuse(parts: Sequence[str], out: Path, base: str | None, storage: str, tenant
 
 @click.command()
 @click.argument("adapter")
-@click.option("--prompt", multiple=True, help="several make several rows; the adapter's own prompt by default")
-@click.option("--weights", default="0,0.3,0.5,0.7,1", show_default=True)
-@click.option("--seed", default=42, show_default=True)
-@click.option("--steps", type=click.IntRange(1), help="what the base recommends by default")
-@click.option("--guidance-scale", type=click.FloatRange(0), help="what the base recommends by default")
-@click.option("--negative-prompt", default="")
-@click.option("--out", default="sweep.png", show_default=True, type=click.Path(path_type=Path, dir_okay=False))
+@click.option("--prompt", multiple=True, help="repeatable, one row each; default: the adapter's instance prompt")
+@click.option("--weights", default="0,0.3,0.5,0.7,1", show_default=True, help="one column each")
+@click.option("--seed", default=42, show_default=True, help="the same for every image")
+@click.option("--steps", type=click.IntRange(1), help="denoising steps; default: as the base recommends")
+@click.option("--guidance-scale", type=click.FloatRange(0), help="default: as the base recommends")
+@click.option("--negative-prompt", default="", help="what the images should not show")
+@click.option(
+    "--out",
+    default="sweep.png",
+    show_default=True,
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="the image to write",
+)
 @base_option
 @options.storage
 @options.tenant
@@ -144,7 +150,7 @@ def sweep(
     storage: str,
     tenant: str,
 ) -> None:
-    """Draw the same prompt and seed with ADAPTER at several weights, side by side."""
+    """Generate the same prompt and seed with ADAPTER at several weights; writes one image."""
     from training.base.base import load_base
     from training.sampling.sweep import draw_sweep
 

@@ -24,10 +24,14 @@ if TYPE_CHECKING:
 
 _GOOD = ("published", "reused")
 manifest_path = click.argument("manifest", type=click.Path(path_type=Path))
-lanes_option = click.option("--lanes", type=click.IntRange(1), help="packs at once; default: one a GPU, or one a node")
-max_gpus_option = click.option("--max-gpus", type=click.IntRange(1), help="GPUs at most; an autoscaler may add them")
+lanes_option = click.option(
+    "--lanes", type=click.IntRange(1), help="packs at the same time; default: one per GPU, else per node"
+)
+max_gpus_option = click.option(
+    "--max-gpus", type=click.IntRange(1), help="maximum number of GPUs; an autoscaler may add them"
+)
 priority_option = click.option(
-    "--priority", type=int, default=0, help="runs of higher priority get the cluster's devices first; default 0"
+    "--priority", type=int, default=0, help="runs of a higher priority get the cluster's devices first; default: 0"
 )
 
 
@@ -35,7 +39,7 @@ priority_option = click.option(
 @manifest_path
 @options.as_json
 def validate(manifest: Path, as_json: bool) -> None:
-    """Check a manifest and its photos; print the plan. Trains nothing."""
+    """Check MANIFEST and its photos and print the plan. Trains nothing."""
     from training.manifest.plan import plan_run
     from training.run.submission import photo_report, read_manifest
 
@@ -57,8 +61,8 @@ def validate(manifest: Path, as_json: bool) -> None:
 @manifest_path
 @options.address
 @options.storage
-@click.option("--detach", is_flag=True, help="print the run's id at once; `status RUN --watch` follows it")
-@click.option("--keep-last", is_flag=True, help="publish the last step of every subject, whatever the scores say")
+@click.option("--detach", is_flag=True, help="print the run's id and return; `status RUN --watch` follows it")
+@click.option("--keep-last", is_flag=True, help="publish the last step of every subject, regardless of its scores")
 @lanes_option
 @max_gpus_option
 @priority_option
@@ -74,7 +78,7 @@ def train(
     priority: int,
     as_json: bool,
 ) -> None:
-    """Train the subjects of MANIFEST. The same command again resumes an unfinished run, and trains nothing twice."""
+    """Train the subjects of MANIFEST. Running it again resumes an unfinished run and trains nothing twice."""
     from training.run.submission import submit
 
     check_address(address)
@@ -101,7 +105,7 @@ def train(
 def drive(
     run: str, address: str, storage: str, lanes: int | None, max_gpus: int | None, priority: int, as_json: bool
 ) -> None:
-    """Go on with a run that is on the storage; what detached runs and Ray jobs call."""
+    """Drive a run that is on the storage; detached runs and Ray jobs call this."""
     from training.run.run import RunStore
     from training.run.submission import reopen
 
