@@ -23,7 +23,8 @@ from training.run.run import RunRecord, RunStore, State, SubjectRecord, digest_o
 from training.run.source import Beat, Orders, Outcome, Task
 from training.storage.registry import Registry
 from training.storage.storage import Storage, open_storage
-from training.trainer.worker.worker import precision, work
+from training.trainer.fitting import precision
+from training.trainer.worker.worker import work
 
 
 class LocalSource:

@@ -156,7 +156,7 @@ def _base(order: Order, record: RunRecord) -> "Base":
     import torch
 
     from training.base.base import best_device, load_base
-    from training.trainer.worker.worker import precision
+    from training.trainer.fitting import precision
 
     if order.threads:
         torch.set_num_threads(order.threads)

@@ -5,7 +5,7 @@ Knows no torch. A broken gang is nobody's fault: it goes through, and the gang s
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from training.errors import GangBroken, SubjectFailed, TooLarge, UserError
 from training.run.source import Kind
@@ -14,6 +14,13 @@ from training.storage.interface import StorageError
 log = logging.getLogger(__name__)
 Made = TypeVar("Made")
 Failed = Callable[[str, Exception], None]
+
+
+class Failure(NamedTuple):
+    """Why a subject ends without an adapter."""
+
+    kind: Kind
+    reason: str
 
 
 def apart(ids: Sequence[str], work: Callable[[str], Made], failed: Failed) -> dict[str, Made]:
@@ -46,6 +53,12 @@ def together(
         except Exception:
             log.exception("subjects %s together; each is tried alone", ", ".join(ids))
     return apart(ids, lambda id: work([id])[id], failed)
+
+
+def failure_of(error: Exception, what: str) -> Failure:
+    """The failure of a subject that failed with `error`. `what` was being done: said of errors that no code expects."""
+    kind, reason = kind_of(error), reason_of(error)
+    return Failure(kind, f"{what}: {reason}" if kind == "unknown" else reason)
 
 
 def kind_of(error: Exception) -> Kind:

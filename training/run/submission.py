@@ -14,8 +14,8 @@ from training.base.files.outline import Outline, outline
 from training.errors import UserError
 from training.manifest.manifest import Manifest, SubjectSpec, load_manifest
 from training.manifest.plan import unmatched_targets
-from training.photos.intake import UPLOADED, check_words, current_fingerprint, read_files
-from training.photos.photos import PhotoFile, list_photo_files, photos
+from training.photos.intake import UPLOADED, current_fingerprint, read_files, take_in
+from training.photos.photos import PhotoFile, list_photo_files
 from training.run.run import RunRecord, RunStore, SubjectRecord, digest_of, find_unfinished, new_run_id
 from training.storage.registry import Registry
 from training.storage.storage import Storage
@@ -120,15 +120,7 @@ def photo_report(manifest: Manifest, base: Outline) -> tuple[dict[str, str], dic
     def look(subject: SubjectSpec) -> tuple[str, str | None, list[str]]:
         try:
             files = list_photo_files(Path(manifest.root, subject.images).expanduser())
-            train = subject.train
-            found = photos(
-                files,
-                resolution=train.resolution or base.facts.resolution,
-                min_photos=subject.min_images,
-                crop=train.cropping,
-                backgrounds=train.backgrounds,
-            )
-            check_words(subject, found.good)
+            found = take_in(subject, files, base.facts.resolution).photos
         except UserError as error:
             return subject.id, str(error), []
         warned = [f"{warning.message} {warning.advice}" for warning in found.warnings]

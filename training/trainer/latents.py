@@ -6,7 +6,7 @@ storage under the hash of everything they depend on.
 
 import hashlib
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -60,6 +60,28 @@ def same_sizes(latents: Sequence[Tensor]) -> list[list[int]]:
     for place, latent_CHW in enumerate(latents):
         places.setdefault(latent_CHW.shape, []).append(place)
     return list(places.values())
+
+
+def photo_latents(
+    base: Base,
+    storage: Storage,
+    photos: Sequence[Photo],
+    spec: TrainSpec,
+    prompt: str,
+    encoding: Callable[[], None] = lambda: None,
+) -> LatentSet:
+    """The latents of every variant of every photo, from the cache on the storage if they are there.
+
+    `prompt` is that of photos without a caption. `encoding` is called before they are encoded, which may take minutes.
+    """
+    key = photos_key(base, photos, spec)
+    cached = load_latents(storage, key)
+    if cached is not None:
+        return LatentSet(cached, photo_prompts(photos, spec, prompt, len(cached)))
+    encoding()
+    made = encode_photos(base, photos, spec, prompt)
+    save_latents(storage, key, made.images)
+    return made
 
 
 def encode_photos(base: Base, photos: Sequence[Photo], spec: TrainSpec, prompt: str) -> LatentSet:
@@ -140,6 +162,7 @@ def load_latents(storage: Storage, key: str) -> tuple[Posterior, ...] | None:
 
 
 def save_latents(storage: Storage, key: str, images: Sequence[Posterior]) -> None:
+    """Caches images under `key`, in fp32; `load_latents` returns them to the bit."""
     means = {f"{index}.mean": image.mean_CHW for index, image in enumerate(images)}
     stds = {f"{index}.std": image.std_CHW for index, image in enumerate(images)}
     # cloned: safetensors refuses views of one memory

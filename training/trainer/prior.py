@@ -17,16 +17,7 @@ from training.photos.photos import list_photo_files, photos
 from training.run.lead import Lead, Lost
 from training.sampling.sampler import sample
 from training.storage.interface import Storage
-from training.trainer.latents import (
-    LatentSet,
-    content_key,
-    encode_photos,
-    load_latents,
-    photo_prompts,
-    photos_key,
-    posteriors,
-    save_latents,
-)
+from training.trainer.latents import LatentSet, content_key, load_latents, photo_latents, posteriors, save_latents
 
 BATCH = 16
 LOOK_SECONDS = 0.5  # how often it is looked whether another worker has made what is wanted
@@ -116,10 +107,4 @@ def _from_folder(base: Base, storage: Storage, subject: SubjectSpec, root: str) 
     resolution = subject.train.resolution or base.facts.resolution
     files = list_photo_files(class_folder(subject, root))[: subject.prior.images]
     found = photos(files, resolution=resolution, min_photos=1, max_photos=len(files), with_report=False).good
-    key = photos_key(base, found, subject.train)
-    cached = load_latents(storage, key)
-    if cached is None:
-        made = encode_photos(base, found, subject.train, subject.filled_class_prompt)
-        save_latents(storage, key, made.images)
-        return made
-    return LatentSet(cached, photo_prompts(found, subject.train, subject.filled_class_prompt, len(cached)))
+    return photo_latents(base, storage, found, subject.train, subject.filled_class_prompt)

@@ -28,7 +28,7 @@ from training.evaluation.judges.features import BaseFeatures
 from training.evaluation.record import load_record
 from training.manifest.manifest import SubjectSpec, parse_manifest
 from training.manifest.plan import plan_run
-from training.photos.intake import current_fingerprint
+from training.photos.intake import current_fingerprint, hold_out
 from training.photos.photos import Photos, list_photo_files, photos
 from training.run.run import RunStore
 from training.run.source import Beat, Orders, Outcome, Task
@@ -38,7 +38,7 @@ from training.storage.registry import Registry
 from training.storage.storage import open_storage
 from training.trainer.pack import Pack, training_bank
 from training.trainer.worker.early_stop import EVERY, Watch
-from training.trainer.worker.judging import gate_failure, hold_out
+from training.trainer.worker.finishing import gate_failure
 from training.trainer.worker.worker import work
 
 FAST = {"steps": 2, "candidates": 2, "likeness_model": "base", "fidelity_model": "base"}

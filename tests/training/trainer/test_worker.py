@@ -186,12 +186,12 @@ def test_any_error_of_one_subject_is_its_result_alone(
 ) -> None:
     """Law 8: the others, in the same pack and at the same step, are published as if nothing had been."""
     faults: dict[str, tuple[str, Callable[..., str]]] = {
-        "joining": ("training.trainer.pack.Pack._initial", lambda pack, spec: spec.id),
-        "judging": ("training.trainer.worker.judging.Judging._exam", lambda judging, subject: subject.spec.id),
-        "gate": ("training.trainer.worker.worker.gate_failure", lambda spec, evaluation: spec.id),
+        "joining": ("training.trainer.pack.initial_adapter", lambda base, components, spec: spec.id),
+        "judging": ("training.trainer.worker.finishing.Finishing._exam", lambda finishing, one: one.spec.id),
+        "gate": ("training.trainer.worker.finishing.gate_failure", lambda spec, evaluation: spec.id),
         "publishing": (
-            "training.trainer.worker.worker.publish_subject",
-            lambda registry, base, publication: publication.spec.id,
+            "training.trainer.worker.finishing.publish_subject",
+            lambda run, tenant, base, publication: publication.finished.spec.id,
         ),
     }
     refuse(monkeypatch, faults)
