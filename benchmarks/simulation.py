@@ -22,7 +22,7 @@ from pathlib import Path
 import simpy
 
 from training.run.run import SubjectRecord
-from training.run.source import Beat, Outcome
+from training.run.source import Beat, Doing, Outcome, Phase
 from training.run.subject_queue import Entry, SubjectQueue
 
 # images a second of packs of so many, one row a subject: bf16, 2 CPU cores, benchmarks/training.md
@@ -120,7 +120,9 @@ class World:
                 self.queue.ended(lane, Outcome(id=id, kind="done", version="v", step=self.steps[id]))
                 self.tally.ended[id] = self.tally.ended.get(id, 0) + 1
             alive = dict.fromkeys(here, 0.0)
-            self.queue.beat(lane, Beat(phase=dict.fromkeys(here, "training"), steps=dict(here), losses=alive))
+            self.queue.beat(
+                lane, Beat(doing=dict.fromkeys(here, Doing(Phase.TRAINING)), steps=dict(here), losses=alive)
+            )
 
     def to_border(self, id: str, step: int) -> int:
         """Steps to a subject's next checkpoint or end."""

@@ -57,8 +57,8 @@ class LocalSource:
 
     def beat(self, beat: Beat) -> Orders:
         doing = " ".join(
-            f"{id}={beat.steps[id]}({beat.losses[id]:.3f})" if id in beat.steps else f"{id}: {phase}"
-            for id, phase in beat.phase.items()
+            f"{id}={beat.steps[id]}({beat.losses[id]:.3f})" if id in beat.steps else f"{id}: {doing}"
+            for id, doing in beat.doing.items()
         )
         print(f"{beat.images_per_second:6.1f} images/s  {doing}", flush=True)
         return Orders()

@@ -22,8 +22,8 @@ from training.run.lead import Lead
 from training.run.log import RunLog
 from training.run.run import ENDED, RunRecord, RunStore, SubjectRecord
 from training.run.shares import read_quota
-from training.run.source import Beat, Outcome
-from training.run.subject_queue import Entry, Release, SubjectQueue, View
+from training.run.source import Beat, Outcome, Release
+from training.run.subject_queue import Entry, SubjectQueue, View
 from training.run.submission import Submission
 
 POLL_SECONDS = 0.5

@@ -21,8 +21,8 @@ from training.errors import UserError
 from training.manifest.manifest import SubjectSpec
 from training.manifest.plan import PackPlan
 from training.run.run import RunRecord, RunStore
-from training.run.source import Beat, Orders, Outcome, Task
-from training.run.subject_queue import Lease, Release
+from training.run.source import Beat, Orders, Outcome, Release, Task
+from training.run.subject_queue import Lease
 from training.storage.closed import Closed
 from training.storage.storage import StorageUnavailable, open_storage
 

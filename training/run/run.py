@@ -17,6 +17,7 @@ from pydantic import Field
 
 from training.errors import UserError
 from training.manifest.manifest import Manifest
+from training.run.source import Why
 from training.storage.closed import Closed
 from training.storage.interface import NotFound, Storage
 
@@ -31,7 +32,7 @@ class Attempt(Closed):
     started: float
     ended: float
     reason: str
-    kind: str
+    kind: Why
 
 
 class SubjectRecord(Closed):

@@ -9,12 +9,12 @@ import bisect
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from pydantic import Field
 
 from training.run.run import ENDED, Attempt, State, SubjectRecord
-from training.run.source import Beat, Orders, Outcome
+from training.run.source import Beat, Doing, Kind, Orders, Outcome, Phase, Release, Why
 from training.storage.closed import Closed
 
 LEASE_SECONDS = 300.0
@@ -23,18 +23,24 @@ SUSPECT_ATTEMPTS = 2  # after so many lost workers a subject trains alone: the o
 CALMER = 0.1  # what the learning rates of a subject are multiplied by after it has diverged, once
 KEPT_NOTES = 1000
 
-Release = Literal["lost", "preempted", "stopped"]
 # how an outcome's kind is kept; kinds that are not named here are tried again
-_STATES: dict[str, State] = {
+_STATES: dict[Kind, State] = {
     "done": "published",
     "bad subject": "failed",
     "out of memory": "failed",
     "cancelled": "cancelled",
 }
 # one device was too small: what may go to a gang of them does
-_TOO_SMALL = ("too large", "out of memory")
-# the first word of a phase; every other phase is preparation
-_PHASES: dict[str, State] = {"training": "training", "evaluating": "evaluating", "publishing": "evaluating"}
+_TOO_SMALL: tuple[Kind, ...] = ("too large", "out of memory")
+_STATE_IN: dict[Phase, State] = {
+    Phase.PREPARING: "preparing",
+    Phase.READING: "preparing",
+    Phase.ENCODING: "preparing",
+    Phase.CLASS_IMAGES: "preparing",
+    Phase.TRAINING: "training",
+    Phase.EVALUATING: "evaluating",
+    Phase.PUBLISHING: "evaluating",
+}
 
 
 class Entry(Closed):
@@ -64,7 +70,7 @@ class LaneView(Closed):
     lane: int
     profile: int
     held: tuple[str, ...]
-    phases: dict[str, str]
+    doing: dict[str, Doing]
     images_per_second: float
 
 
@@ -81,16 +87,19 @@ class View(Closed):
     @classmethod
     def of_records(cls, records: Sequence[SubjectRecord]) -> "View":
         """What records alone tell: lanes are known by the packs of those that train."""
-        packs: dict[int, list[str]] = {}
+        packs: dict[int, list[SubjectRecord]] = {}
         for record in records:
             if record.state not in ENDED and record.state != "queued" and record.pack is not None:
-                packs.setdefault(record.pack, []).append(record.id)
-        phases = {record.id: record.state for record in records}
+                packs.setdefault(record.pack, []).append(record)
         lanes = tuple(
             LaneView(
-                lane=pack, profile=0, held=tuple(ids), phases={id: phases[id] for id in ids}, images_per_second=0.0
+                lane=pack,
+                profile=0,
+                held=tuple(record.id for record in held),
+                doing={record.id: Doing(Phase(record.state)) for record in held},
+                images_per_second=0.0,
             )
-            for pack, ids in sorted(packs.items())
+            for pack, held in sorted(packs.items())
         )
         unfinished = sum(record.state not in ENDED for record in records)
         return cls(seq=0, changed=tuple(records), lanes=lanes, waiting={}, unfinished=unfinished, notes=())
@@ -115,7 +124,7 @@ class _Item:
 class _Lane:
     profile: int
     held: set[str] = field(default_factory=set)
-    phases: dict[str, str] = field(default_factory=dict)
+    doing: dict[str, Doing] = field(default_factory=dict)
     images_per_second: float = 0.0
 
 
@@ -183,13 +192,13 @@ class SubjectQueue:
     def beat(self, lane: int, beat: Beat) -> Orders:
         """Renews the lane's leases and takes in its news. Answers what it shall drop."""
         here = self._lane(lane)
-        here.phases, here.images_per_second = dict(beat.phase), beat.images_per_second
+        here.doing, here.images_per_second = dict(beat.doing), beat.images_per_second
         for note in beat.notes:
             self._note(note)
         for id in here.held:  # also those that wait for their turn: their lane lives
             self._items[id].until = self._clock() + self._lease_s
-        drop = {id for id in beat.phase if not self._hold(lane, id)}
-        for id in set(beat.phase) - drop:
+        drop = {id for id in beat.doing if not self._hold(lane, id)}
+        for id in set(beat.doing) - drop:
             self._take_in(id, beat)
         self.expire()
         return Orders(
@@ -199,11 +208,7 @@ class SubjectQueue:
     def ended(self, lane: int, outcome: Outcome) -> None:
         """A subject's end, as its lane saw it. A lane that lost the subject is heard only if it has published it."""
         item = self._items.get(outcome.id)
-        if (
-            item is None
-            or item.record.state in ENDED
-            or (item.holder != lane and outcome.kind not in ("done", "reused"))
-        ):
+        if item is None or item.record.state in ENDED or (item.holder != lane and outcome.kind != "done"):
             return
         seconds = item.record.seconds + outcome.seconds
         self._let_go(outcome.id)
@@ -296,7 +301,7 @@ class SubjectQueue:
                     lane=name,
                     profile=lane.profile,
                     held=tuple(sorted(lane.held, key=lambda id: self._items[id].order)),
-                    phases=lane.phases,
+                    doing=lane.doing,
                     images_per_second=lane.images_per_second,
                 )
                 for name, lane in self._lanes.items()
@@ -346,12 +351,12 @@ class SubjectQueue:
         return True
 
     def _take_in(self, id: str, beat: Beat) -> None:
-        news: dict[str, object] = {"state": _PHASES.get(beat.phase[id].split(" ")[0], "preparing")}
+        news: dict[str, object] = {"state": _STATE_IN[beat.doing[id].phase]}
         if id in beat.steps:
             news |= {"step": beat.steps[id], "loss": beat.losses[id]}
         self._change(id, **news)
 
-    def _again(self, id: str, reason: str, kind: str) -> None:
+    def _again(self, id: str, reason: str, kind: Kind | Release) -> None:
         """Back into the queue with an attempt more, unless those that count are used up."""
         if kind != "stopped":
             self._attempt(id, reason, kind)
@@ -364,7 +369,7 @@ class SubjectQueue:
             self._change(id, state="queued")
             self._wait(id)
 
-    def _attempt(self, id: str, reason: str, kind: str) -> None:
+    def _attempt(self, id: str, reason: str, kind: Why) -> None:
         item = self._items[id]
         attempt = Attempt(started=item.since, ended=time.time(), reason=reason, kind=kind)
         item.losses += kind in ("lost", "unknown")

@@ -18,7 +18,7 @@ import ray
 from ray_app.train.metrics import RunMetrics
 from training.run.subject_queue import Entry, SubjectQueue
 from training.run.run import SubjectRecord
-from training.run.source import Beat
+from training.run.source import Beat, Doing, Phase
 
 with socket.socket() as probe:
     probe.bind(("127.0.0.1", 0))
@@ -37,7 +37,8 @@ def see():
 see()
 queue.enter(0, 0)
 queue.lease(0, 2)
-queue.beat(0, Beat(phase={"rusty": "training"}, steps={"rusty": 4}, losses={"rusty": 0.5}, images_per_second=8.0))
+doing = {"rusty": Doing(Phase.TRAINING)}
+queue.beat(0, Beat(doing, steps={"rusty": 4}, losses={"rusty": 0.5}, images_per_second=8.0))
 see()
 queue.enter(0, 0)  # its worker has died: both go back
 see()

@@ -31,7 +31,7 @@ from training.manifest.plan import plan_run
 from training.photos.intake import current_fingerprint, hold_out
 from training.photos.photos import Photos, list_photo_files, photos
 from training.run.run import RunStore
-from training.run.source import Beat, Orders, Outcome, Task
+from training.run.source import Beat, Orders, Outcome, Phase, Task
 from training.sampling.render import Look, Shot, adapter_bank, render
 from training.storage.card import Card
 from training.storage.registry import Registry
@@ -255,7 +255,7 @@ class Source:
         self.manifest = parse_manifest(yaml.safe_dump(text), root=str(folder))
         self.storage = open_storage(str(folder / "storage"))
         self.run = RunStore(self.storage, "t-1")
-        self.phases: set[str] = set()
+        self.phases: set[Phase] = set()
         self.notes: list[str] = []
         self.outcome: Outcome | None = None
         self._todo: list[SubjectSpec] = list(self.manifest.subjects)
@@ -267,7 +267,7 @@ class Source:
         return [Task(s, current_fingerprint(s, self.base.hash, self.storage, root)) for s in taken]
 
     def beat(self, beat: Beat) -> Orders:
-        self.phases |= {phase.split()[0] for phase in beat.phase.values()}
+        self.phases |= {doing.phase for doing in beat.doing.values()}
         self.notes += beat.notes
         return Orders()
 
@@ -305,7 +305,7 @@ def test_the_chosen_step_is_what_is_published(tiny: Base, tmp_path: Path, monkey
     assert "best balance" in card.chosen.reason
     assert {score.step for score in card.scores} == {2, 4, 6, None}
     assert len(card.image_hashes) == 5, "the photo kept out is not among those trained on"
-    assert "evaluating" in source.phases
+    assert Phase.EVALUATING in source.phases
     (tmp_path / "short").mkdir()
     short = Source(tmp_path / "short", tiny, train={"max_steps": 4}, evaluate={"keep_last": True})
     assert short.work().kind == "done"

@@ -16,6 +16,7 @@ from training.manifest.manifest import SubjectSpec
 from training.photos.variants import variants
 from training.run.fault import Failure, apart, failure_of, together
 from training.run.run import RunStore
+from training.run.source import Doing, Phase, Say
 from training.trainer.checkpoint import read_states
 from training.trainer.pack import Pack
 from training.trainer.worker.publish import Finished, Publication, publish_subject
@@ -26,7 +27,7 @@ Pictures = dict[str, list[Image.Image]]  # by subject id
 class Finishing:
     """Finishes the subjects of one pack.
 
-    `pictures(ids)` draws subjects as they are in their slots; `say(ids, phase)` is told what is being done.
+    `pictures(ids)` draws subjects as they are in their slots; `say(ids, doing)` is told what is being done.
     """
 
     def __init__(
@@ -36,7 +37,7 @@ class Finishing:
         run: RunStore,
         tenant: str,
         pictures: Callable[[Sequence[str]], Pictures],
-        say: Callable[[Sequence[str], str], None],
+        say: Say,
     ) -> None:
         self._base = base
         self._pack = pack
@@ -83,7 +84,7 @@ class Finishing:
         asked = [one for one in finished if one.spec.evaluate.enabled]
 
         def alive(_drawn: int, _wanted: int) -> None:
-            self._say([one.spec.id for one in finished], "evaluating")
+            self._say([one.spec.id for one in finished], Doing(Phase.EVALUATING))
 
         exams = [self._exam(one) for one in asked]
         found = evaluate_subjects(self._base, exams, self._judges, alive=alive) if exams else []
@@ -125,7 +126,7 @@ class Finishing:
 
     def _publish(self, finished: Finished, evaluation: Evaluation | None, pictures: Sequence[Image.Image]) -> str:
         id = finished.spec.id
-        self._say([id], "publishing")
+        self._say([id], Doing(Phase.PUBLISHING))
         publication = Publication(finished, self._pack.adapter(id), evaluation, pictures)
         return publish_subject(self._run, self._tenant, self._base, publication)
 

@@ -1,7 +1,7 @@
 """Before a subject trains: its files are read and checked, and become latents; its prior and its last checkpoint are
 found. Knows no pack and no queue."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 
 from training.base.base import Base
@@ -10,7 +10,7 @@ from training.manifest.manifest import SubjectSpec
 from training.photos.intake import Taken, fingerprint, read_files, take_in
 from training.photos.photos import Photos
 from training.run.run import RunStore
-from training.run.source import Task
+from training.run.source import Doing, Phase, Say, Task
 from training.trainer.checkpoint import SubjectState, read_states
 from training.trainer.latents import LatentSet, photo_latents
 from training.trainer.member import Subject
@@ -22,7 +22,7 @@ CHANGED = "its files have changed since the run looked at them; the same command
 class Preparing:
     """Prepares the subjects of one run.
 
-    `say(ids, phase)` is told what is being done, `note(text)` what a person should read. `root` is where the manifest's
+    `say(ids, doing)` is told what is being done, `note(text)` what a person should read. `root` is where the manifest's
     relative folders start.
     """
 
@@ -31,7 +31,7 @@ class Preparing:
         base: Base,
         run: RunStore,
         root: str,
-        say: Callable[[Sequence[str], str], None],
+        say: Say,
         note: Callable[[str], None],
     ) -> None:
         self._base = base
@@ -46,7 +46,7 @@ class Preparing:
         Raises UserError if they are not those of the task's fingerprint, or cannot be trained on.
         """
         spec = task.trained
-        self._say([spec.id], "reading photos")
+        self._say([spec.id], Doing(Phase.READING))
         files = read_files(spec, self._run.storage, self._root)
         if fingerprint(task.spec, self._base.hash, files, self._root) != task.fingerprint:
             raise UserError(CHANGED)
@@ -57,7 +57,7 @@ class Preparing:
 
     def subject(self, spec: SubjectSpec, found: Photos) -> Subject:
         """The subject, ready to join a pack: latents, prior, and the state of its latest whole checkpoint if any."""
-        encoding = partial(self._say, [spec.id], "encoding photos")
+        encoding = partial(self._say, [spec.id], Doing(Phase.ENCODING))
         prompt = spec.filled_instance_prompt
         instance = photo_latents(self._base, self._run.storage, found.good, spec.train, prompt, encoding)
         wants_images = spec.prior.enabled and spec.prior.source != "prediction"
@@ -67,7 +67,7 @@ class Preparing:
     def _prior(self, spec: SubjectSpec, found: Photos) -> LatentSet:
         captions = [photo.caption for photo in found.good if photo.caption]
         for done, wanted, prior in prepare_prior(self._base, self._run.storage, spec, self._root, captions):
-            self._say([spec.id], f"class images {done}/{wanted}")
+            self._say([spec.id], Doing(Phase.CLASS_IMAGES, done, wanted))
             if prior is not None:
                 return prior
         raise AssertionError("prepare_prior ends with a set")

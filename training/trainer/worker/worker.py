@@ -14,7 +14,7 @@ from training.base.base import Base
 from training.manifest.plan import PackPlan
 from training.run.fault import Failure, apart, failure_of, reason_of, together
 from training.run.run import RunStore
-from training.run.source import Beat, Kind, Orders, Outcome, Source, Task
+from training.run.source import Beat, Doing, Kind, Orders, Outcome, Phase, Source, Task
 from training.trainer.fitting import open_pack
 from training.trainer.loop import Ended, Progress, train
 from training.trainer.member import Subject
@@ -102,7 +102,7 @@ class Worker:
     def _follow(self, progress: Progress) -> None:
         """What one fused step means for storage, registry and source."""
         for id in progress.joined:
-            self._say([id], "training")
+            self._say([id], Doing(Phase.TRAINING))
         for report in progress.reports:
             self._beat.steps[report.id], self._beat.losses[report.id] = report.step, report.loss
         self._keeping.follow(progress.reports, self._beat.images_per_second)
@@ -170,15 +170,15 @@ class Worker:
             seconds=time.time() - held.since,
             warnings=held.warnings,
         )
-        for about in (self._beat.phase, self._beat.steps, self._beat.losses):
+        for about in (self._beat.doing, self._beat.steps, self._beat.losses):
             about.pop(id, None)
         self._source.ended(outcome)
 
     # -- signs of life --
 
-    def _say(self, ids: Sequence[str], phase: str) -> None:
+    def _say(self, ids: Sequence[str], doing: Doing) -> None:
         """A change of phase is sent at once if the last beat is old enough; long preparation keeps the lease alive."""
-        self._beat.phase.update(dict.fromkeys(ids, phase))
+        self._beat.doing.update(dict.fromkeys(ids, doing))
         orders = self._send()
         self._stop = self._stop or orders.stop
 
