@@ -6,7 +6,7 @@ It decides nothing about a subject: the queue does. It may die at any time; the 
 import contextlib
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
@@ -19,15 +19,14 @@ from training.evaluation.report import write_report
 from training.manifest.plan import plan_run, reserve
 from training.run import cancel
 from training.run.lead import Lead
-from training.run.log import RunLog
-from training.run.run import ENDED, RunRecord, RunStore, SubjectRecord
+from training.run.run import RunRecord, RunStore, SubjectRecord
 from training.run.shares import read_quota
 from training.run.source import Beat, Outcome, Release
-from training.run.subject_queue import Entry, SubjectQueue, View
+from training.run.states import States
+from training.run.subject_queue import Entry, SubjectQueue, View, entries
 from training.run.submission import Submission
 
 POLL_SECONDS = 0.5
-STEP_SAVE_SECONDS = 5.0  # how often a mere step is written down; changes of state are at once
 STOP_SECONDS = 30.0  # how long lanes may take to checkpoint when the run is stopped
 CANCEL_SECONDS = 2.0  # how often the storage is asked whether somebody wants the run cancelled
 
@@ -102,15 +101,17 @@ class Driver:
     def __post_init__(self) -> None:
         record, base = self.submission.record, self.submission.base
         self.store = self.submission.store
-        self.records: dict[str, SubjectRecord] = {subject.id: subject for subject in self.subjects}
+        self.states = States(self.store, self.subjects)
         self.plan = plan_run(record.manifest, base)
         room = max(self.cluster.seats, self.limits.gpus or 0)
         self._reserve = [pack for pack in reserve(record.manifest, base) if pack.workers <= room]
         self._queue: Any = None
-        self._saved = dict(self.records)
-        self._saved_at = dict.fromkeys(self.records, 0.0)
         self._heeded = 0.0
-        self._log = RunLog(self.store)
+
+    @property
+    def records(self) -> dict[str, SubjectRecord]:
+        """How each subject stands, in manifest order."""
+        return self.states.records
 
     def run(self) -> RunRecord:
         """Until every subject has ended. On KeyboardInterrupt lanes checkpoint and stop, and it is raised again.
@@ -121,11 +122,11 @@ class Driver:
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         name = f"queue-{self.store.run}"
-        entries = [entry.model_dump() for entry in self._entries()]
+        found = entries(self.records.values(), self.plan.packs, self._reserve)
         # on this node: a queue that dies with another one would take the run along
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         actor = ray.remote(QueueActor).options(num_cpus=0, name=name, scheduling_strategy=here)
-        self._queue = actor.remote(entries)
+        self._queue = actor.remote([entry.model_dump() for entry in found])
         packs = (*self.plan.packs, *self._reserve)
         sharing = self._sharing()
         lanes = Lanes(self.store, packs, self.cluster, self.limits, self._queue, name, self._complain, sharing)
@@ -134,7 +135,7 @@ class Driver:
             return self._finish()
         except KeyboardInterrupt:
             self._stop(lanes)
-            self._save_all()
+            self.states.stop()
             raise
         finally:
             ray.kill(self._queue)
@@ -182,45 +183,21 @@ class Driver:
         import ray
 
         view = View.model_validate(ray.get(self._queue.view.remote(since), timeout=60))
-        for record in view.changed:
-            self._take_in(record)
-        for note in view.notes:
-            self._log.add(note)
+        self.states.take_in(view)
         for watcher in self.watchers:
             watcher.see(view, self.records)
-        self._log.flush(STEP_SAVE_SECONDS)
         return view
-
-    def _take_in(self, record: SubjectRecord) -> None:
-        before = self.records[record.id]
-        self.records[record.id] = record
-        if record.state != before.state:
-            reason = f": {record.reason}" if record.reason else ""
-            self._log.add(f"{record.id}: {record.state} at step {record.step}/{record.max_steps}{reason}")
-        if record.state != before.state or time.monotonic() - self._saved_at[record.id] >= STEP_SAVE_SECONDS:
-            self._save(record)
-
-    def _save(self, record: SubjectRecord) -> None:
-        self.store.save_subject(record)
-        self._saved[record.id], self._saved_at[record.id] = record, time.monotonic()
-
-    def _save_all(self) -> None:
-        """The last word about those whose latest steps were not written down yet."""
-        for record in self.records.values():
-            if record != self._saved[record.id]:
-                self._save(record)
-        self._log.flush()
 
     def _say(self, text: str) -> None:
         for watcher in self.watchers:
             watcher.say(text)
 
     def _finish(self) -> RunRecord:
-        self._save_all()
+        self.states.save()
         return finish(self.store, self.submission.record, tuple(self.records.values()))
 
     def _complain(self, text: str) -> None:
-        self._log.add(text)
+        self.states.note(text)
         self._say(text)
 
     def _stop(self, lanes: Lanes) -> None:
@@ -232,16 +209,6 @@ class Driver:
             ray.get(self._queue.stop.remote())
             lanes.wait(STOP_SECONDS)
             self._look(0)
-        for id, record in self.records.items():
-            if record.state not in ENDED:  # the last checkpoint is later than the last beat
-                step = max(self.store.checkpoints(id), default=0)
-                self.records[id] = record.model_copy(update={"step": step})
-
-    def _entries(self) -> Iterator[Entry]:
-        place = {id: index for index, pack in enumerate(self.plan.packs) for id in pack.subjects}
-        spare = {id: index for index, pack in enumerate(self._reserve, len(self.plan.packs)) for id in pack.subjects}
-        for id in (subject.id for subject in self.submission.record.manifest.subjects):
-            yield Entry(record=self.records[id], profile=place[id], reserve=spare.get(id))
 
 
 def _living_nodes() -> set[str]:
@@ -251,10 +218,7 @@ def _living_nodes() -> set[str]:
 
 
 def finish(store: RunStore, record: RunRecord, subjects: Sequence[SubjectRecord]) -> RunRecord:
-    """Writes down that a run has ended, and how, and its report."""
-    states = {subject.state for subject in subjects}
-    state = "failed" if "failed" in states else "cancelled" if "cancelled" in states else "done"
-    ended = record.model_copy(update={"state": state, "finished": time.time()})
-    store.save(ended)
+    """Writes down that a run has ended, and how, and its report; returns its record."""
+    ended = store.end(record, subjects)
     write_report(store)
     return ended

@@ -69,10 +69,7 @@ class QueueSource:
         self._held |= {lease["id"] for lease in leases}
         if not leases:
             self._empty_until = time.monotonic() + IDLE_SECONDS
-        return [self._task(Lease.model_validate(lease)) for lease in leases]
-
-    def _task(self, lease: Lease) -> Task:
-        return Task(self.specs[lease.id], lease.fingerprint, lease.may_spread, lease.rate_factor)
+        return [lease.task(self.specs[lease.id]) for lease in map(Lease.model_validate, leases)]
 
     def beat(self, beat: Beat) -> Orders:
         return _ORDERS.validate_python(self._ask("beat", asdict(beat)))

@@ -9,7 +9,7 @@ runs/<run>/subjects/<id>/checkpoints/<step>.safetensors
 import hashlib
 import itertools
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from typing import Literal
 
@@ -90,6 +90,14 @@ class RunStore:
         except NotFound:
             known = ", ".join(list_runs(self.storage)[-5:]) or "none"
             raise UserError(f"Run '{self.run}' is not in this storage. The latest here: {known}.") from None
+
+    def end(self, record: RunRecord, subjects: Sequence[SubjectRecord]) -> RunRecord:
+        """Writes down that the run has ended, and how; returns its record."""
+        states = {subject.state for subject in subjects}
+        state = "failed" if "failed" in states else "cancelled" if "cancelled" in states else "done"
+        ended = record.model_copy(update={"state": state, "finished": time.time()})
+        self.save(ended)
+        return ended
 
     def save_subject(self, record: SubjectRecord) -> None:
         self.storage.put(self.subject_key(record.id, "state.json"), record.model_dump_json(indent=1).encode())

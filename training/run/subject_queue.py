@@ -13,8 +13,10 @@ from typing import NamedTuple
 
 from pydantic import Field
 
+from training.manifest.manifest import SubjectSpec
+from training.manifest.plan import PackPlan
 from training.run.run import ENDED, Attempt, State, SubjectRecord
-from training.run.source import Beat, Doing, Kind, Orders, Outcome, Phase, Release, Why
+from training.run.source import Beat, Doing, Kind, Orders, Outcome, Phase, Release, Task, Why
 from training.storage.closed import Closed
 
 LEASE_SECONDS = 300.0
@@ -55,6 +57,15 @@ class Entry(Closed):
     reserve: int | None = None
 
 
+def entries(
+    subjects: Iterable[SubjectRecord], packs: Sequence[PackPlan], reserve: Sequence[PackPlan] = ()
+) -> list[Entry]:
+    """The entries of a run's subjects. A profile is the place of a pack among `packs`, then `reserve`."""
+    place = {id: index for index, pack in enumerate(packs) for id in pack.subjects}
+    spare = {id: index for index, pack in enumerate(reserve, len(packs)) for id in pack.subjects}
+    return [Entry(record=one, profile=place[one.id], reserve=spare.get(one.id)) for one in subjects]
+
+
 class Lease(Closed):
     """A subject a lane may work on."""
 
@@ -62,6 +73,10 @@ class Lease(Closed):
     fingerprint: str
     rate_factor: float = Field(1.0, description="its learning rates are multiplied by it: less after it has diverged")
     may_spread: bool = Field(False, description="a gang takes it if one device is too small for it")
+
+    def task(self, spec: SubjectSpec) -> Task:
+        """The leased subject with its settings, as they were submitted."""
+        return Task(spec, self.fingerprint, self.may_spread, self.rate_factor)
 
 
 class LaneView(Closed):
