@@ -8,6 +8,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -109,8 +110,10 @@ def _lead_run(submission: Submission, lead: Lead, address: str, limits: Limits, 
     if retry and record.state != "running":
         record = record.model_copy(update={"state": "running", "finished": None})
         store.save(record)
-    submission = Submission(store, record, submission.manifest, submission.base, submission.taken_up)
+    submission = replace(submission, record=record)
     subjects = settle(submission, retry)
+    for subject in subjects:
+        submission.shelf.take(subject.id)  # lanes read for themselves
     lead.renew()
     if all(subject.state in ENDED for subject in subjects):
         return Whole(finish(store, record, subjects), subjects)

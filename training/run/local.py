@@ -4,6 +4,7 @@ What trains is handed in, so that this knows no torch.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from training.manifest.plan import PackPlan, plan_run
 from training.run import cancel
@@ -68,7 +69,8 @@ class LocalRun:
         """Up to `count` subjects of the pack."""
         leases = self._queue.lease(self._lane, count)
         self._look()
-        return [lease.task(self._specs[lease.id]) for lease in leases]
+        shelf = self.submission.shelf
+        return [replace(lease.task(self._specs[lease.id]), files=shelf.take(lease.id)) for lease in leases]
 
     def beat(self, beat: Beat) -> Orders:
         """Takes in a sign of life; returns what is to be dropped. All stop where another process has taken over."""

@@ -9,6 +9,7 @@ from enum import StrEnum
 from typing import Literal, Protocol
 
 from training.manifest.manifest import SubjectSpec
+from training.photos.photos import PhotoFile
 
 Kind = Literal["done", "bad subject", "diverged", "out of memory", "too large", "cancelled", "unknown"]
 # how a worker lets go of a subject that has not ended
@@ -49,13 +50,15 @@ class Task:
     """A leased subject. `fingerprint` identifies what will be published.
 
     `spec` is as it was submitted. `may_spread`: it has somewhere to go if this device is too small for it; without, it
-    is tried anyway. `rate_factor`: its learning rates are multiplied by it.
+    is tried anyway. `rate_factor`: its learning rates are multiplied by it. `files`: as they were read for the
+    fingerprint, where that was in this process; None: they are to be read.
     """
 
     spec: SubjectSpec
     fingerprint: str
     may_spread: bool = False
     rate_factor: float = 1.0
+    files: tuple[PhotoFile, ...] | None = field(default=None, repr=False)
 
     @property
     def trained(self) -> SubjectSpec:

@@ -14,9 +14,9 @@ from training.base.files.outline import Outline, outline
 from training.errors import UserError
 from training.manifest.manifest import Manifest, SubjectSpec, load_manifest
 from training.manifest.plan import unmatched_targets
-from training.photos.intake import UPLOADED, current_fingerprint, read_files, take_in
+from training.photos.intake import UPLOADED, Shelf, fingerprint, take_in
 from training.photos.photos import PhotoFile, list_photo_files
-from training.run.run import RunRecord, RunStore, SubjectRecord, digest_of, find_unfinished, new_run_id
+from training.run.run import ENDED, RunRecord, RunStore, SubjectRecord, digest_of, find_unfinished, new_run_id
 from training.storage.registry import Registry
 from training.storage.storage import Storage
 
@@ -26,13 +26,17 @@ _DONE = ("published", "reused")
 
 @dataclass(frozen=True)
 class Submission:
-    """A run that is on the storage. `manifest` is what photos are read by here: its folders may be local."""
+    """A run that is on the storage. `manifest` is what photos are read by here: its folders may be local.
+
+    `shelf` holds the files that this process has read for it.
+    """
 
     store: RunStore
     record: RunRecord
     manifest: Manifest
     base: Outline
     taken_up: bool
+    shelf: Shelf
 
 
 class Found(NamedTuple):
@@ -80,34 +84,37 @@ def submit(path: str | Path, storage: Storage, *, upload: bool = False, keep_las
             manifest=manifest,
         )
         store.create(record, Path(path).read_text(encoding="utf-8"))
-    store = RunStore(storage, record.run)
+    store, shelf = RunStore(storage, record.run), Shelf(storage, manifest.root)
     if upload:
-        record = record.model_copy(update={"manifest": _uploaded(manifest, store)})
+        record = record.model_copy(update={"manifest": _uploaded(manifest, store, shelf)})
         store.save(record)
-    return Submission(store, record, manifest, base, taken_up)
+    return Submission(store, record, manifest, base, taken_up, shelf)
 
 
 def reopen(store: RunStore) -> Submission:
     """A run that is on the storage already, to go on with."""
     record = store.record()
-    return Submission(store, record, record.manifest, outline(record.base, record.manifest.root), True)
+    root = record.manifest.root
+    return Submission(store, record, record.manifest, outline(record.base, root), True, Shelf(store.storage, root))
 
 
 def settle(submission: Submission, retry: bool = False) -> tuple[SubjectRecord, ...]:
     """Every subject as it stands, in manifest order; what changed is written down. Only who leads the run may do this.
 
     What the storage says is corrected by the photos as they are and by the registry. With `retry`, what failed or was
-    cancelled is queued again.
+    cancelled is queued again. Files of subjects that wait are on the shelf afterwards.
     """
     store, record, manifest = submission.store, submission.record, submission.manifest
     registry = Registry(store.storage)
 
     def stand(subject: SubjectSpec) -> SubjectRecord:
         before = store.subject(subject.id)
-        found = _find(subject, record, manifest, store.storage)
+        found = _find(subject, submission)
         now = _state(store, registry, record, subject, before, found, retry)
         if now != before:
             store.save_subject(now)
+        if now.state in ENDED:
+            submission.shelf.take(subject.id)
         return now
 
     with ThreadPoolExecutor(READERS) as pool:
@@ -157,9 +164,10 @@ def _problems(manifest: Manifest, base: Outline) -> Iterator[str]:
                 )
 
 
-def _find(subject: SubjectSpec, record: RunRecord, manifest: Manifest, storage: Storage) -> Found:
+def _find(subject: SubjectSpec, submission: Submission) -> Found:
+    base_hash, root = submission.record.base_hash, submission.manifest.root
     try:
-        return Found(current_fingerprint(subject, record.base_hash, storage, manifest.root), None)
+        return Found(fingerprint(subject, base_hash, submission.shelf.read(subject), root), None)
     except UserError as error:
         return Found(None, str(error))
 
@@ -192,14 +200,14 @@ def _state(
     return before.model_copy(update={"state": "queued", "step": steps[-1] if steps else 0, "reason": None})
 
 
-def _uploaded(manifest: Manifest, store: RunStore) -> Manifest:
+def _uploaded(manifest: Manifest, store: RunStore, shelf: Shelf) -> Manifest:
     """The manifest with local photos copied to the run's folder on the storage."""
 
     def upload(subject: SubjectSpec) -> SubjectSpec:
         if "://" in subject.images or subject.images.startswith(UPLOADED):
             return subject
         folder = store.subject_key(subject.id, "images")
-        _put(store.storage, folder, read_files(subject, store.storage, manifest.root))
+        _put(store.storage, folder, shelf.read(subject))
         return subject.model_copy(update={"images": f"{UPLOADED}{folder}"})
 
     with ThreadPoolExecutor(READERS) as pool:

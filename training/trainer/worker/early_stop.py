@@ -42,9 +42,7 @@ class Watch:
         self._fixed: dict[str, _Fixed] = {}
 
     def join(self, spec: SubjectSpec, images: LatentSet) -> None:
-        """Draws the subject's fixed batch; nothing happens for one that did not ask."""
-        if not spec.evaluate.early_stop:
-            return
+        """Begins to look at a subject: draws its fixed batch."""
         generator = stream(spec.train.seed, "fixed")
         picked = shuffled(spec.train.seed, "fixed", len(images), 0, ROWS)
         latents = images.draw(picked, generator)

@@ -11,7 +11,6 @@ from training.manifest.manifest import SubjectSpec
 from training.photos.intake import Taken
 from training.run.fault import apart, together
 from training.run.run import RunStore
-from training.run.source import Task
 from training.sampling.samples import Worn, draw_samples
 from training.trainer.checkpoint import dump_state
 from training.trainer.member import Report, Subject
@@ -44,10 +43,10 @@ class Keeping:
         self._missed = missed
         self._kept: dict[str, Kept] = {}
 
-    def join(self, task: Task, taken: Taken, subject: Subject) -> None:
+    def join(self, fingerprint: str, taken: Taken, subject: Subject) -> None:
         """Begins with a subject, at the step of its state."""
         step = subject.state.step if subject.state else -1
-        self._kept[subject.spec.id] = Kept(subject.spec, task.fingerprint, taken, step)
+        self._kept[subject.spec.id] = Kept(subject.spec, fingerprint, taken, step)
 
     def leave(self, id: str) -> Kept | None:
         """Forgets a subject; returns what was kept of it, None if it never joined."""

@@ -47,7 +47,7 @@ class Preparing:
         """
         spec = task.trained
         self._say([spec.id], Doing(Phase.READING))
-        files = read_files(spec, self._run.storage, self._root)
+        files = task.files if task.files is not None else read_files(spec, self._run.storage, self._root)
         if fingerprint(task.spec, self._base.hash, files, self._root) != task.fingerprint:
             raise UserError(CHANGED)
         taken = take_in(spec, files, self._base.facts.resolution)

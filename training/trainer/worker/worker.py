@@ -29,9 +29,8 @@ RATE_STEPS = 20  # images/s are told as the mean over so many steps
 
 @dataclass
 class _Held:
-    """A leased subject while it is here, and what is to be said about its photos."""
+    """A leased subject while it is here: when it came, and what is to be said about its photos."""
 
-    task: Task
     since: float
     warnings: tuple[str, ...] = ()
 
@@ -78,23 +77,24 @@ class Worker:
             tasks = self._source.lease(count - len(ready))
             if not tasks:
                 break
-            for task in tasks:
-                self._held[task.spec.id] = _Held(task, time.time())
-            ids = [task.spec.id for task in tasks]
-            ready += apart(ids, self._prepare, partial(self._fail, "it could not be prepared")).values()
+            by_id = {task.spec.id: task for task in tasks}
+            self._held |= {id: _Held(time.time()) for id in by_id}
+            prepare = partial(self._prepare, by_id)
+            ready += apart(list(by_id), prepare, partial(self._fail, "it could not be prepared")).values()
         return ready
 
-    def _prepare(self, id: str) -> Subject:
-        held = self._held[id]
-        spec = held.task.trained
-        if held.task.may_spread:
+    def _prepare(self, tasks: dict[str, Task], id: str) -> Subject:
+        task = tasks.pop(id)  # its files need not be held while it trains
+        spec = task.trained
+        if task.may_spread:
             self._opened.check(spec)
         self._finishing.check(spec)
-        taken = self._preparing.photos(held.task)
-        held.warnings = taken.warnings
+        taken = self._preparing.photos(task)
+        self._held[id].warnings = taken.warnings
         subject = self._preparing.subject(spec, taken.photos)
-        self._watch.join(spec, subject.instance)
-        self._keeping.join(held.task, taken, subject)
+        if spec.evaluate.early_stop:
+            self._watch.join(spec, subject.instance)
+        self._keeping.join(task.fingerprint, taken, subject)
         return subject
 
     # -- meanwhile --
