@@ -18,12 +18,13 @@ from torch.nn import functional
 
 from training.base.base import load_base
 from training.evaluation.compare import standard_error
-from training.evaluation.evaluate import Evaluation, Exam, evaluate_subjects
+from training.evaluation.evaluate import Evaluation, evaluate_subjects
+from training.evaluation.exam import Exam
 from training.evaluation.judges.box import Judges
 from training.evaluation.judges.features import PocketJudge
 from training.evaluation.judges.pocket import load_judge
 from training.evaluation.record import Record, load_record
-from training.manifest.manifest import SubjectSpec
+from training.manifest.subject import SubjectSpec
 from training.photos.intake import read_files
 from training.photos.photos import photos
 from training.photos.variants import variants

@@ -14,7 +14,8 @@ import torch
 
 from training.adapters.adapter import Adapter
 from training.base.base import Base, load_base
-from training.manifest.manifest import SubjectSpec, load_manifest
+from training.manifest.manifest import load_manifest
+from training.manifest.subject import SubjectSpec
 from training.photos.photos import list_photo_files, photos
 from training.trainer.latents import encode_photos
 from training.trainer.loop import train

@@ -14,8 +14,8 @@ from PIL import Image, ImageEnhance, ImageOps
 from torch import Tensor
 
 from training.evaluation import scores
-from training.evaluation.evaluate import COPYING_LIMITS, limit_above
 from training.evaluation.judges.features import EfficientNetLite0
+from training.evaluation.reference import COPYING_LIMITS, limit_above
 
 COPIES = ("mirrored", "88 % crop", "75 % crop", "turned 4 degrees", "jpeg 50 and colour")
 

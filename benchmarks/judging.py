@@ -13,9 +13,11 @@ from pathlib import Path
 import torch
 
 from training.base.base import load_base
-from training.evaluation.evaluate import Exam, evaluate_subjects
+from training.evaluation.evaluate import evaluate_subjects
+from training.evaluation.exam import Exam
 from training.evaluation.judges.box import JudgeBox
-from training.manifest.manifest import SubjectSpec, load_manifest
+from training.manifest.manifest import load_manifest
+from training.manifest.subject import SubjectSpec
 from training.photos.photos import Photo, list_photo_files, photos
 from training.trainer.latents import LatentSet, encode_photos
 from training.trainer.member import Subject

@@ -42,7 +42,7 @@ from PIL import Image
 
 from benchmarks.serving import ATTENTION, engine_over, markdown, random_adapter, ref, shelf
 from serving.engine.engine import Engine
-from serving.engine.job import Done, Failed, Job
+from serving.engine.job import Done, Job, JobFailed
 from serving.engine.request import AdapterUse, GenerateRequest
 from training.adapters.adapter import save_adapter
 from training.base.base import load_base
@@ -115,7 +115,7 @@ class Play:
             outcomes = self.engine.step()
             self.now += time.process_time() - began
             for outcome in outcomes:
-                assert not isinstance(outcome, Failed), outcome
+                assert not isinstance(outcome, JobFailed), outcome
                 if isinstance(outcome, Done):
                     self._done(outcome)
         for job in list(self.engine.jobs):
@@ -245,23 +245,28 @@ async def storm(url: str) -> dict[str, float]:
     limits = httpx.Limits(max_connections=2 * CLIENTS)
     async with httpx.AsyncClient(base_url=url, trust_env=False, timeout=600, limits=limits) as client:
         before = await ask(client, 0)
+        counted = (await client.get("/metrics")).text
         began = time.perf_counter()
         patience = [choose.uniform(0.1, 5) if not number % LEAVE_ONE_IN else None for number in range(CLIENTS)]
         ends = await asyncio.gather(*(ask(client, number, wait) for number, wait in enumerate(patience)))
         seconds = time.perf_counter() - began
+        metrics = (await client.get("/metrics")).text
         after = await ask(client, 0)
         await asyncio.sleep(1)
-        metrics = (await client.get("/metrics")).text
+        at_rest = (await client.get("/metrics")).text
+    steps, rows = (_value(metrics, name) - _value(counted, name) for name in ("steps_total", "rows_total"))
     done = [end["seconds"] for end in ends if end["end"] == "done"]
     return {
         "done": len(done),
         "left": sum(end["end"] == "left" for end in ends),
         "failed": sum(end["end"] not in ("done", "left") for end in ends),
         "rate": len(done) / seconds,
+        "steps": steps,
+        "rows": rows / steps,
         "p50": share(done, 0.5),
         "p95": share(done, 0.95),
         "apart": _apart(before["picture"], after["picture"]),
-        "behind": sum(_gauge(metrics, name) for name in ("waiting", "running_rows", "slots_pinned")),
+        "behind": sum(_value(at_rest, name) for name in ("waiting", "running_rows", "slots_pinned")),
     }
 
 
@@ -271,7 +276,7 @@ def _apart(one: str, other: str) -> float:
     return float(np.abs(np.asarray(first, int) - np.asarray(second, int)).max())
 
 
-def _gauge(metrics: str, name: str) -> float:
+def _value(metrics: str, name: str) -> float:
     return sum(float(line.split()[-1]) for line in metrics.splitlines() if line.startswith(f"dreamfleet_{name}{{"))
 
 
@@ -306,11 +311,12 @@ def tables(checkouts: dict[str, Path], parts: Sequence[str], rounds: int) -> lis
     for number in range(rounds if "crowd" in parts else 0):
         for title, checkout in checkouts.items():
             found = measured(checkout, "crowd")
-            counts = (f"{found[key]:.0f}" for key in ("done", "left", "failed", "behind", "apart"))
-            speeds = f"{found['rate']:.1f}/s", f"{found['p50']:.1f} s", f"{found['p95']:.1f} s"
+            counts = (f"{found[key]:.0f}" for key in ("done", "left", "failed", "behind", "apart", "steps"))
+            speeds = f"{found['rows']:.1f}", f"{found['rate']:.1f}/s", f"{found['p50']:.1f} s", f"{found['p95']:.1f} s"
             storms.append((str(number + 1), title, *counts, *speeds))
     heads = ["beside", "code", "p50 alone", "p95 alone", "p50", "p95", "p50, times", "p95, times", "others, k cells/s"]
-    crowd_heads = ["round", "code", "done", "left", "failed", "left behind", "apart, of 255", "images", "p50", "p95"]
+    crowd_heads = ["round", "code", "done", "left", "failed", "left behind", "apart, of 255"]
+    crowd_heads += ["steps", "rows a step", "images", "p50", "p95"]
     return [
         markdown("A light tenant's images of 64 px beside others", heads, fair),
         markdown(f"{CLIENTS} clients at once, six adapters, 4 steps, one in five leaves", crowd_heads, storms),

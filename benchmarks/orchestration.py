@@ -147,10 +147,10 @@ def main() -> None:
             costs.append(overhead(folder, asked.base, count))
             print(costs[-1], file=sys.stderr, flush=True)
     lines = [
-        f"{time.strftime('%Y-%m-%d')}, {asked.base}, {cores} cores, load {load:.1f} before it began.",
+        f"{time.strftime('%Y-%m-%d')}, {asked.base}, {cores} cores, load average {load:.1f} at the start.",
         "",
-        "Subjects of one step, published with four sample images of 32 px each: seconds of the subject loop alone, and",
-        "through driver, queue and lane, from the first lease on.",
+        "Subjects of one training step, published with four sample images of 32 px each: time of the subject loop",
+        "alone, and with driver, queue and lane, measured from the first lease.",
         "",
         "| subjects | loop alone, s | through Ray, s | loop a subject, s | overhead a subject, s |",
         "|---:|---:|---:|---:|---:|",
@@ -164,7 +164,7 @@ def main() -> None:
     ]
     print("\n".join(lines))
     if asked.write:
-        text = "# What orchestration costs\n\n" + "\n".join(lines) + "\n"
+        text = "# Orchestration overhead\n\n" + "\n".join(lines) + "\n"
         Path(__file__).with_suffix(".md").write_text(text, encoding="utf-8")
 
 

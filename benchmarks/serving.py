@@ -35,13 +35,13 @@ from peft.tuners.lora import LoraLayer
 
 from serving.config import EngineSpec
 from serving.engine.engine import Engine
-from serving.engine.job import Done, Failed, Job
+from serving.engine.job import Done, Job, JobFailed
 from serving.engine.prompts import make_routes
 from serving.engine.request import AdapterRef, AdapterUse, GenerateRequest
 from serving.engine.tiers.adapters import Adapters
 from tests.tiny import clip, clip_tokenizer, unet
 from training.adapters.adapter import Adapter, LowRank, save_adapter
-from training.adapters.bank import find_sites
+from training.adapters.layout import find_sites
 from training.base.base import Base, load_base
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
@@ -134,8 +134,10 @@ def forwards(base: Base) -> Table:
 
 
 def base_bank(base: Base, targets: Sequence[str], slots: int = 8) -> Adapters:
-    """A server's bank over the base (all its layers, rank 32) with `slots` adapters in it; not yet injected."""
+    """A server's bank over the base (the adapters' layers, rank 32) with `slots` adapters; not yet injected."""
     adapters = Adapters(base, EngineSpec(slots=slots), lambda key: Adapter({}), threading.Event())
+    ends = {"unet": targets, "text_encoder": TEXT}
+    adapters.bank.cover({name: find_sites(name, model, ends[name]) for name, model in base.models.items()})
     for slot, adapter in enumerate(shelf(base, slots, targets).values()):
         adapters.bank.put(slot, adapters.bank.pack(adapter))
     adapters.bank.eject()
@@ -210,7 +212,7 @@ def serve(engine: Engine, wanted: Sequence[tuple[float, GenerateRequest]]) -> tu
         outcomes = engine.step()
         now += time.process_time() - began
         for outcome in outcomes:
-            assert not isinstance(outcome, Failed), outcome
+            assert not isinstance(outcome, JobFailed), outcome
             if isinstance(outcome, Done):
                 latencies.append(now - jobs.pop(outcome.job))
     return now, latencies

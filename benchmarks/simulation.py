@@ -84,7 +84,7 @@ class World:
             yield self.env.timeout(NODE_SECONDS)
 
     def life(self, lane: int, dies: float) -> simpy.events.ProcessGenerator:
-        """A lane on one node. Answers whether it ended before its node did."""
+        """A lane on one node. Returns whether it ended before its node did."""
         if not (yield self.env.process(self.spend("starting", LANE_SECONDS, dies))):
             return False
         self.queue.enter(lane, 0, "its node was lost", "preempted")
@@ -121,7 +121,7 @@ class World:
                 self.tally.ended[id] = self.tally.ended.get(id, 0) + 1
             alive = dict.fromkeys(here, 0.0)
             self.queue.beat(
-                lane, Beat(doing=dict.fromkeys(here, Doing(Phase.TRAINING)), steps=dict(here), losses=alive)
+                lane, Beat(phase=dict.fromkeys(here, Doing(Phase.TRAINING)), steps=dict(here), losses=alive)
             )
 
     def to_border(self, id: str, step: int) -> int:
@@ -133,7 +133,7 @@ class World:
         return False
 
     def spend(self, what: str, seconds: float, dies: float) -> simpy.events.ProcessGenerator:
-        """Passes time that trains nothing. Answers whether the node outlived it."""
+        """Passes time that trains nothing. Returns whether the node outlived it."""
         spent = max(0.0, min(seconds, dies - self.env.now))
         yield self.env.timeout(spent)
         setattr(self.tally, what, getattr(self.tally, what) + spent)
@@ -187,8 +187,8 @@ def main() -> None:
     print("\n".join(table))
     if asked.write:
         about = (
-            "What is real, measured and assumed: the head of [`simulation.py`](simulation.py). A use of 90 % was to\n"
-            "be reached: missed where a subject trains for seconds, because drawing its sample images takes one more."
+            "The docstring of [`simulation.py`](simulation.py) lists what is real, measured and assumed. Target: 90 %\n"
+            "utilisation. Where a subject trains for only seconds, its sample images take a large part of them."
         )
         text = "# Ten thousand subjects on preemptible GPUs\n\n" + about + "\n\n" + "\n".join(table) + "\n"
         Path(__file__).with_suffix(".md").write_text(text, encoding="utf-8")

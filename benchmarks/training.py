@@ -34,7 +34,8 @@ from tests.tiny import clip, clip_tokenizer, ddpm, vae
 from training.adapters.adapter import Adapter
 from training.base.base import Base, load_base
 from training.base.words import tokenise
-from training.manifest.manifest import SubjectSpec, parse_manifest
+from training.manifest.manifest import parse_manifest
+from training.manifest.subject import SubjectSpec
 from training.trainer.latents import LatentSet, posteriors
 from training.trainer.member import Subject
 from training.trainer.pack import Pack, training_bank
@@ -46,9 +47,9 @@ NAMES = {
     "cached": "(b) usual loop, latents and embeddings cached",
 }
 NOTES = """
-What was to be reached on two CPU cores with a base of 4 M parameters, and what this base of 10.9 M reaches: a pack of 8
-at 4 times (a) and 3 times (b): reached; with prior at 3 times: reached; a pack of 32 at 8 times (a): not reached. A
-larger base is nearer to its arithmetic with one row, so a pack has less to win. Not measured: a GPU.
+Targets, set for two CPU cores and a base of 4 M parameters: a pack of 8 at 4 times (a) and 3 times (b), with prior at 3
+times, a pack of 32 at 8 times (a). With a larger base, one row already uses more of the peak arithmetic throughput, so
+a pack gains less.
 """
 RESULT = Path(__file__).with_suffix(".md")
 
@@ -240,8 +241,8 @@ def table(lines: Sequence[Line], asked: argparse.Namespace, seconds: float, diff
         "# Training throughput",
         "",
         f"{datetime.now(UTC):%Y-%m-%d}, {device}, torch {torch.__version__}, `{asked.base}`, {asked.threads} threads,",
-        "rank 8 on attention, one image a subject and step unless said otherwise: `python -m benchmarks.training`.",
-        f"Each line's best of {asked.rounds} rounds; ratios are to the peer's faster precision.",
+        "rank 8 on attention, one image per subject and step unless stated otherwise: `python -m benchmarks.training`.",
+        f"Best of {asked.rounds} rounds per line; ratios are to the faster precision of the peer.",
         "",
         "| | precision | images/s | subjects/hour (400 images) | x (a) | x (b) | peak memory, MB |",
         "|---|---|---|---|---|---|---|",
@@ -249,8 +250,8 @@ def table(lines: Sequence[Line], asked: argparse.Namespace, seconds: float, diff
     tail = [
         f"| (c) as (a), a process per subject ({seconds:.1f} s start-up) | | | {per_process:.0f} | | | |",
         "",
-        "Peak memory is the process's with interpreter, libraries and base. The largest difference of any parameter",
-        f"between a pack of 8 and the same subjects one by one, fp32, 20 steps: {difference:.1e}.",
+        "Peak memory is that of the process, including interpreter, libraries and base. The largest difference of any",
+        f"parameter between a pack of 8 and the same subjects one by one, fp32, 20 steps: {difference:.1e}.",
         "",
     ]
     return "\n".join([*head, *rows, *tail]) + NOTES

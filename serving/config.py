@@ -27,7 +27,7 @@ class Limits(Closed):
     weight: float = Field(default=10.0, gt=0, description="the largest weight of an adapter, either sign")
     body_bytes: int = Field(default=24 * 2**20, ge=1024)
     upload_bytes: int = Field(default=MAX_BYTES, ge=1024, le=MAX_BYTES, description="size of an uploaded adapter file")
-    deadline_s: float = Field(default=600, gt=0, description="a request that is not done by then fails with 504")
+    deadline_s: float = Field(default=600, gt=0, description="a request that takes longer fails with 504")
     tenant_running: int = Field(default=256, ge=1, description="requests of one tenant waiting or running at once")
     tenant_per_minute: int = Field(default=6000, ge=1, description="requests of one tenant in a minute")
     tenant_uploads: int = Field(default=4, ge=1, description="uploads of one tenant at once")
@@ -52,7 +52,7 @@ class EngineSpec(Closed):
     targets: tuple[str, ...] | None = Field(
         default=None, description="ends of the denoiser's layers that are served; all that adapters change by default"
     )
-    text_encoder_targets: tuple[str, ...] | None = Field(default=None, description="the same of text encoders")
+    text_encoder_targets: tuple[str, ...] | None = Field(default=None, description="the same for text encoders")
     max_rows: int = Field(
         default=32,
         ge=1,
@@ -66,11 +66,11 @@ class EngineSpec(Closed):
     loaders: int = Field(default=4, ge=1, le=64, description="threads that fetch and unpack adapters")
     fixed_rows: bool = Field(
         default=False,
-        description="pad every forward to `max_rows`: the same seed gives the same bits in any company, at a price",
+        description="pad every forward to `max_rows`: the same seed gives the same bits beside any requests; slower",
     )
 
     def flags_for(self, rank: int, words: int) -> str:
-        """The flags that a server of these sizes lacks for an adapter of `rank` with `words` vectors; empty if none."""
+        """The flags that this server lacks for an adapter of `rank` with `words` vectors; empty if it takes it."""
         short = {"--rank": (rank, self.rank), "--words": (words, self.words)}
         return " ".join(f"{flag} {need}" for flag, (need, there) in short.items() if need > there)
 
@@ -86,9 +86,10 @@ class ServeSpec(Closed):
     )
     engine: EngineSpec = EngineSpec.model_construct()
     limits: Limits = Limits.model_construct()
-    steps: int = Field(default=25, ge=1, le=1000, description="default of a request")
-    guidance_scale: float = Field(default=5.0, ge=0, le=50, description="default of a request")
-    scheduler: SamplerName = "ddim"
+    # defaults of a request; None: what the base recommends
+    steps: int | None = Field(default=None, ge=1, le=1000)
+    guidance_scale: float | None = Field(default=None, ge=0, le=50)
+    scheduler: SamplerName | None = None
     picture_parameters: bool = Field(
         default=True, description="PNG files hold prompt, seed and settings, as AUTOMATIC1111 writes and reads them"
     )

@@ -7,10 +7,10 @@
         ├── DeadlineExceeded      it took longer than it may (504)
         ├── AdapterUnavailable    the adapter is there but cannot be loaded onto this base (422)
         └── NotReady              the server is starting or draining (503)
-    GenerationFailed              a fault of ours while working on one request; its neighbours went on (500)
-    Cancelled                     nobody waits for the request any more
+    GenerationFailed              an error of the server in one request; other requests are not affected (500)
+    Cancelled                     the client has disconnected or cancelled
 
-All of them pickle: they carry their message and plain numbers.
+All of them can be pickled: they hold a message and numbers.
 """
 
 from training.errors import UserError
@@ -48,7 +48,7 @@ class NotReady(Refused):
 
 
 class GenerationFailed(Exception):
-    """Something of ours broke while working on one request."""
+    """An error of the server while working on one request."""
 
 
 class Cancelled(Exception):

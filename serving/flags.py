@@ -1,9 +1,9 @@
-"""Command-line flags made of the fields of a spec, so that whatever can be set has one. Knows no torch."""
+"""Command-line flags made from the fields of a spec, so that every setting has one. Knows no torch."""
 
 import functools
 from collections.abc import Callable
-from types import NoneType
-from typing import Any, Literal, TypeVar, get_args, get_origin
+from types import NoneType, UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 import click
 from annotated_types import Ge, Gt, Le, Lt
@@ -20,7 +20,7 @@ def flags(spec: type[Closed], argument: str) -> Callable[[Command], Command]:
     """A decorator: one flag for each field of `spec`; the command gets the `spec` of their values as `argument`.
 
     `max_rows` is `--max-rows`, or `DREAMFLEET_MAX_ROWS`; lists are written with commas. Bounds are the fields' own.
-    What the fields refuse is a UserError that names the flag.
+    Raises UserError, naming the flag, for a value that its field refuses.
     """
 
     def decorate(command: Command) -> Command:
@@ -44,18 +44,18 @@ def flags(spec: type[Closed], argument: str) -> Callable[[Command], Command]:
 
 
 def flag(name: str) -> str:
-    """How the flag of a field is written."""
+    """The flag of a field: `--max-rows` of `max_rows`."""
     return f"--{name.replace('_', '-')}"
 
 
 def _option(name: str, field: FieldInfo) -> Callable[[Any], Any]:
-    kind = next(one for one in get_args(field.annotation) or (field.annotation,) if one is not NoneType)
+    kind = _without_none(field.annotation)
     spelled, callback, default = flag(name), None, field.get_default()
     form: Any = kind
-    if get_origin(field.annotation) is Literal:
-        form = click.Choice(get_args(field.annotation))
-    elif get_origin(field.annotation) is tuple:
-        form, callback, default = str, _split, ",".join(default)
+    if get_origin(kind) is Literal:
+        form = click.Choice(get_args(kind))
+    elif get_origin(kind) is tuple:
+        form, callback, default = str, _split, ",".join(default) if default is not None else None
     elif kind is bool:
         spelled = f"{spelled}/--no-{spelled[2:]}"
     elif kind in (int, float):
@@ -71,6 +71,13 @@ def _option(name: str, field: FieldInfo) -> Callable[[Any], Any]:
     )
 
 
+def _without_none(annotation: Any) -> Any:
+    """The type of a field that may also be None."""
+    if get_origin(annotation) in (Union, UnionType):
+        return next(one for one in get_args(annotation) if one is not NoneType)
+    return annotation
+
+
 def _bounded(kind: type, field: FieldInfo) -> click.IntRange | click.FloatRange:
     low = next((one for one in field.metadata if isinstance(one, Ge | Gt)), None)
     high = next((one for one in field.metadata if isinstance(one, Le | Lt)), None)
@@ -82,5 +89,7 @@ def _bounded(kind: type, field: FieldInfo) -> click.IntRange | click.FloatRange:
     )
 
 
-def _split(context: click.Context, parameter: click.Parameter, value: str) -> tuple[str, ...]:
+def _split(context: click.Context, parameter: click.Parameter, value: str | None) -> tuple[str, ...] | None:
+    if value is None:
+        return None
     return tuple(part.strip() for part in value.split(",") if part.strip())

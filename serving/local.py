@@ -14,8 +14,9 @@ from serving.engine.job import EngineStats
 from serving.engine.loop import EngineLoop
 from serving.engine.request import AdapterRef
 from serving.engine.tiers.disk import DiskCache
+from serving.engine.tiers.fetcher import Fetcher
 from serving.http.app import create_app, open_keys
-from serving.http.library import Fetcher, Library
+from serving.http.library import Library
 from training.base.base import best_device, load_base
 from training.base.files.outline import outline
 from training.storage.registry import Registry
@@ -31,15 +32,19 @@ class LocalEngines:
     loop: EngineLoop
 
     async def forget(self, ref: AdapterRef) -> None:
+        """See `Engines`."""
         self.loop.forget(ref)
 
     async def preload(self, ref: AdapterRef) -> None:
+        """See `Engines`."""
         self.loop.preload(ref)
 
     async def stats(self) -> Mapping[str, EngineStats]:
+        """See `Engines`."""
         return {"local": self.loop.stats()}
 
     async def ready(self) -> bool:
+        """See `Engines`."""
         return self.loop.healthy
 
 
@@ -56,10 +61,10 @@ def make_engine(spec: ServeSpec) -> Engine:
 
 def make_app(spec: ServeSpec, loop: EngineLoop) -> FastAPI:
     """The app over one local engine."""
-    return create_app(loop.stream, LocalEngines(loop), open_library(spec), spec, open_keys(spec.keys))
+    return create_app(loop.stream, LocalEngines(loop), make_library(spec), spec, open_keys(spec.keys))
 
 
-def open_library(spec: ServeSpec) -> Library:
+def make_library(spec: ServeSpec) -> Library:
     """The adapters on the server's storage, for its base."""
     return Library(Registry(open_storage(spec.storage)), outline(spec.base), refresh_s=spec.refresh_s)
 

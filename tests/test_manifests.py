@@ -7,17 +7,9 @@ import pytest
 
 from training.base.files.outline import outline
 from training.manifest.gate import EvaluateSpec
-from training.manifest.manifest import (
-    LoraSpec,
-    PriorSpec,
-    SubjectSpec,
-    TrainSpec,
-    WordSpec,
-    ZeroSpec,
-    load_manifest,
-    parse_manifest,
-)
+from training.manifest.manifest import load_manifest, parse_manifest
 from training.manifest.plan import plan_run, unmatched_targets
+from training.manifest.subject import LoraSpec, PriorSpec, SubjectSpec, TrainSpec, WordSpec, ZeroSpec
 from training.photos.photos import list_photo_files, photos
 
 MANIFESTS = Path(__file__).parents[1] / "manifests"

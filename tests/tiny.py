@@ -109,7 +109,7 @@ def tiny_pipeline(folder: Path, prediction_type: str = "epsilon", seed: int = 0)
 
 
 def tiny_base(folder: Path, prediction_type: str = "epsilon", seed: int = 0) -> Path:
-    """Writes the tiny base as a diffusers folder and answers it."""
+    """Writes the tiny base as a diffusers folder and returns it."""
     target = folder / f"tiny-{prediction_type}-{seed}"
     if not (target / "model_index.json").exists():
         tiny_pipeline(folder, prediction_type, seed).save_pretrained(target)

@@ -18,7 +18,7 @@ from training.evaluation.report import write_report
 from training.manifest.plan import PackPlan
 from training.run.lead import Lead, Lost
 from training.run.local import LocalRun
-from training.run.run import ENDED
+from training.run.run import ENDED, end_run
 from training.run.source import Beat
 from training.run.subject_queue import View
 from training.run.submission import submit
@@ -42,7 +42,7 @@ def train_manifest(path: str, storage: str) -> int:
             records = LocalRun(submission, lead, show).train(train_pack)
         except Lost:
             raise UserError(f"Run {store.run} has been taken over by another process. It goes on there.") from None
-        store.end(submission.record, records)
+        end_run(store, submission.record, records)
     good = sum(record.state in ("published", "reused") for record in records)
     print(f"report: {write_report(store)}")
     print(f"run {store.run}: {good} published, {len(records) - good} failed, {time.time() - started:.0f} s")
@@ -70,7 +70,7 @@ def show(view: View, beat: Beat | None) -> None:
     if beat is not None:
         doing = " ".join(
             f"{id}={beat.steps[id]}({beat.losses[id]:.3f})" if id in beat.steps else f"{id}: {doing}"
-            for id, doing in beat.doing.items()
+            for id, doing in beat.phase.items()
         )
         print(f"{beat.images_per_second:6.1f} images/s  {doing}", flush=True)
 

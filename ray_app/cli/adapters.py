@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from serving.http.library import Library
     from training.adapters.adapter import Adapter
     from training.adapters.formats.formats import Format
-    from training.storage.registry import Registry, Resolved
+    from training.storage.registry import Registry
+    from training.storage.version import Resolved
 
 # folders below that of an adapter: PEFT's and diffusers' scripts write one a component, we one for words
 FOLDERS = ("unet", "text_encoder", "text_encoder_2", "embeddings")
@@ -132,7 +133,7 @@ def export(
 @click.argument("id")
 @click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--base", default="pocket", show_default=True, help="the base it was trained on")
-@click.option("--trigger", default="", help="the words that call the subject up")
+@click.option("--trigger", default="", help="the words in a prompt that name the subject")
 @click.option("--public/--private", default=None, help="whether others may generate with it; else as before")
 @options.storage
 @options.tenant
@@ -218,17 +219,20 @@ def open_library(registry: "Registry", base: str) -> "Library":
 
 
 def open_registry(storage: str) -> "Registry":
+    """The registry of a storage."""
     from training.storage.registry import Registry
 
     return Registry(open_storage(storage))
 
 
 def resolve(registry: "Registry", adapter: str, tenant: str) -> "Resolved":
+    """The adapter that `ID[@VERSION]` or `TENANT/ID[@VERSION]` means to a tenant. Raises UnknownAdapter."""
     name, _, version = adapter.partition("@")
     return registry.resolve(name, version or None, tenant)
 
 
 def short(resolved: "Resolved") -> dict[str, str | int]:
+    """What `--json` says of an adapter."""
     card = resolved.card
     return {
         "id": f"{resolved.tenant}/{resolved.id}",

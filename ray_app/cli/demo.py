@@ -18,16 +18,18 @@ import httpx
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from ray_app.cli.demo_report import Mixed, Shot, Stage, SubjectStory, write_contact_sheet, write_page
+from ray_app.cli.demo_report import DrawnImage, Mixed, Stage, SubjectStory, write_contact_sheet, write_page
 from ray_app.serve.deployments import start_server
 from ray_app.train.cluster import LOCAL, Limits
 from ray_app.train.drive import Whole, drive_run
 from training.errors import UserError
-from training.manifest.manifest import Manifest, SubjectSpec
+from training.manifest.manifest import Manifest
+from training.manifest.subject import SubjectSpec
 from training.photos.photos import list_photo_files
 from training.run.submission import Submission, submit
-from training.storage.registry import Registry, Resolved
+from training.storage.registry import Registry
 from training.storage.storage import open_storage
+from training.storage.version import Resolved
 
 MANIFEST = Path(__file__).resolve().parents[2] / "manifests" / "demo" / "manifest.yaml"
 CONTEXTS = ("in the snow", "at night", "in the water", "in the desert")  # in none of the photos
@@ -45,6 +47,7 @@ class Stages:
 
     @contextmanager
     def stage(self, name: str, what: str) -> Iterator[None]:
+        """Times what is done inside."""
         started = time.monotonic()
         yield
         self.done.append(Stage(name, time.monotonic() - started, what))
@@ -59,6 +62,7 @@ class Ask:
     adapters: tuple[tuple[str, float], ...] = ()
 
     def body(self, base: str) -> dict[str, Any]:
+        """The JSON body of the images call."""
         return {
             "model": base,
             "prompt": self.prompt,
@@ -70,7 +74,7 @@ class Ask:
 
 
 def run_demo(out: Path, manifest: Path = MANIFEST) -> int:
-    """Runs everything into `out`; answers the exit status: 0, or 1 if a subject failed."""
+    """Runs everything into `out`; returns the exit status: 0, or 1 if a subject failed."""
     if not manifest.is_file():
         raise UserError(f"The demo's photos are not installed ('{manifest}' is missing). Run it from a clone.")
     out.mkdir(parents=True, exist_ok=True)
@@ -97,7 +101,9 @@ def run_demo(out: Path, manifest: Path = MANIFEST) -> int:
     return 0 if len(trained) == len(subjects) else 1
 
 
-def _serve_and_draw(storage: str, base: str, asks: Sequence[Ask], stages: Stages, console: Console) -> dict[Ask, Shot]:
+def _serve_and_draw(
+    storage: str, base: str, asks: Sequence[Ask], stages: Stages, console: Console
+) -> dict[Ask, DrawnImage]:
     started = time.monotonic()
     server = start_server(storage=storage, address=LOCAL, base=base, port=0)
     try:
@@ -109,7 +115,7 @@ def _serve_and_draw(storage: str, base: str, asks: Sequence[Ask], stages: Stages
     finally:
         console.print("stopping the server")
         server.stop()
-    return {ask: Shot(ask.prompt, image) for ask, image in zip(asks, images, strict=True)}
+    return {ask: DrawnImage(ask.prompt, image) for ask, image in zip(asks, images, strict=True)}
 
 
 def _asks(subjects: Sequence[SubjectSpec]) -> list[Ask]:
@@ -140,11 +146,11 @@ async def _draw_all(url: str, base: str, asks: Sequence[Ask], console: Console) 
             bar = progress.add_task("images", total=len(asks))
 
             async def draw(ask: Ask) -> bytes:
-                answer = await client.post("/v1/images/generations", json=ask.body(base))
-                if answer.status_code != 200:
-                    raise UserError(f"The server answered {answer.status_code}: {answer.text[:500]}")
+                response = await client.post("/v1/images/generations", json=ask.body(base))
+                if response.status_code != 200:
+                    raise UserError(f"The server returned {response.status_code}: {response.text[:500]}")
                 progress.advance(bar)
-                return base64.b64decode(answer.json()["data"][0]["b64_json"])
+                return base64.b64decode(response.json()["data"][0]["b64_json"])
 
             return list(await asyncio.gather(*(draw(ask) for ask in asks)))
 
@@ -154,7 +160,7 @@ def _write(
     manifest: Path,
     submission: Submission,
     trained: Sequence[SubjectSpec],
-    shots: dict[Ask, Shot],
+    shots: dict[Ask, DrawnImage],
     stages: Stages,
 ) -> None:
     registry = Registry(submission.store.storage)
@@ -179,7 +185,7 @@ def _write(
 
 
 def _story(
-    registry: Registry, spec: SubjectSpec, description: str, manifest: Manifest, shots: dict[Ask, Shot]
+    registry: Registry, spec: SubjectSpec, description: str, manifest: Manifest, shots: dict[Ask, DrawnImage]
 ) -> SubjectStory:
     resolved = registry.resolve(f"{manifest.tenant}/{spec.id}")
     asks = [(f"{spec.filled_instance_prompt} {context}", seed) for seed, context in enumerate(CONTEXTS)]

@@ -18,8 +18,8 @@ MARGIN = 10
 
 
 @dataclass(frozen=True)
-class Shot:
-    """A generated image and the prompt it answers."""
+class DrawnImage:
+    """A generated image and its prompt."""
 
     prompt: str
     image: bytes
@@ -37,8 +37,8 @@ class SubjectStory:
     loss: float
     photos: tuple[bytes, ...]
     loss_plot: bytes | None
-    worn: tuple[Shot, ...]
-    bare: tuple[Shot, ...]
+    worn: tuple[DrawnImage, ...]
+    bare: tuple[DrawnImage, ...]
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Mixed:
     """Images of one request that wears two adapters."""
 
     caption: str
-    shots: tuple[Shot, ...]
+    shots: tuple[DrawnImage, ...]
 
 
 def write_page(

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from ray_app.cli.scoring import Wish
     from training.evaluation.compare import Comparison
     from training.storage.card import Score
-    from training.storage.registry import Registry, Resolved
+    from training.storage.registry import Registry
+    from training.storage.version import Resolved
 
 _folder = click.Path(path_type=Path, file_okay=False, exists=True)
 
@@ -25,13 +26,15 @@ _folder = click.Path(path_type=Path, file_okay=False, exists=True)
 @click.argument("adapters", nargs=-1)
 @click.option("--protocol", help="a published protocol on the adapters of its subjects: dreambooth")
 @click.option("--photos", type=_folder, help="real photos: FOLDER, or FOLDER/ID for several adapters")
-@click.option("--fresh", is_flag=True, help="draw and score again, also for a single adapter")
+@click.option("--fresh", is_flag=True, help="draw and score again, also for one adapter")
 @click.option("--likeness-model", default="auto", show_default=True)
 @click.option("--fidelity-model", default="auto", show_default=True)
 @click.option("--models", type=_folder, envvar="DREAMFLEET_MODELS", help="the folder of configured weights")
 @click.option("--base", help="the base's name or folder, if not the one the card names")
 @click.option("--images", type=click.IntRange(1, 64), help="pictures a prompt")
-@click.option("--steps", type=click.IntRange(1, 1000), default=20, show_default=True, help="denoising steps a picture")
+@click.option(
+    "--steps", type=click.IntRange(1, 1000), help="denoising steps a picture; what the base recommends by default"
+)
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), default="out/evaluate", show_default=True)
 @click.option("--address", help="spread a protocol's subjects over a cluster: local, auto, host:port, ray://host:10001")
 @options.storage
@@ -47,14 +50,14 @@ def evaluate(
     models: Path | None,
     base: str | None,
     images: int | None,
-    steps: int,
+    steps: int | None,
     out: Path,
     address: str | None,
     storage: str,
     tenant: str,
     as_json: bool,
 ) -> None:
-    """Score ADAPTERS ([TENANT/]ID[@VERSION]): one shows how its checkpoints did, several are drawn side by side."""
+    """Score ADAPTERS ([TENANT/]ID[@VERSION]): one: the scores of its checkpoints; several: drawn side by side."""
     from ray_app.cli.scoring import Wish, compare_adapters, resolve_all
     from training.storage.registry import Registry
 

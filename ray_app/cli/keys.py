@@ -41,7 +41,7 @@ def keys() -> None:
 @click.option("--expires", help="90d, 12h, or a date such as 2027-01-31; without: never")
 @options.as_json
 def make(tenant: str, path: Path, scopes: "tuple[Scope, ...]", expires: str | None, as_json: bool) -> None:
-    """Make a key of TENANT and print it, this once."""
+    """Make a key of TENANT and print it; it is shown only once."""
     from serving.http.access.tenants import USUAL, Keys
 
     end = None if expires is None else parse_expiry(expires, datetime.now(UTC))

@@ -27,6 +27,7 @@ class Commands(click.Group):
     """A group whose UserErrors are one message and exit status 2."""
 
     def invoke(self, ctx: click.Context) -> Any:
+        """Runs a command; errors that a user can mend are one line and exit status 2."""
         try:
             return super().invoke(ctx)
         except UserError as error:

@@ -33,9 +33,10 @@ tenant = click.option("--tenant", default="default", show_default=True, envvar="
 def console(as_json: bool = False) -> Console:
     """Where a person reads: stdout, but stderr when stdout is for JSON."""
     stream = sys.stderr if as_json else sys.stdout
-    # where no terminal sets a width, nothing shall be cut off
+    # without a terminal there is no width: nothing is cut off
     return Console(file=stream, highlight=False, width=None if stream.isatty() else PLAIN_WIDTH)
 
 
 def print_json(value: Mapping[str, object]) -> None:
+    """Writes one JSON object to stdout."""
     click.echo(json.dumps(value, ensure_ascii=False))

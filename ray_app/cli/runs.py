@@ -101,7 +101,7 @@ def cancel(run: str, subjects: Sequence[str], storage: str, as_json: bool) -> No
 def retry(
     run: str, address: str, storage: str, lanes: int | None, max_gpus: int | None, priority: int, as_json: bool
 ) -> None:
-    """Take up what failed or was cancelled in a run, from its checkpoints."""
+    """Retry what failed or was cancelled in a run, from its checkpoints."""
     from training.run.run import RunStore
     from training.run.submission import reopen
 

@@ -9,21 +9,32 @@ from PIL import Image
 from training.adapters.adapter import load_adapter
 from training.base.base import Base, load_base
 from training.errors import UserError
-from training.evaluation.compare import Comparison, Entry, compare, contact_sheet
+from training.evaluation.compare import ComparedAdapter, Comparison, compare, contact_sheet
 from training.evaluation.judges.box import JudgeBox
-from training.evaluation.protocol import Judged, Protocol, Sitting, load_protocol, run_protocol, write_parquet
+from training.evaluation.protocol import (
+    JudgedSubject,
+    Protocol,
+    ProtocolSubject,
+    load_protocol,
+    run_protocol,
+    write_parquet,
+)
 from training.photos.photos import list_photo_files, photos
 from training.photos.variants import variants
 from training.sampling.render import Look
-from training.storage.registry import Registry, Resolved, UnknownAdapter
+from training.storage.registry import Registry
+from training.storage.version import Resolved, UnknownAdapter
 
 Alive = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
 class Wish:
-    """How adapters are to be judged. `photos`: a folder of real photos, or of a folder a subject; `models`: of
-    configured weights; `images` a prompt, the protocol's own by default; `out` receives the pictures."""
+    """How adapters are to be judged.
+
+    `photos`: a folder of real photos, or of a folder a subject; `models`: of configured weights; `images` a prompt, the
+    protocol's own by default; `steps` a picture, the base's own by default; `out` receives the pictures.
+    """
 
     tenant: str = "default"
     base: str | None = None
@@ -32,7 +43,7 @@ class Wish:
     likeness: str = "auto"
     fidelity: str = "auto"
     images: int | None = None
-    steps: int = 20
+    steps: int | None = None
     out: Path = Path("out/evaluate")
     address: str | None = None
 
@@ -72,7 +83,7 @@ def compare_adapters(registry: Registry, names: Sequence[str], wish: Wish) -> Co
     loaded = _open_base(found, wish.base)
     judges = JudgeBox(loaded, wish.models).judges(wish.likeness, wish.fidelity)
     entries = [
-        Entry(
+        ComparedAdapter(
             f"{resolved.name}@{resolved.version[:12]}",
             load_adapter(registry.weights(resolved)),
             resolved.card,
@@ -89,10 +100,10 @@ def compare_adapters(registry: Registry, names: Sequence[str], wish: Wish) -> Co
 
 def evaluate_protocol(
     registry: Registry, name: str, subjects: Sequence[str], wish: Wish, alive: Alive | None = None
-) -> tuple[Protocol, list[Judged], list[str]]:
+) -> tuple[Protocol, list[JudgedSubject], list[str]]:
     """Runs a protocol on the adapters that carry its subjects' ids; writes OUT/rows.parquet and a sheet a subject.
 
-    Answers the protocol, what was judged, and the subjects that have no adapter or no photos here. Raises UserError if
+    Returns the protocol, what was judged, and the subjects that have no adapter or no photos here. Raises UserError if
     none is left.
     """
     protocol, photos = load_protocol(name), wish.photos
@@ -111,8 +122,7 @@ def evaluate_protocol(
         )
     loaded = _open_base([there[subject] for subject in ready], wish.base)
     sittings = [_sitting(registry, there[subject], photos, loaded) for subject in ready]
-    # the usual guidance of Stable Diffusion, and that of the pocket base
-    look = Look(wish.steps, 3.0 if loaded.name == "pocket" else 7.5, None)
+    look = Look(wish.steps or loaded.facts.steps, loaded.facts.guidance_scale, None)
     wish.out.mkdir(parents=True, exist_ok=True)
     judged = []
     for one in _sit_all(loaded, protocol, sittings, look, wish, alive):
@@ -123,8 +133,8 @@ def evaluate_protocol(
 
 
 def _sit_all(
-    base: Base, protocol: Protocol, sittings: Sequence[Sitting], look: Look, wish: Wish, alive: Alive | None
-) -> Iterator[Judged]:
+    base: Base, protocol: Protocol, sittings: Sequence[ProtocolSubject], look: Look, wish: Wish, alive: Alive | None
+) -> Iterator[JudgedSubject]:
     """Every subject judged: here, or on a cluster."""
     if wish.address is None:
         box = JudgeBox(base, wish.models)
@@ -151,10 +161,10 @@ def _published(registry: Registry, ids: Sequence[str], tenant: str) -> Iterator[
             continue
 
 
-def _sitting(registry: Registry, resolved: Resolved, folder: Path, base: Base) -> Sitting:
+def _sitting(registry: Registry, resolved: Resolved, folder: Path, base: Base) -> ProtocolSubject:
     adapter = load_adapter(registry.weights(resolved))
-    token = Entry(resolved.name, adapter, resolved.card).rare
-    return Sitting(resolved.id, adapter, token, _photos(folder, resolved.id, base.facts.resolution))
+    token = ComparedAdapter(resolved.name, adapter, resolved.card).rare
+    return ProtocolSubject(resolved.id, adapter, token, _photos(folder, resolved.id, base.facts.resolution))
 
 
 def _photos(folder: Path | None, id: str, side: int) -> list[Image.Image]:

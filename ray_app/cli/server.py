@@ -65,7 +65,7 @@ def generate(
     timeout_s: float,
     as_json: bool,
 ) -> None:
-    """Ask a running server for images; writes PNG files into OUT and prints their names."""
+    """Request images from a running server; writes PNG files into OUT and prints their names."""
     asked = {
         "prompt": prompt,
         "n": count,
@@ -76,10 +76,10 @@ def generate(
         "negative_prompt": negative_prompt,
         "size": size,
     }
-    answer = _post(f"{url.rstrip('/')}/v1/images/generations", asked, key, timeout_s)
+    response = _post(f"{url.rstrip('/')}/v1/images/generations", asked, key, timeout_s)
     out.mkdir(parents=True, exist_ok=True)
     images = []
-    for image in answer["data"]:
+    for image in response["data"]:
         file = _free_name(out, image.get("seed", 0))
         file.write_bytes(base64.b64decode(image["b64_json"]))
         images.append({"file": str(file), "seed": image.get("seed"), "adapters": image.get("adapters", [])})
@@ -106,21 +106,21 @@ def _post(url: str, body: dict[str, Any], key: str | None, timeout_s: float) -> 
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     given = {name: value for name, value in body.items() if value is not None and value != []}
     try:
-        answer = httpx.post(url, json=given, headers=headers, timeout=timeout_s, trust_env=False)
+        response = httpx.post(url, json=given, headers=headers, timeout=timeout_s, trust_env=False)
     except httpx.TimeoutException:
-        raise UserError(f"{url} did not answer within {timeout_s:.0f} s. Give it longer with --timeout.") from None
+        raise UserError(f"{url} did not respond within {timeout_s:.0f} s. Give it longer with --timeout.") from None
     except (httpx.HTTPError, httpx.InvalidURL) as error:
-        raise UserError(f"No server answers at {url}: {error}. Start one with `dreamfleet serve`.") from None
-    if answer.status_code != 200:
-        raise UserError(f"The server refused ({answer.status_code}): {_message(answer)}")
-    return answer.json()
+        raise UserError(f"No server responds at {url}: {error}. Start one with `dreamfleet serve`.") from None
+    if response.status_code != 200:
+        raise UserError(f"The server refused ({response.status_code}): {_message(response)}")
+    return response.json()
 
 
-def _message(answer: Any) -> str:
+def _message(response: Any) -> str:
     try:
-        return str(answer.json()["error"]["message"])
+        return str(response.json()["error"]["message"])
     except (ValueError, KeyError, TypeError):
-        return str(answer.text[:200])
+        return str(response.text[:200])
 
 
 def _free_name(folder: Path, seed: int) -> Path:

@@ -21,7 +21,8 @@ from training.errors import UserError
 
 if TYPE_CHECKING:
     from training.adapters.adapter import Adapter
-    from training.storage.registry import Registry, Resolved
+    from training.storage.registry import Registry
+    from training.storage.version import Resolved
 
 parts = click.argument("parts", nargs=-1, required=True, metavar="ID[@VERSION][:WEIGHT]...")
 
@@ -37,7 +38,7 @@ parts = click.argument("parts", nargs=-1, required=True, metavar="ID[@VERSION][:
 def merge(
     parts: Sequence[str], out: str, rank: int | None, base: str | None, storage: str, tenant: str, as_json: bool
 ) -> None:
-    """Add adapters up, each times its weight, into one."""
+    """Add adapters, each multiplied by its weight, into one."""
     from training.adapters.adapter import save_adapter
     from training.adapters.merge import merge_adapters, reduce_rank
     from training.storage.local import write_file
@@ -57,14 +58,14 @@ def merge(
 
 @click.command()
 @click.argument("source")
-@click.option("--rank", required=True, type=click.IntRange(1), help="of no layer more than this")
+@click.option("--rank", required=True, type=click.IntRange(1), help="maximum rank of a layer")
 @click.option("--out", required=True, help="the id to publish it as, or a file that ends in .safetensors")
 @click.option("--base", help="the base's name or folder; of a published adapter the one its card names, else pocket")
 @options.storage
 @options.tenant
 @options.as_json
 def resize(source: str, rank: int, out: str, base: str | None, storage: str, tenant: str, as_json: bool) -> None:
-    """Make an adapter of a lower rank by SVD, the nearest there is, and say how far it is from SOURCE.
+    """Make the nearest adapter of a lower rank by SVD, and report its distance from SOURCE.
 
     SOURCE is a published adapter, [TENANT/]ID[@VERSION], a file that ends in .safetensors, or a folder, written with
     its path: ./FOLDER.
@@ -123,8 +124,8 @@ def fuse(parts: Sequence[str], out: Path, base: str | None, storage: str, tenant
 @click.option("--prompt", multiple=True, help="several make several rows; the adapter's own prompt by default")
 @click.option("--weights", default="0,0.3,0.5,0.7,1", show_default=True)
 @click.option("--seed", default=42, show_default=True)
-@click.option("--steps", default=25, show_default=True, type=click.IntRange(1))
-@click.option("--guidance-scale", default=4.0, show_default=True)
+@click.option("--steps", type=click.IntRange(1), help="what the base recommends by default")
+@click.option("--guidance-scale", type=click.FloatRange(0), help="what the base recommends by default")
 @click.option("--negative-prompt", default="")
 @click.option("--out", default="sweep.png", show_default=True, type=click.Path(path_type=Path, dir_okay=False))
 @base_option
@@ -135,8 +136,8 @@ def sweep(
     prompt: Sequence[str],
     weights: str,
     seed: int,
-    steps: int,
-    guidance_scale: float,
+    steps: int | None,
+    guidance_scale: float | None,
     negative_prompt: str,
     out: Path,
     base: str | None,

@@ -17,8 +17,8 @@ DAY_S = 86400.0
 
 @click.command()
 @options.storage
-@click.option("--days", default=7.0, show_default=True, help="keep what a run needs so long after its end")
-@click.option("--yes", is_flag=True, help="remove; without it only say what would be removed")
+@click.option("--days", default=7.0, show_default=True, help="days after a run's end for which its files are kept")
+@click.option("--yes", is_flag=True, help="remove; without it only list what would be removed")
 @options.as_json
 def gc(storage: str, days: float, yes: bool, as_json: bool) -> None:
     """Remove checkpoints and uploaded photos of ended runs, and versions that were never committed."""

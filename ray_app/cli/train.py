@@ -57,7 +57,7 @@ def validate(manifest: Path, as_json: bool) -> None:
 @manifest_path
 @options.address
 @options.storage
-@click.option("--detach", is_flag=True, help="answer the run's id at once; `status RUN --watch` follows it")
+@click.option("--detach", is_flag=True, help="print the run's id at once; `status RUN --watch` follows it")
 @click.option("--keep-last", is_flag=True, help="publish the last step of every subject, whatever the scores say")
 @lanes_option
 @max_gpus_option
@@ -74,7 +74,7 @@ def train(
     priority: int,
     as_json: bool,
 ) -> None:
-    """Train the subjects of MANIFEST. The same command again takes an unfinished run up, and trains nothing twice."""
+    """Train the subjects of MANIFEST. The same command again resumes an unfinished run, and trains nothing twice."""
     from training.run.submission import submit
 
     check_address(address)

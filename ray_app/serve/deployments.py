@@ -32,7 +32,7 @@ from training.storage.storage import masked, open_storage
 APP = "dreamfleet"
 # how soon autoscaling sees waiting requests; Serve's own 10 s are added to every cold start
 INGRESS_SETTINGS = {"RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "1"}
-LOOK_BACK_SECONDS = 10.0  # autoscaling goes by the mean of so long
+LOOK_BACK_SECONDS = 10.0  # autoscaling uses the mean of this long
 
 
 class Deployment(Closed):
@@ -74,15 +74,19 @@ class EngineReplica:
             yield event.model_dump()
 
     async def forget(self, ref: dict[str, str]) -> None:
+        """Drops a version that is deleted or replaced; `ref` is a dumped AdapterRef."""
         self._loop.forget(AdapterRef.model_validate(ref))
 
     async def preload(self, ref: dict[str, str]) -> None:
+        """Brings a version into host memory; `ref` is a dumped AdapterRef."""
         self._loop.preload(AdapterRef.model_validate(ref))
 
     async def stats(self) -> tuple[str, dict[str, Any]]:
+        """The replica's name and its counters, a dumped EngineStats."""
         return self._name, dataclasses.asdict(self._loop.stats())
 
     async def healthy(self) -> bool:
+        """Whether the engine can serve requests."""
         return self._loop.healthy
 
     def check_health(self) -> None:
@@ -106,11 +110,11 @@ class Ingress:
     def __serve_build_asgi_app__(self) -> Any:
         from ray_app.serve.engines import RayEngines
         from serving.http.app import create_app, open_keys
-        from serving.local import open_library
+        from serving.local import make_library
 
         engines = RayEngines(self._engine, self._least)
         spec = self._server
-        return create_app(engines.generate, engines, open_library(spec), spec, open_keys(spec.keys))
+        return create_app(engines.generate, engines, make_library(spec), spec, open_keys(spec.keys))
 
 
 def build_app(args: Deployment) -> Any:
@@ -148,7 +152,7 @@ def build_app(args: Deployment) -> Any:
         name="ingress",
         num_replicas=args.ingresses,
         max_ongoing_requests=10_000,
-        health_check_period_s=2,  # one that dies is replaced the sooner
+        health_check_period_s=2,  # so that one that dies is replaced soon
         graceful_shutdown_timeout_s=args.drain_s,
         graceful_shutdown_wait_loop_s=0.2,
         ray_actor_options={"num_cpus": 0.1, "runtime_env": {"env_vars": INGRESS_SETTINGS}},
@@ -157,7 +161,7 @@ def build_app(args: Deployment) -> Any:
 
 
 class Server:
-    """A running server. `url` answers when this exists; `stop()` leaves no process that it started."""
+    """A running server, reachable at `url`. `stop()` leaves no process that it started."""
 
     def __init__(self, url: str, stack: ExitStack) -> None:
         self.url = url
@@ -177,9 +181,10 @@ def start_server(
     keys: str | None = None,
     deployment: Deployment | None = None,
 ) -> Server:
-    """Starts the server on the cluster at `address` (`local`: on this machine) and answers when it serves.
+    """Starts the server on the cluster at `address` (`local`: on this machine); returns when it serves.
 
-    `port` 0 takes a free one. `deployment` says more; its storage, base and keys are replaced by the arguments. Raises
+    `port` 0 takes a free one. `deployment` has the other settings; its storage, base and keys are replaced by the
+    arguments. Raises
     UserError for a host other than loopback without keys, or if the server does not come up.
     """
     if keys is None and not is_loopback(host):
@@ -240,7 +245,7 @@ def _run(args: Deployment, host: str, port: int, stack: ExitStack) -> None:
 
 
 def _reasons() -> str:
-    """What Serve knows about the deployments that are not healthy."""
+    """What Serve says about the deployments that are not healthy; empty if nothing."""
     from ray import serve
 
     app = serve.status().applications.get(APP)
@@ -249,7 +254,7 @@ def _reasons() -> str:
 
 
 def _absolute(base: str) -> str:
-    """A base that every process finds, wherever it was started."""
+    """A base's name as every process finds it: a folder as an absolute path."""
     if (EMBEDDED / base).is_dir() or not Path(base).expanduser().is_dir():
         return base
     return str(Path(base).expanduser().absolute())

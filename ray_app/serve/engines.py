@@ -1,7 +1,7 @@
 """The engine replicas as the HTTP app sees them: one stream per request, and calls to all of them.
 
-A request whose replica dies is sent again, to another: it carries its seed, so the same images come. What has been
-told already is not told twice. Nothing waits beyond the request's deadline.
+A request whose replica dies is sent to another: it carries its seed, so the same images come. Events that the client
+has already are not sent twice. Nothing waits beyond the request's deadline.
 """
 
 import asyncio
@@ -22,20 +22,22 @@ from serving.errors import DeadlineExceeded, NotReady
 logger = logging.getLogger(__name__)
 _EVENT: TypeAdapter[Event] = TypeAdapter(Event)
 _STATS = TypeAdapter(EngineStats)
-GRACE_S = 5.0  # the replica keeps the deadline itself; this is for one that is silent
+GRACE_S = 5.0  # the replica ends a request at its deadline itself; this is for one that does not reply
 PAUSE_S = 0.25
 CONTROL_S = 10.0
 
 
 class RayEngines:
-    """`handle` is Serve's handle of the engine deployment; `least` replicas are there when it is ready."""
+    """`handle` is Serve's handle of the engine deployment; `least` is how many replicas it keeps at least."""
 
     def __init__(self, handle: Any, least: int) -> None:
         self._handle = handle
         self._least = least
 
     async def generate(self, request: GenerateRequest) -> AsyncIterator[Event]:
-        """The events of a request, from whichever replicas live long enough."""
+        """The events of a request; a replica that dies is replaced by another.
+
+        Raises DeadlineExceeded, and whatever error the replica raises."""
         deadline = time.monotonic() + request.deadline_s
         told: set[tuple[str, int, int]] = set()
         while True:
@@ -53,7 +55,7 @@ class RayEngines:
                 RayActorError,
                 DeploymentUnavailableError,
                 ReplicaUnavailableError,
-            ) as error:  # its replica is gone, or none is there yet
+            ) as error:  # the replica has died, or none has started yet
                 logger.warning("request %s goes to another replica: %s", request.request_id, error)
             except RayTaskError as error:
                 cause = error.cause
@@ -62,7 +64,7 @@ class RayEngines:
             await asyncio.sleep(PAUSE_S)
 
     async def _attempt(self, request: GenerateRequest, deadline: float) -> AsyncIterator[Event]:
-        """The events of one replica; it is told to stop if this is left early."""
+        """The events of one replica; leaving early cancels the request there."""
         stream = self._handle.options(stream=True).stream.remote(request.model_dump())
         ended = False
         try:
@@ -74,7 +76,7 @@ class RayEngines:
                     ended = True
                     return
                 except TimeoutError:
-                    raise DeadlineExceeded("The engine did not answer within the request's time.") from None
+                    raise DeadlineExceeded("The engine did not reply before the request's deadline.") from None
                 yield _EVENT.validate_python(item)
         except (RayError, RayServeException):
             ended = True
@@ -84,12 +86,15 @@ class RayEngines:
                 stream.cancel()
 
     async def forget(self, ref: AdapterRef) -> None:
+        """See `Engines`; a replica that does not reply within CONTROL_S is left out, as in all calls to all."""
         await self._all("forget", ref.model_dump())
 
     async def preload(self, ref: AdapterRef) -> None:
+        """See `Engines`."""
         await self._all("preload", ref.model_dump())
 
     async def stats(self) -> Mapping[str, EngineStats]:
+        """See `Engines`."""
         found = await self._all("stats")
         return {name: _STATS.validate_python(stats) for name, stats in found}
 
@@ -99,7 +104,7 @@ class RayEngines:
         return len(healthy) >= min(1, self._least)
 
     async def _all(self, method: str, *args: Any) -> list[Any]:
-        """The answers of every replica that gives one in time; a replica that dies meanwhile has none."""
+        """What every replica returns within CONTROL_S; those that die or are late are left out."""
         answers: list[Any] = []
         with suppress(RayError, RayServeException, TimeoutError, RuntimeError):
             response = self._handle.broadcast(method, *args)

@@ -1,6 +1,7 @@
-"""What Ray Serve's HTTP proxy does beside its own: it alone is there when the ingress is not.
+"""What is added to Ray Serve's HTTP proxy, which still runs when the ingress has died.
 
-Serve calls `guard` in the proxy's process: the environment variable RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH names it.
+Serve calls `guard` in the proxy's process if the environment variable RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH names
+it.
 """
 
 import json
@@ -30,15 +31,15 @@ _HEADERS = [
 
 
 def guard() -> list[Middleware]:
-    """Gives this process' HTTP server the timeouts of `serving.http.access`, and a reply for a lost ingress."""
+    """Gives this process' HTTP server the timeouts of `serving.http.access`; returns the proxy's further middleware."""
     uvicorn.config.HTTP_PROTOCOLS["auto"] = "serving.http.access.timeouts:TimedProtocol"
     return [Middleware(LostIngress)]
 
 
 class LostIngress:
-    """Answers 503 in OpenAI's shape with `Retry-After` where Serve has a fault of its own.
+    """Replies 503 in OpenAI's shape with `Retry-After` where Serve itself fails.
 
-    The app's own answers are JSON also when they are 5xx, and pass as they are.
+    The app's own replies are JSON, 5xx too, and pass unchanged.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -61,7 +62,7 @@ class LostIngress:
         try:
             await self._app(scope, receive, told)
         except Exception:
-            if begun:  # part of the answer is out: breaking off is all that is left
+            if begun:  # part of the reply has been sent: the connection can only be broken off
                 raise
             logger.exception("the proxy failed")
         if not begun:

@@ -1,8 +1,9 @@
 """Which engine replica a request goes to: the one that has its adapter already, unless it is much busier than the rest.
 
 Rendezvous hashing with bounded load. Every router ranks replicas for an adapter by a hash of both, so all agree without
-talking, and a replica that comes or goes moves only its own share. A replica with more than `bound` times the average
-of requests is passed over; a cold adapter costs milliseconds, a full replica costs whole images.
+talking, and a replica that starts or stops moves only its own share. A replica with more than `bound` times the
+average of requests is passed over; loading an adapter takes milliseconds, waiting at a full replica takes
+as long as whole images.
 """
 
 import hashlib
@@ -30,7 +31,7 @@ def rank_replicas(adapter: str | None, load: Mapping[str, int], bound: float = B
 
 
 def adapter_of(args: Sequence[Any]) -> str | None:
-    """The first adapter of the request that is the first argument of a call; what is not a request has none.
+    """The first adapter, `tenant/id@version`, of the request that is a call's first argument; None without one.
 
     The request itself is read, never a header: clients can set those.
     """

@@ -61,11 +61,12 @@ class Cluster(NamedTuple):
 
     @property
     def seats(self) -> int:
+        """Lanes that fit at once: one a GPU, or one a node where there is none."""
         return self.gpus or self.nodes
 
 
 class Limits(NamedTuple):
-    """What a run may take of the cluster. `lanes`: at most so many at once; None: as many as there are seats.
+    """What a run may take of the cluster. `lanes`: the most lanes at once; None: as many as there are seats.
 
     `gpus` are waited for where there are fewer: an autoscaler sees the demand. `priority`: above runs of lower ones.
     """
@@ -143,7 +144,8 @@ def _remote(address: str) -> Iterator[Cluster]:
     except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RaySystemError) as error:
         said = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
-            f"No Ray cluster answers at {address!r}: {said}. Start one with `ray start --head`, or use --address local."
+            f"No Ray cluster responds at {address!r}: {said}. "
+            "Start one with `ray start --head`, or use --address local."
         ) from None
     try:
         yield current()

@@ -45,9 +45,11 @@ class RunConsole:
             self._live.stop()
 
     def say(self, text: str) -> None:
+        """Prints a line."""
         self._console.print(text, markup=False, highlight=False)
 
     def see(self, view: View, records: Mapping[str, SubjectRecord]) -> None:
+        """Shows how everything stands."""
         for note in view.notes:
             self.say(note)
         if self._live:
@@ -78,7 +80,7 @@ class RunConsole:
         for lane in view.lanes:
             lines.append(self._bar(lane, records))
             for id in lane.held[: max(0, MOST_SUBJECTS - shown)]:
-                lines.append(_subject_line(records[id], lane.doing.get(id)))
+                lines.append(_subject_line(records[id], lane.phases.get(id)))
                 shown += 1
         return Group(*lines)
 
@@ -149,7 +151,7 @@ def _line(record: SubjectRecord) -> str:
 
 def _doing(lane: LaneView, records: Mapping[str, SubjectRecord]) -> str:
     return f"{lane.images_per_second:.1f} images/s; " + ", ".join(
-        _stands(records[id], lane.doing.get(id)) for id in lane.held
+        _stands(records[id], lane.phases.get(id)) for id in lane.held
     )
 
 

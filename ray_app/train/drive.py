@@ -34,7 +34,10 @@ class Whole(NamedTuple):
 
 
 def drive_run(submission: Submission, address: str, limits: Limits, console: Console, *, retry: bool = False) -> Whole:
-    """Works a run off, whoever leads it. On KeyboardInterrupt checkpoints are written and it is raised again."""
+    """Works a run off, or waits for the process that leads it.
+
+    On KeyboardInterrupt checkpoints are written and it is raised again.
+    """
     store, lead = submission.store, Lead(submission.store.storage, submission.store.driver_key)
     while True:
         leader = lead.acquire()
@@ -75,7 +78,7 @@ def read_run(store: RunStore) -> Whole:
 
 
 def detach_run(submission: Submission, address: str, limits: Limits) -> Path:
-    """Starts a driver of its own that outlives this command; answers the file its output goes to."""
+    """Starts a driver of its own that outlives this command; returns the file its output goes to."""
     log = Path(tempfile.gettempdir(), f"dreamfleet-{submission.record.run}-{os.getpid()}.log")
     command = [sys.executable, "-m", "ray_app.cli.main", *drive_arguments(submission, address, limits)]
     with log.open("wb") as output:
@@ -117,7 +120,7 @@ def _lead_run(submission: Submission, lead: Lead, address: str, limits: Limits, 
     lead.renew()
     if all(subject.state in ENDED for subject in subjects):
         return Whole(finish(store, record, subjects), subjects)
-    # Ray prints what nodes have to say on stdout, where a command's answer alone belongs
+    # Ray prints what nodes have to say on stdout, where only a command's result belongs
     with (
         contextlib.redirect_stdout(sys.stderr),
         connect(address) as cluster,

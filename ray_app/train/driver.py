@@ -19,7 +19,7 @@ from training.evaluation.report import write_report
 from training.manifest.plan import plan_run, reserve
 from training.run import cancel
 from training.run.lead import Lead
-from training.run.run import RunRecord, RunStore, SubjectRecord
+from training.run.run import RunRecord, RunStore, SubjectRecord, end_run
 from training.run.shares import read_quota
 from training.run.source import Beat, Outcome, Release
 from training.run.states import States
@@ -37,9 +37,11 @@ _BEAT, _OUTCOME = TypeAdapter(Beat), TypeAdapter(Outcome)
 class Watcher(Protocol):
     """Who looks on: a terminal, a log, a test."""
 
-    def see(self, view: View, records: Mapping[str, SubjectRecord]) -> None: ...
+    def see(self, view: View, records: Mapping[str, SubjectRecord]) -> None:
+        """Is told how everything stands, about once a second."""
 
-    def say(self, text: str) -> None: ...
+    def say(self, text: str) -> None:
+        """Is told what a person should read."""
 
 
 class QueueActor:
@@ -57,33 +59,43 @@ class QueueActor:
         return self._queue.enter(lane, profile)
 
     def lease(self, lane: int, count: int) -> list[dict[str, Any]]:
+        """See `SubjectQueue.lease`."""
         return [lease.model_dump() for lease in self._queue.lease(lane, count)]
 
     def beat(self, lane: int, beat: dict[str, Any]) -> dict[str, Any]:
+        """See `SubjectQueue.beat`."""
         return asdict(self._queue.beat(lane, _BEAT.validate_python(beat)))
 
     def ended(self, lane: int, outcome: dict[str, Any]) -> None:
+        """See `SubjectQueue.ended`."""
         self._queue.ended(lane, _OUTCOME.validate_python(outcome))
 
     def leave(self, lane: int, reason: str, kind: Release) -> None:
+        """See `SubjectQueue.release`."""
         self._queue.release(lane, reason, kind)
 
     def trouble(self, lane: int) -> str | None:
+        """See `SubjectQueue.trouble`."""
         return self._queue.trouble(lane)
 
     def cancel(self, ids: list[str] | None) -> None:
+        """See `SubjectQueue.cancel`."""
         self._queue.cancel(ids)
 
     def give_up(self, profile: int, reason: str) -> None:
+        """See `SubjectQueue.give_up`."""
         self._queue.give_up(profile, reason)
 
     def dismiss(self, lane: int) -> None:
+        """See `SubjectQueue.dismiss`."""
         self._queue.dismiss(lane)
 
     def stop(self) -> None:
+        """See `SubjectQueue.stop`."""
         self._queue.stop()
 
     def view(self, since: int) -> dict[str, Any]:
+        """See `SubjectQueue.view`."""
         return self._queue.view(since).model_dump()
 
 
@@ -219,6 +231,6 @@ def _living_nodes() -> set[str]:
 
 def finish(store: RunStore, record: RunRecord, subjects: Sequence[SubjectRecord]) -> RunRecord:
     """Writes down that a run has ended, and how, and its report; returns its record."""
-    ended = store.end(record, subjects)
+    ended = end_run(store, record, subjects)
     write_report(store)
     return ended

@@ -42,7 +42,7 @@ def check_reach(address: str, storage: str, base: str, root: str) -> None:
 
 
 def submit_job(submission: Submission, address: str, limits: Limits) -> str:
-    """Starts the driver as a Ray job and answers the job's id. Raises UserError if the cluster does not take it."""
+    """Starts the driver as a Ray job and returns the job's id. Raises UserError if the cluster does not take it."""
     arguments = drive_arguments(submission, "auto", limits)
     python = sys.executable if urlsplit(address).hostname in ("127.0.0.1", "localhost", "::1") else "python"
     job = {
@@ -99,5 +99,5 @@ def _client(address: str) -> Any:
     except (ConnectionError, RuntimeError) as error:
         said = str(error).strip().splitlines()[0]
         raise UserError(
-            f"No Ray dashboard answers at {address}: {said}. Give the head's, like http://head:8265."
+            f"No Ray dashboard responds at {address}: {said}. Give the head's, like http://head:8265."
         ) from None

@@ -1,4 +1,4 @@
-"""A protocol on a cluster: an evaluator on each device, subjects to whoever is free. No maths, no files."""
+"""A protocol on a cluster: an evaluator on each device, subjects to the one that is free. No maths, no files."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -8,7 +8,7 @@ from typing import Any
 from ray_app.silence import silence
 from ray_app.train.cluster import Cluster, Limits, connect
 from ray_app.train.lanes import slot_resources
-from training.evaluation.protocol import Judged, Protocol, Sitting
+from training.evaluation.protocol import JudgedSubject, Protocol, ProtocolSubject
 from training.sampling.render import Look
 
 
@@ -28,7 +28,8 @@ class Evaluator:
         box = JudgeBox(self._base, models)
         self._judges, self._inception = box.judges(likeness, fidelity), box.inception()
 
-    def sit(self, protocol: Protocol, sitting: Sitting, look: Look, images: int | None) -> Judged:
+    def sit(self, protocol: Protocol, sitting: ProtocolSubject, look: Look, images: int | None) -> JudgedSubject:
+        """Judges one subject of a protocol on this device."""
         from training.evaluation.protocol import run_protocol
 
         (judged,) = run_protocol(
@@ -41,10 +42,10 @@ def spread_protocol(
     address: str,
     judging: tuple[str, Path | None, str, str],
     protocol: Protocol,
-    sittings: Sequence[Sitting],
+    sittings: Sequence[ProtocolSubject],
     look: Look,
     images: int | None,
-) -> Iterator[Judged]:
+) -> Iterator[JudgedSubject]:
     """Judges every sitting on the cluster at `address`, in the order in which they are done.
 
     `judging`: the base, the folder of models, the models of likeness and fidelity.

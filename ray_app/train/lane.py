@@ -18,8 +18,8 @@ from pydantic import TypeAdapter
 
 from ray_app.silence import silence
 from training.errors import UserError
-from training.manifest.manifest import SubjectSpec
 from training.manifest.plan import PackPlan
+from training.manifest.subject import SubjectSpec
 from training.run.run import RunRecord, RunStore
 from training.run.source import Beat, Orders, Outcome, Release, Task
 from training.run.subject_queue import Lease
@@ -31,9 +31,9 @@ if TYPE_CHECKING:
 
     from training.base.base import Base
 
-IDLE_SECONDS = 1.0  # how long an empty answer of the queue holds while the pack is busy
+IDLE_SECONDS = 1.0  # how long an empty reply of the queue holds while the pack is busy
 QUEUE_TIMEOUT_S = 60.0
-STORAGE_REST_S = 10.0  # before a lane tries a storage again that did not answer
+STORAGE_REST_S = 10.0  # before a lane tries a storage again that did not respond
 _ORDERS = TypeAdapter(Orders)
 
 log = logging.getLogger(__name__)
@@ -63,6 +63,7 @@ class QueueSource:
         self._empty_until = 0.0
 
     def lease(self, count: int) -> Sequence[Task]:
+        """See `Source`; an empty reply holds for a second while something is held."""
         if self._held and time.monotonic() < self._empty_until:
             return []
         leases = self._ask("lease", count)
@@ -72,13 +73,16 @@ class QueueSource:
         return [lease.task(self.specs[lease.id]) for lease in map(Lease.model_validate, leases)]
 
     def beat(self, beat: Beat) -> Orders:
+        """See `Source`."""
         return _ORDERS.validate_python(self._ask("beat", asdict(beat)))
 
     def ended(self, outcome: Outcome) -> None:
+        """See `Source`."""
         self._held.discard(outcome.id)
         self._ask("ended", asdict(outcome))
 
     def enter(self, profile: int, node: str) -> bool:
+        """Whether this lane's worker may begin; what an earlier one held goes back."""
         return bool(self._ask("enter", profile, node))
 
     def leave(self, reason: str, kind: Release) -> None:

@@ -37,6 +37,7 @@ class RunMetrics:
         """Words are for people."""
 
     def see(self, view: View, records: Mapping[str, SubjectRecord]) -> None:
+        """Sets the gauges and counters to how everything stands."""
         states = Tally(record.state for record in records.values())
         for state in get_args(State):
             self._subjects.set(states[state], {"state": state})

@@ -16,9 +16,11 @@ class ShareKeeper:
         self._shares = Shares()
 
     def claim(self, claim: dict[str, Any]) -> int | None:
+        """See `Shares.claim`."""
         return self._shares.claim(Claim.model_validate(claim))
 
     def leave(self, run: str) -> None:
+        """See `Shares.leave`."""
         self._shares.leave(run)
 
 
@@ -32,7 +34,7 @@ class Sharing:
         self._allowed: int | None = quota
 
     def ask(self, working: int, pending: int) -> int | None:
-        """How many devices this run may have; None: as many as there are. The last answer holds for a moment."""
+        """How many devices this run may have; None: as many as there are. The last reply holds for a moment."""
         import ray
 
         if time.monotonic() - self._asked >= ASK_SECONDS:
@@ -45,6 +47,7 @@ class Sharing:
         return self._allowed
 
     def leave(self) -> None:
+        """Tells the keeper that the run is over."""
         if self._keeper is not None:
             self._keeper.leave.remote(self._about["run"])
 

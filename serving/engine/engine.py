@@ -1,8 +1,8 @@
 """The engine: one base, a bank of adapters, and any number of requests that join and leave at every step.
 
-`step()` lets go of what is over, brings adapters into slots, encodes prompts, takes one denoising step of one batch and
-decodes some of what is finished. It answers what happened as `Outcome`s. A fault while working on several samples is
-bisected, so that only the request that causes it fails. Single-threaded; knows nothing about HTTP, events or encodings.
+`step()` ends jobs that are over, brings adapters into slots, encodes prompts, takes one denoising step of one batch and
+decodes some of what is finished. It returns what happened as `JobEvent`s. An error in a batch is bisected, so that only
+the request that causes it fails. Single-threaded; knows nothing about HTTP, events or encodings.
 """
 
 import time
@@ -17,13 +17,13 @@ from torch import Tensor
 
 from serving.config import EngineSpec
 from serving.engine.forward import Forward
-from serving.engine.job import Done, EngineStats, Failed, Guess, Job, Outcome, Sample
+from serving.engine.job import Done, EngineStats, Guess, Job, JobEvent, JobFailed, Sample
 from serving.engine.pictures.preview import PreviewMap, fit_preview
-from serving.engine.prompts import Prompts, Text
+from serving.engine.prompts import PromptCache, Text
 from serving.engine.request import AdapterRef, GenerateRequest
-from serving.engine.samplers import Lines
+from serving.engine.samplers import ScheduleLines
 from serving.engine.scheduler import Scheduler
-from serving.engine.tiers.adapters import Adapters, Fetch, explain
+from serving.engine.tiers.adapters import Adapters, Fetch, explain_load
 from serving.errors import DeadlineExceeded, GenerationFailed, QueueFull, Refused
 from training.base.base import Base
 from training.errors import UserError
@@ -38,11 +38,11 @@ class Engine:
         self.stats = EngineStats()
         self.woken = Event()
         self.adapters = Adapters(base, spec, fetch, self.woken)
-        # no step, and no decoding, is larger than a full one at the base's own size, unless one image is
+        # no step and no decoding has more cells than a full one at the base's own size, but for a single larger image
         self._row_cells = base.facts.latent_side**2
         self.scheduler = Scheduler[Sample](spec.max_rows, spec.queue, spec.max_rows * self._row_cells)
         self.jobs: dict[Job, None] = {}
-        self._prompts = Prompts(
+        self._prompts = PromptCache(
             base,
             self.adapters.bank,
             empty=self.adapters.empty,
@@ -51,19 +51,21 @@ class Engine:
         )
         self._forwards: dict[tuple[Hashable, ...], Forward] = {}
         self._finished: deque[Sample] = deque()
-        self._outcomes: list[Outcome] = []
+        self._outcomes: list[JobEvent] = []
         self._preview: PreviewMap | None = None
         self._image_s = 0.0  # between two images, smoothed
         self._last_image_s = 0.0
 
     def close(self) -> None:
-        """Leaves the base as it was."""
+        """Stops the loaders and takes the bank off the base, which is as it was before."""
         self.adapters.close()
 
     # -- requests in and out --
 
     def submit(self, request: GenerateRequest, pixels_CHW: Tensor | None = None) -> Job:
-        """Queues a request; its adapters begin to load at once. `pixels_CHW`: the picture of image-to-image, uint8.
+        """Queues a request and returns its job; its adapters begin to load at once.
+
+        `pixels_CHW`: the picture that image-to-image starts from, uint8, of the request's size.
 
         Raises QueueFull, or UserError for what this engine cannot do.
         """
@@ -91,7 +93,7 @@ class Engine:
             self._end(job)
 
     def forget(self, ref: AdapterRef) -> None:
-        """A version is deleted or replaced: it is kept only while requests wear it."""
+        """Drops a version that is deleted or replaced; while requests use it, it stays."""
         self.adapters.forget(ref)
 
     @property
@@ -111,6 +113,7 @@ class Engine:
             "slots": slots.count,
             "slots_loaded": len(slots),
             "slots_pinned": slots.pinned,
+            "slots_bytes": self.adapters.bank.weights_SP.nbytes,
             "host_adapters": len(host),
             "host_bytes": host.bytes,
         }
@@ -131,8 +134,8 @@ class Engine:
     # -- one step --
 
     @torch.inference_mode()
-    def step(self) -> list[Outcome]:
-        """Everything up to the next step border."""
+    def step(self) -> list[JobEvent]:
+        """One step; returns what happened to jobs in it. A job's own error is a JobFailed, never raised."""
         self._sweep()
         self.scheduler.admit(self._start)
         self._begin()
@@ -154,7 +157,7 @@ class Engine:
         assert len(worn) == pinned, f"{len(worn)} adapters are worn, but {pinned} slots are pinned"
 
     def _sweep(self) -> None:
-        """Ends jobs that are out of time or whose adapters could not be loaded."""
+        """Fails jobs that are past their deadline or whose adapters could not be loaded."""
         now = time.monotonic()
         for job in list(self.jobs):
             if now > job.deadline_s:
@@ -162,13 +165,13 @@ class Engine:
                 continue
             for ref, load in list(job.loads.items()):
                 if load.done() and (error := load.exception()) is not None:
-                    self._fail(job, explain(ref, error))
+                    self._fail(job, explain_load(ref, error))
                     break
 
     def _start(self, sample: Sample) -> bool:
         """Takes slots for a sample's adapters; False if it has to wait for a load or a slot."""
         job = sample.job
-        # again, since an adapter that was in a slot when the request came may have been evicted while it waited
+        # asked again: an adapter that was in a slot when the request came may have been evicted while it waited
         self.adapters.want(job.keys, job.loads)
         if not sample.ready or any(load.exception() for load in job.loads.values()):
             return False
@@ -226,17 +229,17 @@ class Engine:
             sample.clean = torch.zeros_like(sample.latents)
 
     def _denoise(self, batch: Sequence[Sample]) -> None:
-        """One step of every sample of the batch; if it raises, nothing of theirs has changed."""
+        """One step of every sample of the batch; if it raises, no sample has changed."""
         forward = self._forward(batch)
         order = forward.order
         began = time.perf_counter()
         with self._timed("denoise"):
-            lines = Lines.gather([s.job.schedule for s in order], [s.step for s in order], self.base.device)
+            lines = ScheduleLines.gather([s.job.schedule for s in order], [s.step for s in order], self.base.device)
             latents_NCHW = torch.stack([_tensor(sample.latents) for sample in order])
             output_NCHW = forward(self.base, self.adapters.bank, latents_NCHW, lines)
             before_NCHW = torch.stack([_tensor(sample.clean) for sample in order])
             latents_NCHW, clean_NCHW = lines.step(latents_NCHW, output_NCHW, before_NCHW, self._fresh_noise(order))
-            if self.base.device.type == "cuda":  # a step ends when it is done, else many would be on their way
+            if self.base.device.type == "cuda":  # waits for the device: else many steps would be queued on it
                 torch.cuda.synchronize(self.base.device)
         rows = sum(sample.rows for sample in order)
         self.scheduler.pace.saw(batch[0].kind, rows, time.perf_counter() - began)
@@ -247,10 +250,10 @@ class Engine:
             sample.step += 1
 
     def _forward(self, batch: Sequence[Sample]) -> Forward:
-        """The forward of these samples: the last one of their kind while the company is the same."""
-        kind = batch[0].kind
+        """The forward of these samples: the last one of their kind, if it is of the same samples and bank's layers."""
+        kind, layout = batch[0].kind, self.adapters.bank.layout
         forward = self._forwards.get(kind)
-        if forward is None or set(forward.order) != set(batch):
+        if forward is None or forward.layout is not layout or set(forward.order) != set(batch):
             fixed_rows = self.scheduler.step_rows(batch[0].cells) if self.spec.fixed_rows else None
             forward = Forward.make(
                 batch, self.adapters.bank, self.base, empty=self.adapters.empty, fixed_rows=fixed_rows
@@ -310,7 +313,7 @@ class Engine:
     # -- ends --
 
     def _guarded(self, samples: Sequence[Sample], work: Callable[[Sequence[Sample]], None]) -> None:
-        """Does `work` on the samples; if it raises, on each half, so that it fails only the job that is at fault."""
+        """Does `work` on the samples; if it raises, on each half, so that only the job that causes the error fails."""
         samples = [sample for sample in samples if not sample.job.over]
         if not samples:
             return
@@ -331,7 +334,7 @@ class Engine:
     def _fail(self, job: Job, error: Exception) -> None:
         if not job.over:
             self.stats.failed += 1
-            self._outcomes.append(Failed(job, error))
+            self._outcomes.append(JobFailed(job, error))
             self._end(job)
 
     def _end(self, job: Job) -> None:
@@ -344,7 +347,7 @@ class Engine:
         self.adapters.settle(job.loads)
 
     def _leave(self, sample: Sample) -> None:
-        """A sample waits and runs no more: what it held is free again."""
+        """Takes a sample out of the scheduler and releases its adapters."""
         if self.scheduler.remove(sample):
             self.adapters.release(sample.job.keys)
         self._forwards.pop(sample.kind, None)
@@ -363,7 +366,7 @@ class Engine:
         self.stats.images += 1
 
     def _retry_after_s(self) -> float:
-        """How long until what waits now is about half as much."""
+        """Seconds until about half of the images that wait have started; 1 to 60."""
         return min(60.0, max(1.0, 0.5 * self.scheduler.waiting * self._image_s))
 
 

@@ -15,27 +15,35 @@ from torch import Tensor
 
 from serving.engine.job import Sample
 from serving.engine.prompts import make_routes
-from serving.engine.samplers import Lines
+from serving.engine.samplers import ScheduleLines
 from training.adapters.bank import Bank, Route
+from training.adapters.layout import Layout
 from training.base.base import Base
 from training.base.family import Cond
 
 
 @dataclass(frozen=True, slots=True)
 class Forward:
-    """What samples of one kind need to step together. `order` are the samples, guided first."""
+    """What samples of one kind need to step together. `order` are the samples, guided first.
+
+    `layout` is the bank's when the routes were made: in another one they would keep its old weights in memory.
+    """
 
     order: tuple[Sample, ...]
     rows: int
     conds: tuple[Cond, ...]
     guidance_G: Tensor
     routes: tuple[Route, ...]
+    layout: Layout
 
     @classmethod
     def make(
         cls, samples: Sequence[Sample], bank: Bank, base: Base, *, empty: int, fixed_rows: int | None
     ) -> "Forward":
-        """`empty` is the bank's slot of zeros; `fixed_rows` fills the forward up with rows that nobody reads."""
+        """The forward of samples that have started.
+
+        `empty` is the bank's slot of zeros; `fixed_rows` pads the forward with rows that nobody reads.
+        """
         order = sorted(samples, key=lambda sample: (not sample.job.guided, sample.slots or ()))
         guided = sum(sample.job.guided for sample in order)
         rows = [sample for sample in order[:guided] for _ in range(2)] + order[guided:]
@@ -52,9 +60,10 @@ class Forward:
             conds=tuple(conds),
             guidance_G=guidance.to(base.device).view(-1, 1, 1, 1),
             routes=tuple(routes),
+            layout=bank.layout,
         )
 
-    def __call__(self, base: Base, bank: Bank, latents_NCHW: Tensor, lines: Lines) -> Tensor:
+    def __call__(self, base: Base, bank: Bank, latents_NCHW: Tensor, lines: ScheduleLines) -> Tensor:
         """The guided prediction [N, C, h, w] in float32, for scaled latents in `order`."""
         guided = len(self.guidance_G)
         x_MCHW = self._rows(lines.model_input(latents_NCHW))

@@ -17,11 +17,11 @@ from training.base.noise.process import Schedule
 
 @dataclass(eq=False, slots=True)
 class Job:
-    """One request at work. `loads` are the adapters that were not in slots, on their way to host memory."""
+    """One request being worked on. `loads` are its adapters that were not in slots: their loads into host memory."""
 
     request: GenerateRequest
     schedule: Schedule
-    pixels_CHW: Tensor | None  # image-to-image: the picture, uint8: many may wait
+    pixels_CHW: Tensor | None  # the picture that image-to-image starts from, uint8
     arrived_s: float  # time.monotonic
     loads: Loads = field(default_factory=dict)
     samples: list["Sample"] = field(default_factory=list)
@@ -33,18 +33,22 @@ class Job:
 
     @property
     def keys(self) -> tuple[AdapterRef, ...]:
+        """The versions that the request wears, in its order."""
         return tuple(use.ref for use in self.request.adapters)
 
     @property
     def weights(self) -> tuple[float, ...]:
+        """The weight of each of `keys`."""
         return tuple(use.weight for use in self.request.adapters)
 
     @property
     def deadline_s(self) -> float:
+        """When the request fails if it is not done, on the clock of `time.monotonic`."""
         return self.arrived_s + self.request.deadline_s
 
     @property
     def guided(self) -> bool:
+        """Whether it takes a row with the negative prompt too: guidance above 1."""
         return self.request.guidance_scale > 1.0
 
 
@@ -64,32 +68,37 @@ class Sample:
 
     @property
     def tenant(self) -> str:
+        """Whose it is."""
         return self.job.request.tenant
 
     @property
     def kind(self) -> tuple[Hashable, ...]:
-        """What a forward has to be alike in: the latents' height and width, and what the family says of the prompts."""
+        """Samples of equal kinds may share a forward: latents' size, and the family's key of the prompts."""
         return (*self.size, self.job.together)
 
     @property
     def cells(self) -> int:
+        """Latent cells of one of its rows."""
         return self.size[0] * self.size[1]
 
     @property
     def rows(self) -> int:
+        """Rows of a forward it takes: two with guidance, one without."""
         return 2 if self.job.guided else 1
 
     @property
     def ready(self) -> bool:
+        """Whether all loads that it waits for have ended, well or not."""
         return all(load.done() for load in self.job.loads.values())
 
     @property
     def seed(self) -> int:
+        """The seed of this image: the request's plus the image's index, wrapped at MAX_SEED."""
         return (self.job.request.seed + self.index) % (MAX_SEED + 1)
 
     @property
     def preview_due(self) -> bool:
-        """Whether the steps taken so far call for another preview; they are spread evenly, none after the last step."""
+        """Whether another preview is due; they are spread evenly over the steps, none after the last."""
         wanted = self.job.request.previews
         steps = self.job.schedule.steps
         return self.previews < wanted and self.step < steps and self.step * (wanted + 1) >= (self.previews + 1) * steps
@@ -122,14 +131,14 @@ class Done:
 
 
 @dataclass(frozen=True, slots=True)
-class Failed:
+class JobFailed:
     """A job that ends without (all of) its images."""
 
     job: Job
     error: Exception
 
 
-Outcome = Guess | Done | Failed
+JobEvent = Guess | Done | JobFailed
 
 
 @dataclass(slots=True)

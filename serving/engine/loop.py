@@ -1,7 +1,7 @@
-"""The loop: owns the engine's one compute thread, and joins it to asyncio.
+"""The loop: runs the engine on its one compute thread, and connects it to asyncio.
 
-Everything that touches the engine runs on that thread; callers talk to it by commands and get their outcomes on their
-own event loop. Encoding and decoding of pictures happens on neither. Knows nothing about HTTP.
+Everything that touches the engine runs on that thread; callers send it commands and get the results on their own event
+loop. Encoding and decoding of pictures happens on neither. Knows nothing about HTTP.
 """
 
 import asyncio
@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from serving.engine.engine import Engine
-from serving.engine.job import Done, EngineStats, Failed, Job, Outcome
+from serving.engine.job import Done, EngineStats, Job, JobEvent, JobFailed
 from serving.engine.pictures.codec import encode, enlarge
 from serving.engine.pictures.decoding import Decoding
-from serving.engine.request import AdapterRef, Event, GenerateRequest, Picture, Preview
+from serving.engine.request import AdapterRef, Event, FinishedPicture, GenerateRequest, Preview
 from serving.errors import Cancelled, GenerationFailed, NotReady
 
 logger = logging.getLogger(__name__)
@@ -35,15 +35,15 @@ class _Listener:
     """Where the outcomes of one job go."""
 
     loop: asyncio.AbstractEventLoop
-    outcomes: "asyncio.Queue[Outcome]" = field(default_factory=asyncio.Queue)
+    outcomes: "asyncio.Queue[JobEvent]" = field(default_factory=asyncio.Queue)
 
-    def hear(self, outcome: Outcome) -> None:
+    def hear(self, outcome: JobEvent) -> None:
         with contextlib.suppress(RuntimeError):  # its event loop is closed: nobody listens
             self.loop.call_soon_threadsafe(self.outcomes.put_nowait, outcome)
 
 
 class EngineLoop:
-    """Starts the thread at once. `close()` ends it; `drain_s` lets what runs come to its end first."""
+    """Starts the thread at once. `close()` ends it."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
@@ -51,7 +51,7 @@ class EngineLoop:
         self._commands: deque[Callable[[], None]] = deque()
         self._listeners: dict[Job, _Listener] = {}
         self._closing = False
-        self._gate = threading.Lock()  # no command slips in after the last look at them
+        self._gate = threading.Lock()  # no command is added after the last ones have run
         self._ended = False
         self._broken: BaseException | None = None
         self._report = engine.snapshot()
@@ -64,7 +64,9 @@ class EngineLoop:
         return self._thread.is_alive() and self._broken is None and not self._closing
 
     async def stream(self, request: GenerateRequest) -> AsyncIterator[Event]:
-        """Previews and pictures as they come; ends with the last picture. Leaving it early cancels the request."""
+        """Previews and pictures as they come; ends with the last picture. Leaving it early cancels the request.
+
+        Raises Refused or its kinds for what is not served, GenerationFailed for a fault of ours."""
         pixels = None
         if request.image is not None:
             decoded = self._decoding.submit(request.tenant, request.image, request.width, request.height)
@@ -80,7 +82,7 @@ class EngineLoop:
         try:
             while left:
                 outcome = await listener.outcomes.get()
-                if isinstance(outcome, Failed):
+                if isinstance(outcome, JobFailed):
                     if isinstance(outcome.error, GenerationFailed):
                         logger.error("request %s failed", request.request_id, exc_info=outcome.error)
                     raise outcome.error
@@ -90,13 +92,13 @@ class EngineLoop:
             if left:
                 self._cancel(job)
 
-    async def generate(self, request: GenerateRequest) -> list[Picture]:
+    async def generate(self, request: GenerateRequest) -> list[FinishedPicture]:
         """All pictures of a request, in order."""
-        pictures = [event async for event in self.stream(request) if isinstance(event, Picture)]
+        pictures = [event async for event in self.stream(request) if isinstance(event, FinishedPicture)]
         return sorted(pictures, key=lambda picture: picture.index)
 
     def forget(self, ref: AdapterRef) -> None:
-        """A version is deleted or replaced."""
+        """Drops a version that is deleted or replaced, once no request uses it."""
         self._on_thread(lambda: self.engine.forget(ref))
 
     def preload(self, ref: AdapterRef) -> None:
@@ -104,11 +106,11 @@ class EngineLoop:
         self._on_thread(lambda: self.engine.adapters.preload(ref))
 
     def stats(self) -> EngineStats:
-        """The engine's counters as they were between its last two steps; from any thread, at once, never to change."""
+        """The engine's counters as they were after its last step: a copy, from any thread, without waiting."""
         return self._report
 
     def close(self, drain_s: float = 0.0) -> None:
-        """Takes no new request; waits up to `drain_s` for the running ones, then fails what is left."""
+        """Refuses new requests, waits up to `drain_s` for the running ones, then fails the others with NotReady."""
         deadline = time.monotonic() + drain_s
         while self.engine.jobs and self.healthy and time.monotonic() < deadline:
             time.sleep(0.02)
@@ -140,7 +142,9 @@ class EngineLoop:
         self._obey()
         for job in list(self._listeners):
             reason = NotReady("The server is shutting down; try again.")
-            self._tell([Failed(job, reason if self._broken is None else GenerationFailed("The engine has stopped."))])
+            self._tell(
+                [JobFailed(job, reason if self._broken is None else GenerationFailed("The engine has stopped."))]
+            )
 
     def _obey(self) -> None:
         while self._commands:
@@ -154,7 +158,7 @@ class EngineLoop:
         self._listeners[job] = listener
         return job
 
-    def _tell(self, outcomes: Sequence[Outcome]) -> None:
+    def _tell(self, outcomes: Sequence[JobEvent]) -> None:
         for outcome in outcomes:
             listener = self._listeners.get(outcome.job)
             if listener is not None:
@@ -196,12 +200,12 @@ class EngineLoop:
         return future
 
 
-def _encoded(request: GenerateRequest, outcome: Outcome) -> Event:
+def _encoded(request: GenerateRequest, outcome: JobEvent) -> Event:
     """Runs on a worker thread."""
     form, quality = request.output_format, request.output_quality
     if isinstance(outcome, Done):
-        return Picture(index=outcome.index, seed=outcome.seed, data=encode(outcome.pixels, form, quality))
-    if isinstance(outcome, Failed):
+        return FinishedPicture(index=outcome.index, seed=outcome.seed, data=encode(outcome.pixels, form, quality))
+    if isinstance(outcome, JobFailed):
         raise Cancelled
     pixels = enlarge(outcome.pixels, request.width, request.height)
     return Preview(

@@ -1,6 +1,6 @@
-"""How long a step takes, learned from the steps taken: seconds = a + b x rows, for each kind of row by itself.
+"""How long a step takes, learned from the steps taken: seconds = a + b x rows, for each kind of row separately.
 
-Whoever forms a batch asks how much longer a step gets by more rows. On a device that is not full they are nearly free;
+The scheduler asks how much longer a step gets by more rows. On a device that is not full they are nearly free;
 on a full one each costs its share. Knows no tensors.
 """
 
@@ -8,8 +8,8 @@ from collections import OrderedDict
 from collections.abc import Hashable
 from dataclasses import dataclass
 
-FADES = 0.95  # what the steps before count beside the newest
-REMEMBERED = 256  # kinds; clients choose sizes
+FADES = 0.95  # the weight of earlier steps beside the newest
+REMEMBERED = 256  # kinds at most: clients choose the sizes
 
 
 @dataclass(slots=True)
@@ -28,7 +28,7 @@ class _Line:
             setattr(self, name, FADES * getattr(self, name) + value)
 
     def at(self, rows: int) -> float:
-        """Seconds of a step of `rows`: neither shorter with more rows, nor below nothing with none."""
+        """Seconds of a step of `rows`: never less with more rows, and never negative."""
         mean_rows, mean_seconds = self.rows / self.weight, self.seconds / self.weight
         spread = self.rows_rows / self.weight - mean_rows**2
         steepest = mean_seconds / mean_rows
@@ -39,13 +39,13 @@ class _Line:
 
 
 class Pace:
-    """Knows only what it was told; a kind without steps is taken to cost by the row."""
+    """What steps have taken so far; a kind without steps is assumed to take time in proportion to its rows."""
 
     def __init__(self) -> None:
         self._lines: OrderedDict[Hashable, _Line] = OrderedDict()
 
     def saw(self, kind: Hashable, rows: int, seconds: float) -> None:
-        """A step of `rows` rows of a kind took so many seconds."""
+        """Records that a step of `rows` rows of a kind took so many seconds."""
         self._lines.setdefault(kind, _Line()).add(rows, seconds)
         self._lines.move_to_end(kind)
         if len(self._lines) > REMEMBERED:

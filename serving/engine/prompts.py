@@ -53,7 +53,7 @@ def make_routes(
     return [bank.route(component, slots_NK, weights_NK) for component in components]
 
 
-class Prompts:
+class PromptCache:
     """At most `capacity` embeddings are kept, least recently used out first. `longest`: tokens a prompt may have."""
 
     def __init__(self, base: Base, bank: Bank, *, empty: int, capacity: int, longest: int) -> None:
@@ -68,7 +68,7 @@ class Prompts:
         self.misses = 0
 
     def encode(self, requests: Sequence[Sequence[Text]]) -> list[list[Cond]]:
-        """The record of each request's texts; those not known are encoded together.
+        """The record of each text of each request; those not remembered are encoded together.
 
         Raises Refused for a text that is longer than is served.
         """
@@ -111,7 +111,7 @@ class Prompts:
         )
         with self._bank.using(*routes):
             conds = self._base.encode([text.text for text in texts], list(map(self._words, texts)), chunks)
-        # copies, so that one that is kept does not keep the others
+        # copies: a view would keep the whole batch in memory
         return [{name: part.clone() for name, part in cond.items()} for cond in conds]
 
     def _words(self, text: Text) -> Words:

@@ -1,7 +1,7 @@
-"""What an engine is asked for and what it answers: complete, checked, and free of torch and of HTTP.
+"""What an engine is asked for and what it returns: complete and checked. Knows neither torch nor HTTP.
 
-The HTTP app resolves ids, defaults and limits, so an engine sees a `GenerateRequest` with nothing left open. These
-types also cross the border of a Ray deployment, as pydantic dumps.
+The HTTP app resolves ids, defaults and limits, so an engine gets a complete `GenerateRequest`. These types
+also go to and from Ray deployments, as pydantic dumps.
 """
 
 from typing import Annotated, Literal
@@ -12,7 +12,7 @@ from training.base.facts import SamplerName
 from training.storage.closed import Closed
 
 ImageFormat = Literal["png", "jpeg", "webp"]
-MAX_SEED = 2**53 - 1  # above it JavaScript, and the floats of an OpenAPI document, do not hold every whole number
+MAX_SEED = 2**53 - 1  # above it JavaScript numbers, and floats in an OpenAPI document, cannot hold every integer
 
 
 class AdapterRef(Closed):
@@ -52,7 +52,7 @@ class GenerateRequest(Closed):
     guidance_scale: float = Field(ge=0)
     scheduler: SamplerName = "ddim"
     image: bytes | None = Field(default=None, description="an encoded picture to start from (image-to-image)")
-    strength: float = Field(default=0.8, gt=0, le=1, description="how much of the picture is made anew")
+    strength: float = Field(default=0.8, gt=0, le=1, description="how much of the picture is redrawn: 1 is all of it")
     previews: int = Field(default=0, ge=0, description="previews of each image while it runs")
     output_format: ImageFormat = "png"
     output_quality: int = Field(default=95, ge=0, le=100, description="of jpeg and webp")
@@ -60,7 +60,7 @@ class GenerateRequest(Closed):
 
 
 class Preview(Closed):
-    """An image half made: the model's guess of it after `step` of `steps` steps."""
+    """An unfinished image: the model's guess of it after `step` of `steps` steps."""
 
     kind: Literal["preview"] = "preview"
     index: int
@@ -70,7 +70,7 @@ class Preview(Closed):
     data: bytes
 
 
-class Picture(Closed):
+class FinishedPicture(Closed):
     """A finished image, encoded."""
 
     kind: Literal["picture"] = "picture"
@@ -79,4 +79,4 @@ class Picture(Closed):
     data: bytes
 
 
-Event = Annotated[Preview | Picture, Field(discriminator="kind")]
+Event = Annotated[Preview | FinishedPicture, Field(discriminator="kind")]

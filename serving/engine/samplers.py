@@ -1,4 +1,4 @@
-"""A fused step of rows that each have their own sampler, length and position.
+"""One sampler step of a batch whose rows each have their own sampler, number of steps and position.
 
 Every sampler's step is one line of its request's table (`training.base.noise`); a batch gathers one line a row. Knows
 nothing about adapters, prompts or requests. Shape suffixes: N rows, K coefficients; CHW a latent.
@@ -14,21 +14,24 @@ from training.base.noise.process import BEFORE, CLEAN, CLEAN_OUT, CLEAN_X, INPUT
 
 
 @dataclass(frozen=True, slots=True)
-class Lines:
+class ScheduleLines:
     """One line of each row's table, on the device of the latents."""
 
     coefficients_NK: Tensor
 
     @classmethod
-    def gather(cls, schedules: Sequence[Schedule], steps: Sequence[int], device: torch.device) -> "Lines":
+    def gather(cls, schedules: Sequence[Schedule], steps: Sequence[int], device: torch.device) -> "ScheduleLines":
+        """Line `steps[n]` of `schedules[n]` for each row n, on `device`."""
         lines = torch.stack([schedule.table_TK[step] for schedule, step in zip(schedules, steps, strict=True)])
         return cls(lines.to(device, non_blocking=True))
 
     @property
     def timesteps_N(self) -> Tensor:
+        """The time of each row, as the denoiser takes it."""
         return self.coefficients_NK[:, TIMESTEP]
 
     def model_input(self, latents_NCHW: Tensor) -> Tensor:
+        """The latents [N, C, h, w] scaled as the denoiser takes them."""
         return latents_NCHW * self._column(INPUT)
 
     def step(

@@ -1,12 +1,13 @@
 """Which images wait, which run, and which of those take the next step. Policy only: no tensors, no adapters' weights.
 
-Tenants share by service: every step costs its tenant `rows x latent cells`. The step belongs to the tenant that would
-have been served least after it, whatever the sizes of the others; so a small image does not wait for the steps of a
-large one, and a large one not for ever. Images of the same kind go with it: of each other tenant no more than of the
-leader, unless the device has room for them. The images of one tenant share in the same way.
+Fairness is by service: a step counts `rows x latent cells` for its tenant. The next step is led by the tenant whose
+service would be the lowest after it; so a small image does not wait for all steps of a large one, and a large one is
+not starved. Images of the same kind join the step: of each other tenant no more than of the leader, unless the device
+has room for them. The images of one tenant share its service in the same way.
 
-A tenant, or an image, that comes starts level with what is served at that moment: it can neither be starved by a flood
-nor save up. Source: start-time fair queueing, Goyal, Vin and Cheng 1996, with the order of the ends of steps.
+A new tenant, or image, starts with the service of those who are served at that moment: a flood of others cannot starve
+it, and idle time earns no credit. Source: start-time fair queueing, Goyal, Vin and Cheng 1996, here ordered by the end
+of each step.
 """
 
 from collections import deque
@@ -22,11 +23,12 @@ class Item(Protocol):
     """An image as the scheduler sees it. Compared by identity."""
 
     @property
-    def tenant(self) -> str: ...
+    def tenant(self) -> str:
+        """Whose image it is."""
 
     @property
     def kind(self) -> Hashable:
-        """What a forward has to be alike in: only images of equal kinds share one."""
+        """Only images of equal kinds share a forward."""
 
     @property
     def cells(self) -> int:
@@ -47,7 +49,7 @@ T = TypeVar("T", bound=Item)
 @dataclass(slots=True)
 class _Tenant(Generic[T]):
     service: float = 0.0  # rows x cells
-    level: float = 0.0  # where an image that starts stands among the tenant's own
+    level: float = 0.0  # the service that an image of the tenant starts with
     waiting: deque[T] = field(default_factory=deque)
     running: int = 0  # rows
 
@@ -57,11 +59,11 @@ class _Tenant(Generic[T]):
 
 
 class Scheduler(Generic[T]):
-    """`max_rows` and `max_cells` (rows x cells) bound one step, except that one image always fits.
+    """`max_rows` and `max_cells` (rows x cells) bound one step; a single image may exceed them.
 
-    A tenant runs up to `max_rows`, and all together twice as many, beyond which only those are let in who have less
-    than an equal share of them. `queue` bounds the images that wait. A tenant below its equal share of the queue is let
-    in also when others have filled it, up to twice `queue` in all. `pace` tells which rows a step gets almost for free.
+    A tenant runs up to `max_rows`, and all together twice as many; beyond that only tenants with less than an equal
+    share start images. `queue` bounds the images that wait; when it is full, a tenant with less than an equal share may
+    still add some, up to twice `queue` in all. `pace` estimates how much longer a step gets by more rows.
     """
 
     patience = 64  # admissions that may overtake an image whose adapters find no free slots
@@ -73,24 +75,28 @@ class Scheduler(Generic[T]):
         self.queue = queue
         self.pace = Pace()
         self._tenants: dict[str, _Tenant[T]] = {}
-        self._running: dict[T, float] = {}  # what each has been served, on its tenant's scale
+        self._running: dict[T, float] = {}  # the service of each image, on its tenant's scale
         self._overtaken: dict[T, int] = {}
-        self._level = 0.0  # what the tenant that led the last step had been served before: where those start that come
+        self._level = 0.0  # the service of the last step's leader before that step: where new tenants start
 
     @property
     def waiting(self) -> int:
+        """How many images wait."""
         return sum(len(tenant.waiting) for tenant in self._tenants.values())
 
     @property
     def running(self) -> tuple[T, ...]:
+        """The images that run, in the order in which they started."""
         return tuple(self._running)
 
     @property
     def running_rows(self) -> int:
+        """Rows of all images that run."""
         return sum(item.rows for item in self._running)
 
     @property
     def idle(self) -> bool:
+        """Whether no image waits or runs."""
         return not self._running and not self.waiting
 
     def submit(self, items: Sequence[T], retry_after_s: float = 1.0) -> None:
@@ -111,7 +117,9 @@ class Scheduler(Generic[T]):
         tenant.waiting.extend(items)
 
     def admit(self, start: Callable[[T], bool]) -> None:
-        """Moves images from waiting to running, fairest first. `start(item)` takes what it needs; False: not now."""
+        """Moves images from waiting to running, least served tenants first.
+
+        `start(item)` reserves what an image needs and returns whether it could."""
         tried: set[str] = set()
         due = {name: tenant.service for name, tenant in self._tenants.items()}
         for running in self._running:
@@ -128,13 +136,13 @@ class Scheduler(Generic[T]):
             else:
                 self._overtaken.setdefault(item, 0)
                 if self._overtaken[item] > self.patience:
-                    return  # nobody overtakes it any more: slots fall free as others finish
+                    return  # none overtakes it from here on: slots become free as others finish
                 tried.add(name)
 
     def _room(self, tenant: _Tenant[T], item: T) -> bool:
         active = sum(state.active for state in self._tenants.values())
         alone = sum(state.running > 0 for state in self._tenants.values()) <= (tenant.running > 0)
-        most = max(self.max_rows, item.rows)  # an image that is larger than a forward runs, too
+        most = max(self.max_rows, item.rows)  # an image that is larger than a whole forward may run too
         rows, bound = tenant.running + item.rows, most if alone else 2 * most
         return rows <= most and (self.running_rows + item.rows <= bound or rows <= bound / active)
 
@@ -151,7 +159,7 @@ class Scheduler(Generic[T]):
         return max(1, int(min(self.max_rows, self.max_cells // cells)))
 
     def service(self, tenant: str) -> float:
-        """Rows x cells that a tenant has been served, on a scale on which less is due earlier."""
+        """The service of a tenant (rows x cells): the one with less is served first."""
         return self._tenants[tenant].service if tenant in self._tenants else self._level
 
     def batch(self) -> list[T]:
@@ -176,12 +184,12 @@ class Scheduler(Generic[T]):
             tenant.level = max(tenant.level, self._running[item])
             tenant.service += _cost(item)
             self._running[item] += _cost(item)
-        for name, part in parts.items():  # what a tenant got because there was room is not held against it for long
+        for name, part in parts.items():  # rows that only filled free room do not count against a tenant for long
             tenant = self._tenants[name]
             tenant.service = min(tenant.service, self._level + _cost_of(part))
 
     def _part(self, items: Sequence[T]) -> list[T]:
-        """What a tenant would step next if it were alone. `items` are those of it that run, served least first."""
+        """The images that a tenant would step next if it were alone. `items`: its running ones, least served first."""
         kind = min(items, key=lambda item: self._running[item] + _cost(item)).kind
         part: list[T] = []
         for item in items:
@@ -190,10 +198,10 @@ class Scheduler(Generic[T]):
         return part
 
     def _fill(self, part: Sequence[T], queues: Mapping[str, deque[T]]) -> list[T]:
-        """The step led by the tenant of `part`. `queues` are what each tenant has of this kind, served least first.
+        """The step that the tenant of `part` leads. `queues`: each tenant's images of this kind, least served first.
 
-        First come those who are due, each tenant up to what the leader has; then whatever makes the step not much
-        longer than the leader's own.
+        First each tenant gets as much as the leader; then more images join as long as the step does not get much longer
+        than the leader's own.
         """
         lead, kind, own_rows, share = part[0].tenant, part[0].kind, _rows(part), _cost_of(part)
         chosen = [queues[lead].popleft()]
@@ -223,7 +231,7 @@ class Scheduler(Generic[T]):
         return not chosen or _rows(chosen) + item.rows <= self.step_rows(item.cells)
 
     def remove(self, item: T) -> bool:
-        """Forgets an image wherever it is; True if it was running."""
+        """Removes an image, waiting or running; returns whether it was running."""
         self._overtaken.pop(item, None)
         tenant = self._tenants.get(item.tenant)
         if tenant is None:
@@ -234,7 +242,7 @@ class Scheduler(Generic[T]):
         elif item in tenant.waiting:
             tenant.waiting.remove(item)
         if not tenant.active and len(self._tenants) > 1024:
-            del self._tenants[item.tenant]  # a name costs nothing for long; its service starts level again anyway
+            del self._tenants[item.tenant]  # idle tenants are forgotten: their service starts anew anyway
         return was_running
 
     def check_integrity(self) -> None:

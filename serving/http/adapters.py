@@ -1,4 +1,4 @@
-"""`/v1/models` and `/v1/adapters`: what a tenant may wear, and putting adapters in and taking them away."""
+"""`/v1/models` and `/v1/adapters`: the adapters that a tenant may use; uploading, changing and deleting its own."""
 
 import asyncio
 import mimetypes
@@ -19,26 +19,26 @@ from serving.http.wire import (
     AdapterFile,
     AdapterFiles,
     AdapterInfo,
-    Adapters,
+    AdapterPage,
     AdapterVersion,
     AdapterVersions,
     Deleted,
-    Model,
-    Models,
+    ModelInfo,
+    ModelPage,
     Name,
 )
 from training.adapters.adapter import AdapterError
-from training.storage.registry import Resolved
+from training.storage.version import Resolved
 
 router = APIRouter(tags=["adapters"])
 PAGE = 1000
-# what another tenant may read of a public adapter's card: how to use it, not how and of what it was made
+# what other tenants may read of a public adapter's card: how to use it, not how and from what it was made
 SHOWN = {
     "sha256", "size", "created", "base", "base_hash", "rank", "alpha", "targets", "text_encoder_targets",
     "instance_prompt", "class_name", "trigger",
 }  # fmt: skip
 After = Annotated[str | None, Query(max_length=200, description="the last of the page before, `<tenant>/<id>`")]
-Id = Annotated[str, Path(max_length=300)]
+AdapterId = Annotated[str, Path(max_length=300)]
 Version = Annotated[str, Path(pattern=r"^[0-9a-f]{6,64}$", description="a version, or a unique prefix of it")]
 
 
@@ -47,38 +47,35 @@ async def list_models(
     request: Request,
     after: After = None,
     limit: Annotated[int | None, Query(ge=1, le=10_000, description="adapters at most; else all")] = None,
-) -> Models:
-    """The base, and every adapter that the caller may wear, each as a model to name in a request."""
+) -> ModelPage:
+    """The base, and every adapter that the caller may use, each as a model to name in a request."""
     service = service_of(request)
     tenant = service.tenant(request)
     library = service.intake.library
     last = None if after is None else after.removeprefix(f"{library.base}:")
     found, more = await asyncio.to_thread(library.page, tenant, last, limit)
     base = [] if after else [_base_model(library.base)]
-    return Models(data=[*base, *(_model(resolved, library.base) for resolved in found)], has_more=more)
+    return ModelPage(data=[*base, *(_model(resolved, library.base) for resolved in found)], has_more=more)
 
 
 @router.get("/v1/models/{model:path}", responses=ERRORS, tags=["models"])
-async def show_model(request: Request, model: Name) -> Model:
+async def show_model(request: Request, model: Name) -> ModelInfo:
     """One model by its id."""
     service = service_of(request)
     tenant = service.tenant(request)
     library = service.intake.library
-    uses = await asyncio.to_thread(service.intake.adapters, tenant, model, ())
-    if not uses:
-        return _base_model(library.base)
-    name = f"{uses[0].ref.tenant}/{uses[0].ref.id}@{uses[0].ref.version}"
-    return _model(await asyncio.to_thread(library.resolve, tenant, name), library.base)
+    resolved = await asyncio.to_thread(service.intake.model, tenant, model)
+    return _base_model(library.base) if resolved is None else _model(resolved, library.base)
 
 
 @router.get("/v1/adapters", responses=ERRORS)
 async def list_adapters(
     request: Request, after: After = None, limit: Annotated[int, Query(ge=1, le=PAGE)] = PAGE
-) -> Adapters:
+) -> AdapterPage:
     """The caller's adapters, then public ones of others, for this server's base, page by page."""
     service = service_of(request)
     found, more = await asyncio.to_thread(service.intake.library.page, service.tenant(request), after, limit)
-    return Adapters(
+    return AdapterPage(
         data=[AdapterInfo.model_validate(_fields(resolved)) for resolved in found],
         first_id=found[0].name if found else None,
         last_id=found[-1].name if found else None,
@@ -93,7 +90,7 @@ async def upload_adapter(
     id: Annotated[str, Form(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$", description="its id; an existing one is replaced")],
     public: Annotated[
         bool | SkipJsonSchema[None],
-        Form(description="other tenants may generate with it; left out: as before, at first no"),
+        Form(description="other tenants may generate with it; left out: unchanged, for a new one no"),
     ] = None,
     trigger: Annotated[str, Form(max_length=1000, description="what its prompts say")] = "",
 ) -> AdapterDetails:
@@ -115,7 +112,7 @@ async def upload_adapter(
 
 
 @router.get("/v1/adapters/{id}/versions", responses=ERRORS)
-async def list_versions(request: Request, id: Id) -> AdapterVersions:
+async def list_versions(request: Request, id: AdapterId) -> AdapterVersions:
     """All versions of an adapter of the caller, newest first."""
     service = service_of(request)
     tenant = service.tenant(request)
@@ -138,7 +135,7 @@ async def list_versions(request: Request, id: Id) -> AdapterVersions:
 
 
 @router.get("/v1/adapters/{id}/versions/{version}", responses=ERRORS)
-async def show_version(request: Request, id: Id, version: Version) -> AdapterDetails:
+async def show_version(request: Request, id: AdapterId, version: Version) -> AdapterDetails:
     """One version of an adapter of the caller, with its card."""
     service = service_of(request)
     tenant = service.tenant(request)
@@ -146,7 +143,7 @@ async def show_version(request: Request, id: Id, version: Version) -> AdapterDet
 
 
 @router.delete("/v1/adapters/{id}/versions/{version}", responses=ERRORS)
-async def delete_version(request: Request, id: Id, version: Version) -> Deleted:
+async def delete_version(request: Request, id: AdapterId, version: Version) -> Deleted:
     """Deletes one version of an adapter of the caller; not the one that is served."""
     service = service_of(request)
     tenant = service.tenant(request)
@@ -156,7 +153,7 @@ async def delete_version(request: Request, id: Id, version: Version) -> Deleted:
 
 
 @router.get("/v1/adapters/{id}/versions/{version}/files", responses=ERRORS)
-async def list_files(request: Request, id: Id, version: Version) -> AdapterFiles:
+async def list_files(request: Request, id: AdapterId, version: Version) -> AdapterFiles:
     """The files of a version of an adapter of the caller: weights, card, samples."""
     service = service_of(request)
     tenant = service.tenant(request)
@@ -171,7 +168,7 @@ async def list_files(request: Request, id: Id, version: Version) -> AdapterFiles
     responses={200: {"content": {"application/octet-stream": {}}, "description": "the file"}, **ERRORS},
 )
 async def download_file(
-    request: Request, id: Id, version: Version, file: Annotated[str, Path(max_length=300)]
+    request: Request, id: AdapterId, version: Version, file: Annotated[str, Path(max_length=300)]
 ) -> Response:
     """One file of a version of an adapter of the caller, such as `adapter.safetensors`."""
     service = service_of(request)
@@ -184,7 +181,7 @@ async def download_file(
 
 
 @router.patch("/v1/adapters/{id}", responses=ERRORS)
-async def change_adapter(request: Request, id: Id, change: AdapterChange) -> AdapterDetails:
+async def change_adapter(request: Request, id: AdapterId, change: AdapterChange) -> AdapterDetails:
     """Changes who may see an adapter of the caller, its trigger, or which version is served."""
     service = service_of(request)
     tenant = service.tenant(request)
@@ -211,12 +208,12 @@ async def delete_adapter(request: Request, id: Name) -> Deleted:
     return Deleted(id=id)
 
 
-def _base_model(name: str) -> Model:
-    return Model(id=name, created=0, owned_by="dreamfleet")
+def _base_model(name: str) -> ModelInfo:
+    return ModelInfo(id=name, created=0, owned_by="dreamfleet")
 
 
-def _model(resolved: Resolved, base: str) -> Model:
-    return Model(id=f"{base}:{resolved.tenant}/{resolved.id}", created=_created(resolved), owned_by=resolved.tenant)
+def _model(resolved: Resolved, base: str) -> ModelInfo:
+    return ModelInfo(id=f"{base}:{resolved.tenant}/{resolved.id}", created=_created(resolved), owned_by=resolved.tenant)
 
 
 def _details(resolved: Resolved, tenant: str) -> AdapterDetails:

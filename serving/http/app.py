@@ -1,7 +1,7 @@
 """The HTTP app: the same over a local engine, over Ray's engines and in tests.
 
 Assembles the routes and what is common to all: errors in OpenAI's envelope, request ids, limits of bodies, metrics. Who
-may ask is decided in `guard.py`, before anything of a body is read.
+may call is checked in `guard.py`, before a body is read.
 Knows nothing about tensors, slots or Ray.
 """
 
@@ -37,14 +37,14 @@ from serving.http.service import Engines, Generate, Service, request_id, service
 from serving.http.wire import ErrorAnswer, Health
 from training.errors import UserError
 
-# `guard.py` checks keys; this is for the document, so that /docs can send one
+# `guard.py` checks keys; this declares them in the OpenAPI document, so that /docs can send one
 SECURITY = [
     Security(HTTPBase(scheme="bearer", scheme_name="key", description="an API key", auto_error=False)),
     Security(
         HTTPBase(scheme="basic", scheme_name="password", description="any user, the key as password", auto_error=False)
     ),
 ]
-DESCRIPTION = """One base, any number of adapters, each request its own mix.
+DESCRIPTION = """One base and any number of adapters; each request chooses its own mix.
 
 `POST /v1/images/generations` is OpenAI's images call: name an adapter in `model` (`<base>:<tenant>/<id>`), or mix
 several in `adapters`. `/sdapi/v1` is what AUTOMATIC1111's clients call.
@@ -54,7 +54,7 @@ several in `adapters`. `/sdapi/v1` is what AUTOMATIC1111's clients call.
 def create_app(
     generate: Generate, engines: Engines, library: Library, spec: ServeSpec, keys: Keys | None = None
 ) -> FastAPI:
-    """The app. `generate` makes the events of a request; `keys` None: this machine only, one tenant."""
+    """The app. `generate` makes the events of a request; without `keys`, only this machine may call, as one tenant."""
     app = FastAPIOffline(  # a /docs that loads nothing from elsewhere
         redoc_url=None,
         static_url="/docs/static",
@@ -66,8 +66,8 @@ def create_app(
             status: {"model": ErrorAnswer, "description": text}
             for status, text in {
                 400: "a field is wrong; `param` names it",
-                401: "a server without keys answers to this machine's names only",
-                405: "the path knows other methods; see `Allow`",
+                401: "a server without keys replies to this machine's names only",
+                405: "the path allows other methods; see `Allow`",
             }.items()
         },
     )
@@ -112,7 +112,7 @@ async def _health(request: Request, response: Response) -> Health:
 async def _metrics(request: Request) -> Response:
     """Prometheus' text format."""
     service = service_of(request)
-    service.metrics.damaged.set(service.intake.library.damaged)
+    service.metrics.damaged.set(service.intake.library.known.damaged)
     return Response(service.metrics.render(await service.engines.stats()), media_type="text/plain; version=0.0.4")
 
 
@@ -129,7 +129,7 @@ async def _told(request: Request, error: Exception) -> Response:
 
 
 def _methods(request: Request) -> list[str]:
-    """What the request's path knows; several routes may have the same path."""
+    """The methods that the request's path allows; several routes may have the same path."""
 
     def known(method: str) -> bool:
         scope = {**request.scope, "method": method}
@@ -139,7 +139,7 @@ def _methods(request: Request) -> list[str]:
 
 
 class Observed:
-    """Counts and times requests by route, gives each its id, and answers what no error handler expected."""
+    """Counts and times requests by route, gives each its id, and replies to errors that no handler expected."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -166,13 +166,13 @@ class Observed:
             await self._app(scope, receive, marked)
         except Exception as error:
             problem = describe(error)
-            if status:  # part of the answer is out: breaking off is all that is left
+            if status:  # part of the reply has been sent: the connection can only be broken off
                 raise
             await JSONResponse(problem.body(), problem.status, headers=problem.headers)(scope, receive, marked)
         finally:
             route = getattr(scope.get("route"), "path", "unmatched")
             metrics.open.dec()
-            # 499: the client went away before there was an answer
+            # 499: the client went away before there was a reply
             metrics.requests.labels(route, scope["method"], str(status or 499)).inc()
             metrics.seconds.labels(route).observe(time.perf_counter() - began)
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Header, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
-from serving.engine.request import Event, GenerateRequest, Picture
+from serving.engine.request import Event, FinishedPicture, GenerateRequest
 from serving.errors import GenerationFailed
 from serving.http.intake import usage_of, used
 from serving.http.library import Library
@@ -22,7 +22,7 @@ from serving.http.service import Service, request_id, service_of, unless_gone
 from serving.http.wire import CompletedImage, ErrorAnswer, ImageData, ImagesAnswer, ImagesBody, PartialImage
 
 router = APIRouter(tags=["images"])
-HEAD_START_S = 1.0  # errors within this time are an HTTP status, also of a stream
+HEAD_START_S = 1.0  # an error within so many seconds is an HTTP status, also of a stream
 KEEP_ALIVE_S = 10.0
 ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorAnswer, "description": text}
@@ -31,7 +31,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
         401: "no or wrong key",
         403: "the key lacks a scope, or a web page of another origin asks",
         404: "unknown model or adapter",
-        405: "the path knows other methods; see `Allow`",
+        405: "the path allows other methods; see `Allow`",
         409: "the version is the one that is served",
         413: "the body is too large",
         422: "the adapter cannot be loaded, or the idempotency key was used for another request",
@@ -74,15 +74,15 @@ async def generate_images(
     return await unless_gone(request, replies.once(tenant, idempotency_key, digest, make))
 
 
-async def _collect(service: Service, wanted: GenerateRequest) -> list[Picture]:
+async def _collect(service: Service, wanted: GenerateRequest) -> list[FinishedPicture]:
     async with aclosing(service.events(wanted)) as events:
-        pictures = [event async for event in events if isinstance(event, Picture)]
+        pictures = [event async for event in events if isinstance(event, FinishedPicture)]
     if len(pictures) != wanted.count:
         raise GenerationFailed(f"{len(pictures)} of {wanted.count} images came.")
     return sorted(pictures, key=lambda picture: picture.index)
 
 
-def _answer(pictures: list[Picture], wanted: GenerateRequest, body: ImagesBody, service: Service) -> Response:
+def _answer(pictures: list[FinishedPicture], wanted: GenerateRequest, body: ImagesBody, service: Service) -> Response:
     data = [
         ImageData(b64_json=base64.b64encode(picture.data).decode(), seed=picture.seed, adapters=used(wanted))
         for picture in pictures
@@ -132,7 +132,7 @@ async def _server_sent(
                 event = pending.result()
             except StopAsyncIteration:
                 return
-            name, data = _told(event, wanted, library)
+            name, data = _as_event(event, wanted, library)
             yield f"event: {name}\ndata: {data}\n\n".encode()
             pending = asyncio.ensure_future(anext(events))
     except Exception as error:
@@ -143,10 +143,10 @@ async def _server_sent(
         await events.aclose()
 
 
-def _told(event: Event, wanted: GenerateRequest, library: Library) -> tuple[str, str]:
+def _as_event(event: Event, wanted: GenerateRequest, library: Library) -> tuple[str, str]:
     image = base64.b64encode(event.data).decode()
     size, now = f"{wanted.width}x{wanted.height}", int(time.time())
-    if isinstance(event, Picture):
+    if isinstance(event, FinishedPicture):
         completed = CompletedImage(
             b64_json=image,
             image_index=event.index,

@@ -1,6 +1,6 @@
 """From what a client sent to what an engine can do: names resolved, defaults filled in, limits checked.
 
-Every refusal is an `ApiError` that names the field. Blocking (it reads the registry), so it runs on a thread.
+Every refusal is an `ApiError` that names the field. It reads the registry, which blocks, so it runs on a thread.
 """
 
 import base64
@@ -15,9 +15,9 @@ from serving.engine.request import AdapterRef, AdapterUse, GenerateRequest
 from serving.errors import Refused
 from serving.http.library import Library
 from serving.http.problems import ApiError
-from serving.http.wire import ImagesBody, TokenDetails, Usage, UsedAdapter, WornAdapter
-from training.base.facts import Facts
-from training.storage.registry import Resolved, UnknownAdapter
+from serving.http.wire import ImagesBody, TokenDetails, TokenUsage, UsedAdapter, WornAdapter
+from training.base.facts import Facts, SamplerName
+from training.storage.version import Resolved, UnknownAdapter
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,10 +29,26 @@ class Intake:
 
     @property
     def facts(self) -> Facts:
+        """Sizes and recommendations of the base."""
         return self.library.outline.facts
 
+    @property
+    def steps(self) -> int:
+        """Denoising steps of a request that names none."""
+        return self.facts.steps if self.spec.steps is None else self.spec.steps
+
+    @property
+    def guidance_scale(self) -> float:
+        """The guidance of a request that names none."""
+        return self.facts.guidance_scale if self.spec.guidance_scale is None else self.spec.guidance_scale
+
+    @property
+    def scheduler(self) -> SamplerName:
+        """The sampler of a request that names none."""
+        return self.spec.scheduler or self.facts.sampler
+
     def images(self, tenant: str, body: ImagesBody, request_id: str) -> GenerateRequest:
-        """The request of an OpenAI images body."""
+        """The engine's request of an OpenAI images body. Raises ApiError."""
         if body.partial_images and not body.stream:
             raise ApiError(400, "'partial_images' needs 'stream': true.", param="partial_images")
         if body.background == "transparent":
@@ -54,9 +70,9 @@ class Intake:
                 height=height,
                 count=body.n or 1,
                 seed=any_seed() if body.seed is None else body.seed,
-                steps=body.steps or self.spec.steps,
-                guidance_scale=self.spec.guidance_scale if body.guidance_scale is None else body.guidance_scale,
-                scheduler=body.scheduler or self.spec.scheduler,
+                steps=body.steps or self.steps,
+                guidance_scale=self.guidance_scale if body.guidance_scale is None else body.guidance_scale,
+                scheduler=body.scheduler or self.scheduler,
                 image=None if body.image is None else read_picture_field(body.image, "image", width, height),
                 strength=body.strength or 0.8,
                 previews=body.partial_images or 0,
@@ -90,11 +106,18 @@ class Intake:
                 )
         return request
 
+    def model(self, tenant: str, model: str) -> Resolved | None:
+        """The version that a model name means now; None if it is the base. Raises ApiError."""
+        named = self._named_by(model)
+        return self._resolve(tenant, named, "model") if named else None
+
     def adapters(self, tenant: str, model: str | None, worn: Sequence[WornAdapter]) -> tuple[AdapterUse, ...]:
-        """The versions that a model name and a mix mean now."""
+        """The versions that a model name and a mix mean now. Raises ApiError."""
         named = self._named_by(model)
         mix = [*([(named, 1.0, "model")] if named else []), *((one.id, one.weight, "adapters") for one in worn)]
-        return tuple(self._use(tenant, name, weight, param) for name, weight, param in mix)
+        return tuple(
+            AdapterUse(ref=ref_of(self._resolve(tenant, name, param)), weight=weight) for name, weight, param in mix
+        )
 
     def _named_by(self, model: str | None) -> str | None:
         """The adapter that a model name holds; None if it is the base."""
@@ -112,15 +135,14 @@ class Intake:
             )
         return adapter
 
-    def _use(self, tenant: str, name: str, weight: float, param: str) -> AdapterUse:
+    def _resolve(self, tenant: str, name: str, param: str) -> Resolved:
         try:
-            resolved = self.library.resolve(tenant, name)
+            return self.library.resolve(tenant, name)
         except UnknownAdapter as error:
             code = "model_not_found" if param == "model" else "adapter_not_found"
             raise ApiError(404, str(error), param=param, code=code) from None
         except Refused as error:
             raise ApiError(400, str(error), param=param, code="wrong_base") from None
-        return AdapterUse(ref=ref_of(resolved), weight=weight)
 
     def prompt(self, prompt: str, field: str) -> str:
         """`prompt`, if it is within the limits. Raises ApiError."""
@@ -143,7 +165,7 @@ class Intake:
         return int(width), int(height)
 
 
-def usage_of(request: GenerateRequest, library: Library, indices: Sequence[int]) -> Usage:
+def usage_of(request: GenerateRequest, library: Library, indices: Sequence[int]) -> TokenUsage:
     """What images `indices` of a request take; the prompts and the start picture count with image 0.
 
     A token of text is one of the base's tokenizer, a token of an image one latent cell.
@@ -153,7 +175,7 @@ def usage_of(request: GenerateRequest, library: Library, indices: Sequence[int])
     text = library.count_tokens(request.prompt) + library.count_tokens(request.negative_prompt) if first else 0
     start = cells if first and request.image is not None else 0
     made = cells * len(indices)
-    return Usage(
+    return TokenUsage(
         input_tokens=text + start,
         input_tokens_details=TokenDetails(text_tokens=text, image_tokens=start),
         output_tokens=made,
@@ -163,7 +185,7 @@ def usage_of(request: GenerateRequest, library: Library, indices: Sequence[int])
 
 
 def used(request: GenerateRequest) -> list[UsedAdapter]:
-    """The adapters of a request as the answer tells them."""
+    """The adapters of a request as replies list them."""
     return [
         UsedAdapter(id=f"{use.ref.tenant}/{use.ref.id}", version=use.ref.version, weight=use.weight)
         for use in request.adapters
@@ -171,6 +193,7 @@ def used(request: GenerateRequest) -> list[UsedAdapter]:
 
 
 def ref_of(resolved: Resolved) -> AdapterRef:
+    """The reference by which engines know a version."""
     return AdapterRef(tenant=resolved.tenant, id=resolved.id, version=resolved.version)
 
 

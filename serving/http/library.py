@@ -1,34 +1,32 @@
 """The adapters as clients see them: resolved, listed, uploaded and deleted, always on behalf of a tenant.
 
-What a tenant may not see does not exist for it: another's adapter and a missing one give the same error. Joins the
-registry to one base; blocking, so an event loop calls it from a thread. Knows nothing about HTTP or the engine.
+An adapter that a tenant may not see does not exist for it: another's adapter and a missing one give the same error. For
+one base. Every call blocks, so an event loop calls it from a thread. Knows nothing about HTTP or the engine.
 """
 
-import logging
 import threading
 import time
-from collections import OrderedDict, defaultdict
+from collections import defaultdict
 from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any
 
 from serving.config import EngineSpec, Limits
 from serving.engine.request import AdapterRef
-from serving.engine.tiers.disk import DiskCache
 from serving.engine.tiers.fit import check_fit
 from serving.errors import QuotaExceeded, Refused
-from training.adapters.adapter import Adapter, AdapterError, check_adapter, load_adapter, save_adapter
+from serving.http.known import Known
+from training.adapters.adapter import Adapter, AdapterError, check_adapter, save_adapter
 from training.adapters.formats.formats import import_adapter
 from training.base.families import open_family
 from training.base.files.folder import hash_base, public_name
 from training.base.files.outline import Outline
 from training.storage.card import Card
-from training.storage.registry import WEIGHTS, CorruptAdapter, Registry, Resolved, UnknownAdapter, Usage, check_id
+from training.storage.registry import WEIGHTS, CorruptAdapter, Registry, StoredUsage
 from training.storage.storage import content_id
+from training.storage.version import Resolved, UnknownAdapter, check_id
 
-REMEMBERED = 4096
-USAGE_S = 10.0  # how old what is known about a tenant's stored bytes may be
-logger = logging.getLogger(__name__)
+USAGE_S = 10.0  # how old the count of a tenant's stored bytes may be
 
 
 class Library:
@@ -42,23 +40,23 @@ class Library:
         self.outline = outline
         self.base = public_name(outline.name)
         self.base_hash = hash_base(outline.folder)
-        self._refresh_s = refresh_s
-        self._resolved: OrderedDict[tuple[str, str | None], tuple[float, Resolved]] = OrderedDict()
-        self._usage: dict[str, tuple[float, Usage]] = {}
+        self.known = Known(registry, refresh_s)
+        self._usage: dict[str, tuple[float, StoredUsage]] = {}
         self._uploads: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
-        self._damaged: dict[str, str] = {}
         self._lock = threading.Lock()
         self._tokenizer: Any = None
 
     def resolve(self, tenant: str, name: str) -> Resolved:
-        """What `id`, `tenant/id` or either with `@version` means to `tenant` now. Raises UnknownAdapter."""
+        """The version that `id`, `tenant/id` or either with `@version` means to `tenant` now.
+
+        Raises UnknownAdapter, CorruptAdapter; Refused for an adapter of another base."""
         path, _, version = name.partition("@")
         owner, slash, id = path.partition("/")
         owner, id = (owner, id) if slash else (tenant, path)
         try:
-            resolved = self._cached(f"{owner}/{id}", version or None)
+            resolved = self.known.look(f"{owner}/{id}", version or None)
         except CorruptAdapter:
-            if owner != tenant:  # whose card cannot be read is not known to be public
+            if owner != tenant:  # without a readable card nobody knows whether it is public
                 raise unknown(name) from None
             raise
         if resolved is None or (resolved.tenant != tenant and not resolved.public):
@@ -73,7 +71,7 @@ class Library:
         """At most `limit` adapters for this base that follow `after`, and whether there are more.
 
         The tenant's own come first, by id, then public ones. Reads two listings and the cards of this page. Passes over
-        damaged adapters, which the log and `damaged` tell.
+        damaged adapters, which the log and `known.damaged` tell.
         """
         names = [f"{tenant}/{id}" for id in self.registry.ids(tenant)]
         names += [name for name in self.registry.public_names() if not name.startswith(f"{tenant}/")]
@@ -90,11 +88,6 @@ class Library:
             found.append(resolved)
         return found, False
 
-    @property
-    def damaged(self) -> int:
-        """How many adapters were damaged when they were last read."""
-        return len(self._damaged)
-
     def upload(
         self,
         tenant: str,
@@ -108,7 +101,7 @@ class Library:
     ) -> Resolved:
         """Checks an adapter file against the base, publishes it as the tenant's `id` and returns its version.
 
-        `public` None leaves an existing adapter as visible as it is; a new one is private. Raises AdapterError saying
+        `public` None leaves the visibility of an existing adapter; a new one is private. Raises AdapterError saying
         which modules or values are wrong, QuotaExceeded if `limits` allow no more; then nothing has been stored.
         """
         check_id(id)
@@ -121,14 +114,14 @@ class Library:
         card = self._card(adapter, weights, trigger)
         with self._lock:
             mine = self._uploads[tenant]
-        with mine:  # one after another: each counts what those before have stored
+        with mine:  # one at a time: each counts what those before have stored
             if limits is not None:
                 self._check_room(tenant, id, len(weights), limits)
-            if public is False:  # first: what is private is never public for a moment
+            if public is False:  # first, so that the new version is not public even for a moment
                 with suppress(UnknownAdapter):
                     self.registry.describe(tenant, id, public=False)
             published = self.registry.publish(tenant, id, weights, card)
-            if not published.new:  # the same file again: it is what the tenant wants served, whatever came between
+            if not published.new:  # the same file was published before: the tenant wants it served again
                 self.registry.set_current(tenant, id, published.version)
             self.registry.describe(tenant, id, public=public, trigger=trigger or None)
             self._forget(tenant, id)
@@ -231,7 +224,7 @@ class Library:
 
     def _check_room(self, tenant: str, id: str, size: int, limits: Limits) -> None:
         now = time.monotonic()
-        expires, usage = self._usage.get(tenant, (0.0, Usage(0, 0)))
+        expires, usage = self._usage.get(tenant, (0.0, StoredUsage(0, 0)))
         if now >= expires:
             usage = self.registry.usage(tenant)
             self._usage[tenant] = now + USAGE_S, usage
@@ -247,73 +240,21 @@ class Library:
             )
 
     def _listed(self, name: str, tenant: str, version: str | None = None) -> Resolved | None:
-        """What `name` is, if a list of `tenant` may have it."""
+        """The version that `name` means, if a list of `tenant` may show it; else None."""
         try:
-            resolved = self._cached(name, version)
+            resolved = self.known.look(name, version)
         except CorruptAdapter:
             return None
         mine = resolved is not None and (resolved.tenant == tenant or resolved.public)
         return resolved if resolved and mine and resolved.card.base_hash == self.base_hash else None
 
-    def _cached(self, path: str, version: str | None = None) -> Resolved | None:
-        """What `tenant/id` means; None if there is none. Raises CorruptAdapter."""
-        key, now = (path, version), time.monotonic()
-        with self._lock:
-            expires, resolved = self._resolved.get(key, (0.0, None))
-        if resolved is not None and now < expires:
-            return resolved
-        try:
-            resolved = self.registry.look(path, version)
-        except UnknownAdapter:  # no such version, or no name that any adapter could have
-            resolved = None
-        except CorruptAdapter as error:
-            self._note(path, error)
-            raise
-        with self._lock:
-            self._damaged.pop(path, None)
-            if resolved is None:
-                self._resolved.pop(key, None)
-                return None
-            self._resolved[key] = now + self._refresh_s, resolved
-            self._resolved.move_to_end(key)
-            while len(self._resolved) > REMEMBERED:
-                self._resolved.popitem(last=False)
-        return resolved
-
-    def _note(self, path: str, error: CorruptAdapter) -> None:
-        """Logs a damage once, and counts it."""
-        with self._lock:
-            known = self._damaged.get(path)
-            self._damaged[path] = str(error)
-        if known != str(error):
-            logger.error("%s", error)
-
     def _forget(self, tenant: str, id: str) -> None:
-        with self._lock:
-            self._usage.pop(tenant, None)
-            self._damaged.pop(f"{tenant}/{id}", None)
-            for key in [key for key in self._resolved if key[0] == f"{tenant}/{id}"]:
-                del self._resolved[key]
+        self._usage.pop(tenant, None)
+        self.known.forget(tenant, id)
 
     def list(self, tenant: str) -> list[Resolved]:
         """All of `page`."""
         return self.page(tenant)[0]
-
-
-class Fetcher:
-    """Reads adapters for the engine's loaders: from the local disk if they have been here, else from the registry."""
-
-    def __init__(self, registry: Registry, disk: DiskCache | None = None) -> None:
-        self._registry = registry
-        self._disk = disk
-
-    def __call__(self, ref: AdapterRef) -> Adapter:
-        data = self._disk.get(ref.version) if self._disk is not None else None
-        if data is None:
-            data = self._registry.weights(self._registry.resolve(f"{ref.tenant}/{ref.id}", ref.version))
-            if self._disk is not None:
-                self._disk.put(data)
-        return load_adapter(data)
 
 
 def unknown(name: str) -> UnknownAdapter:
@@ -322,7 +263,7 @@ def unknown(name: str) -> UnknownAdapter:
 
 
 def _place(name: str, tenant: str) -> tuple[bool, str]:
-    """Where `tenant/id` stands in a list of `tenant`: its own come first."""
+    """The sort key of `tenant/id` in a list of `tenant`: its own come first."""
     return not name.startswith(f"{tenant}/"), name
 
 

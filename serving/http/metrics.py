@@ -1,6 +1,6 @@
-"""What `/metrics` tells: the HTTP side counted here, the engines' counters as they report them.
+"""What `/metrics` returns: HTTP requests counted here, and the engines' own counters.
 
-No label grows with adapters or tenants. Engines are told apart by `replica`.
+No label is an adapter or a tenant, so the number of series stays small. Engines are told apart by `replica`.
 """
 
 from collections.abc import Iterator, Mapping
@@ -34,7 +34,7 @@ class _Engines:
             count("images", "Images finished", stats.images, replica)
             count("queue_seconds", "Time requests waited before their first step", stats.queue_seconds, replica)
             for outcome in ("requests", "failed", "cancelled", "refused"):
-                count("jobs", "Requests by what became of them", getattr(stats, outcome), replica, ("outcome", outcome))
+                count("jobs", "Requests by outcome", getattr(stats, outcome), replica, ("outcome", outcome))
             for stage, seconds in stats.seconds.items():
                 count("stage_seconds", "Time of the compute thread by stage", seconds, replica, ("stage", stage))
             for event, number in stats.adapters.items():
@@ -67,17 +67,17 @@ class Metrics:
         )
         self.seconds = Histogram(
             "dreamfleet_http_seconds",
-            "Time to the end of the answer",
+            "Time to the end of the reply",
             ["route"],
             buckets=SECONDS,
             registry=self._registry,
         )
         self.damaged = Gauge(
             "dreamfleet_damaged_adapters",
-            "Adapters that lists pass over because a file of theirs cannot be read; the log names them",
+            "Adapters left out of lists because one of their files cannot be read; the log names them",
             registry=self._registry,
         )
-        self.open = Gauge("dreamfleet_http_open", "HTTP requests being answered", registry=self._registry)
+        self.open = Gauge("dreamfleet_http_open", "HTTP requests being handled", registry=self._registry)
 
     def render(self, reports: Mapping[str, EngineStats]) -> bytes:
         """Prometheus' text format."""

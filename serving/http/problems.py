@@ -1,4 +1,4 @@
-"""Errors as a client sees them: OpenAI's envelope, and which status each of our errors is."""
+"""Errors as a client sees them: OpenAI's envelope, and the HTTP status of each kind of error."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -20,11 +20,12 @@ from serving.errors import (
 )
 from serving.http.replies import KeyReused
 from training.errors import UserError
-from training.storage.registry import CorruptAdapter, CurrentVersion, UnknownAdapter
+from training.storage.registry import CorruptAdapter, CurrentVersion
 from training.storage.storage import StorageError
+from training.storage.version import UnknownAdapter
 
 logger = logging.getLogger(__name__)
-REQUEST_ID: ContextVar[str] = ContextVar("request_id", default="-")  # of the request that is being answered
+REQUEST_ID: ContextVar[str] = ContextVar("request_id", default="-")  # of the request that is being handled
 # OpenAI's names of what pydantic finds; `{}` is integer or decimal
 _CODES = {
     "missing": "missing_required_parameter",
@@ -42,7 +43,7 @@ _CODES = {
 
 
 class ApiError(Exception):
-    """An error that already knows how it is told."""
+    """An error with its status and envelope."""
 
     def __init__(self, status: int, message: str, *, param: str | None = None, code: str | None = None) -> None:
         super().__init__(message)
@@ -51,7 +52,7 @@ class ApiError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """A status and what goes into the envelope."""
+    """An HTTP status and what goes into the envelope."""
 
     status: int
     message: str
@@ -60,6 +61,7 @@ class Problem:
     headers: dict[str, str] = field(default_factory=dict)
 
     def body(self) -> dict[str, Any]:
+        """OpenAI's envelope: `{"error": {message, type, param, code}}`."""
         kind = "server_error" if self.status >= 500 else "invalid_request_error"
         if self.status == 429:
             kind = "insufficient_quota" if self.code == "insufficient_quota" else "requests"
@@ -69,7 +71,7 @@ class Problem:
 
 
 def describe(error: BaseException) -> Problem:
-    """How any exception is told. What we did not expect is logged, and its text stays here."""
+    """The problem that any exception is. An unexpected one is logged, and the client does not get its text."""
     match error:
         case ApiError():
             return error.problem
@@ -95,7 +97,9 @@ def describe(error: BaseException) -> Problem:
             return Problem(422, message, param="Idempotency-Key", code="idempotency_error")
         case StorageError():
             logger.error("request %s: storage: %s", REQUEST_ID.get(), error)
-            return Problem(503, "The storage does not answer; try again.", code="storage", headers={"Retry-After": "5"})
+            return Problem(
+                503, "The storage cannot be reached; try again.", code="storage", headers={"Retry-After": "5"}
+            )
         case GenerationFailed():
             logger.error("request %s: %s", REQUEST_ID.get(), error)  # the engine's own log has the traceback
             return Problem(500, str(error), code="generation_failed")
@@ -114,7 +118,7 @@ def describe(error: BaseException) -> Problem:
 
 
 def _invalid(errors: Sequence[Mapping[str, Any]]) -> Problem:
-    """A body that does not fit: the first error names the field, the message tells all."""
+    """The problem of an invalid body: `param` is the field of the first error, the message lists all."""
     told = []
     for error in errors[:8]:
         where = _field(error)
@@ -153,5 +157,5 @@ def _short(value: object) -> str:
 
 
 def _whole(text: str | None) -> str | None:
-    """`text` as an answer can hold it: half characters that a client sent are shown as escapes."""
+    """`text` as a reply can hold it: lone surrogates that a client sent are shown as escapes."""
     return None if text is None else text.encode(errors="backslashreplace").decode()

@@ -1,6 +1,6 @@
-"""Answers by `Idempotency-Key`: a request that is sent again gets the first one's answer, and is not made twice.
+"""Replies by `Idempotency-Key`: a request that is sent again gets the first one's reply, and is not worked on twice.
 
-For one event loop. A client that disconnects does not stop work that has a key, since its retry will ask for it.
+For one event loop. A disconnect does not stop a request that has a key, since the client's retry will ask for it.
 """
 
 import asyncio
@@ -28,13 +28,13 @@ class _Reply(Generic[T]):
 
 
 class Replies(Generic[T]):
-    """Keeps answers for ten minutes, the last 256 in all and 32 of a tenant. Failures are not kept."""
+    """Keeps replies for ten minutes, the last 256 in all and 32 of a tenant. Failures are not kept."""
 
     def __init__(self) -> None:
         self._replies: OrderedDict[tuple[str, str], _Reply[T]] = OrderedDict()
 
     async def once(self, tenant: str, key: str, digest: str, make: Callable[[], Coroutine[Any, Any, T]]) -> T:
-        """The answer under `key`, made at most once. Raises KeyReused if the key came with another `digest`."""
+        """The reply under `key`, made at most once. Raises KeyReused if the key came with another `digest`."""
         self._clean()
         reply = self._replies.get((tenant, key))
         if reply is None:

@@ -1,6 +1,6 @@
-"""What the routes of the HTTP app share: the engines behind it, and who asks.
+"""What the routes of the HTTP app share: the engines behind it, and who calls.
 
-`Generate` is the seam: a local engine loop, a Ray handle or a test's stand-in is behind it.
+`Generate` is what an app needs of an engine: it is a local engine loop, a Ray handle or a test's stand-in.
 """
 
 import asyncio
@@ -15,13 +15,13 @@ from typing import Protocol, TypeVar
 from fastapi import Request
 
 from serving.engine.job import EngineStats
-from serving.engine.request import AdapterRef, Event, GenerateRequest, Picture
+from serving.engine.request import AdapterRef, Event, FinishedPicture, GenerateRequest
 from serving.http.access.tenants import Keys, Quota, Scope
 from serving.http.infotext import infotext, with_infotext
 from serving.http.intake import Intake
 from serving.http.metrics import Metrics
 from serving.http.problems import ApiError
-from training.storage.registry import DEFAULT_TENANT
+from training.storage.version import DEFAULT_TENANT
 
 Generate = Callable[[GenerateRequest], AsyncIterator[Event]]
 T = TypeVar("T")
@@ -32,10 +32,10 @@ class Engines(Protocol):
     """What the app needs of all engines at once."""
 
     async def forget(self, ref: AdapterRef) -> None:
-        """A version is deleted or replaced, on every engine."""
+        """Drops a version that is deleted or replaced, on every engine."""
 
     async def preload(self, ref: AdapterRef) -> None:
-        """A version will be wanted soon."""
+        """Brings a version that will be wanted soon into every engine's host memory."""
 
     async def stats(self) -> Mapping[str, EngineStats]:
         """The counters of each engine, by replica."""
@@ -58,25 +58,25 @@ class Service:
     async def events(self, wanted: GenerateRequest) -> AsyncGenerator[Event, None]:
         """The events of a request, counted for its tenant; leaving them early cancels it. Raises QueueFull.
 
-        PNG files of finished pictures hold what made them, where the server is set up so.
+        PNG files of finished pictures hold their settings, where the server is configured so.
         """
         with self.quota.request(wanted.tenant):
             events = self.generate(wanted)
             try:
                 async for event in events:
-                    yield self._signed(event, wanted) if isinstance(event, Picture) else event
+                    yield self._signed(event, wanted) if isinstance(event, FinishedPicture) else event
             finally:
                 if isinstance(events, AsyncGenerator):
                     await events.aclose()
 
-    def _signed(self, picture: Picture, wanted: GenerateRequest) -> Picture:
+    def _signed(self, picture: FinishedPicture, wanted: GenerateRequest) -> FinishedPicture:
         if wanted.output_format != "png" or not self.intake.spec.picture_parameters:
             return picture
         text = infotext(wanted, picture.seed, self.intake.library.base, self.intake.library.base_hash)
         return picture.model_copy(update={"data": with_infotext(picture.data, text)})
 
     def tenant(self, request: Request, scope: Scope | None = None) -> str:
-        """Whose request this is. Raises ApiError: 401 without a valid key, 403 if the key is not good for `scope`."""
+        """The tenant of a request's key. Raises ApiError: 401 without a valid key, 403 if the key lacks `scope`."""
         if self.keys is None:
             return DEFAULT_TENANT
         token = _token(request.headers.get("authorization", ""))
@@ -99,7 +99,7 @@ class Service:
 
 
 def service_of(request: Request) -> Service:
-    """The service of the app that answers `request`."""
+    """The service of the app that handles `request`."""
     service: Service = request.app.state.service
     return service
 

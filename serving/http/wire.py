@@ -1,4 +1,4 @@
-"""What goes over HTTP: bodies and answers, as OpenAI's images API has them and a little more. Knows no torch.
+"""What goes over HTTP: bodies and replies, as OpenAI's images API has them, with some additions. Knows no torch.
 
 Bodies are closed: an unknown field is an error that names it. Limits that depend on the server are checked in
 `intake.py`; here is only what holds for every server.
@@ -12,8 +12,8 @@ from serving.engine.request import MAX_SEED, ImageFormat
 from training.base.facts import SamplerName
 from training.storage.closed import Closed
 
-# No string is longer than its field may be, whatever the server's own limits are: looked at before anything else is
-# done with it. A length is also what makes pydantic refuse a lone surrogate, which no encoder and no answer can hold.
+# Every string has a largest length, whatever the server's own limits are: pydantic checks it before anything else. It
+# is also what makes pydantic refuse a lone surrogate, which no encoder and no reply can hold.
 MAX_PROMPT = 20_000
 MAX_NAME = 300
 MAX_PICTURE = 96 * 2**20  # base64 of the largest picture
@@ -39,7 +39,7 @@ class WornAdapter(Closed):
 
 
 class ImagesBody(Closed):
-    """`POST /v1/images/generations`. Fields that OpenAI's models know and ours do not use are accepted and ignored."""
+    """`POST /v1/images/generations`. Fields that only OpenAI's own models use are accepted and ignored."""
 
     model_config = ConfigDict(
         json_schema_extra={
@@ -77,7 +77,7 @@ class ImagesBody(Closed):
     quality: Literal["low", "medium", "high", "xhigh", "max", "auto", "standard", "hd"] | None = None
     style: Literal["vivid", "natural"] | None = None
     safety_identifier: Name | None = None
-    # ours
+    # additions
     adapters: tuple[WornAdapter, ...] | None = Field(None, description="the mix; with that of `model`, if it names one")
     negative_prompt: Prompt | None = None
     seed: int | None = Field(None, ge=0, le=MAX_SEED)
@@ -85,11 +85,11 @@ class ImagesBody(Closed):
     guidance_scale: float | None = Field(None, ge=0, le=100)
     scheduler: SamplerName | None = None
     image: str | None = Field(None, max_length=MAX_PICTURE, description="a picture to start from, base64 or a data URL")
-    strength: float | None = Field(None, gt=0, le=1, description="how much of `image` is made anew")
+    strength: float | None = Field(None, gt=0, le=1, description="how much of `image` is redrawn: 1 is all of it")
 
 
 class UsedAdapter(BaseModel):
-    """Which version was worn."""
+    """A version that was used, and its weight."""
 
     id: str
     version: str
@@ -97,7 +97,7 @@ class UsedAdapter(BaseModel):
 
 
 class ImageData(BaseModel):
-    """One image, and what it takes to make it again."""
+    """One image, with the settings that make it again."""
 
     b64_json: str
     seed: int
@@ -105,11 +105,13 @@ class ImageData(BaseModel):
 
 
 class TokenDetails(BaseModel):
+    """Tokens by what they stand for."""
+
     text_tokens: int
     image_tokens: int
 
 
-class Usage(BaseModel):
+class TokenUsage(BaseModel):
     """What a request took: text in tokens of the base's tokenizer, images in latent cells."""
 
     input_tokens: int
@@ -120,7 +122,7 @@ class Usage(BaseModel):
 
 
 class ImagesAnswer(BaseModel):
-    """OpenAI's images answer."""
+    """OpenAI's reply with images."""
 
     created: int = Field(description="seconds since the epoch")
     data: list[ImageData]
@@ -128,7 +130,7 @@ class ImagesAnswer(BaseModel):
     size: str
     output_format: ImageFormat
     background: Literal["opaque"] = "opaque"
-    usage: Usage
+    usage: TokenUsage
 
 
 class PartialImage(BaseModel):
@@ -160,10 +162,10 @@ class CompletedImage(BaseModel):
     output_format: ImageFormat
     quality: Literal["auto"] = "auto"
     background: Literal["opaque"] = "opaque"
-    usage: Usage = Field(description="of this image; the prompts count with image 0")
+    usage: TokenUsage = Field(description="of this image; the prompts count with image 0")
 
 
-class Model(BaseModel):
+class ModelInfo(BaseModel):
     """A base, or an adapter on it, as OpenAI lists models."""
 
     id: str
@@ -172,9 +174,11 @@ class Model(BaseModel):
     owned_by: str
 
 
-class Models(BaseModel):
+class ModelPage(BaseModel):
+    """A page of a list of models; the next one begins after the last id."""
+
     object: Literal["list"] = "list"
-    data: list[Model]
+    data: list[ModelInfo]
     has_more: bool = False
 
 
@@ -200,7 +204,7 @@ class AdapterDetails(AdapterInfo):
 
 
 class AdapterChange(Closed):
-    """`PATCH /v1/adapters/{id}`: what belongs to an adapter, not to a version. What is left out stays."""
+    """`PATCH /v1/adapters/{id}`: what belongs to an adapter, not to a version. Fields left out stay as they are."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"public": False}]})
 
@@ -211,7 +215,7 @@ class AdapterChange(Closed):
     )
 
 
-class Adapters(BaseModel):
+class AdapterPage(BaseModel):
     """A page of a list: the next one begins `after` its `last_id`."""
 
     object: Literal["list"] = "list"
@@ -234,6 +238,8 @@ class AdapterVersion(BaseModel):
 
 
 class AdapterVersions(BaseModel):
+    """All versions of an adapter, newest first."""
+
     object: Literal["list"] = "list"
     data: list[AdapterVersion]
 
@@ -247,12 +253,16 @@ class AdapterFile(BaseModel):
 
 
 class AdapterFiles(BaseModel):
+    """The files of a version."""
+
     object: Literal["list"] = "list"
     version: str
     data: list[AdapterFile]
 
 
 class Deleted(BaseModel):
+    """What has been deleted."""
+
     id: str
     object: Literal["adapter", "adapter.version"] = "adapter"
     deleted: Literal[True] = True
@@ -266,6 +276,8 @@ class Health(BaseModel):
 
 
 class ErrorDetail(BaseModel):
+    """What was wrong; `param` is the field, `code` what programs go by."""
+
     message: str
     type: str
     param: str | None = None

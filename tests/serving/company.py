@@ -8,10 +8,10 @@ from torch import Tensor
 
 from serving.config import EngineSpec
 from serving.engine.engine import Engine
-from serving.engine.job import Done, Failed, Job
+from serving.engine.job import Done, Job, JobFailed
 from serving.engine.request import AdapterRef, AdapterUse, GenerateRequest
 from training.adapters.adapter import Adapter, LowRank
-from training.adapters.bank import find_sites
+from training.adapters.layout import find_sites
 from training.base.base import Base
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
@@ -88,7 +88,7 @@ def run(engine: Engine, jobs: Iterable[Job], between: Callable[[int], None] = la
                 if len(images[outcome.job]) == outcome.job.request.count:
                     ends[outcome.job] = torch.stack([images[outcome.job][i] for i in sorted(images[outcome.job])])
                     left.discard(outcome.job)
-            elif isinstance(outcome, Failed) and outcome.job in images:
+            elif isinstance(outcome, JobFailed) and outcome.job in images:
                 ends[outcome.job] = outcome.error
                 left.discard(outcome.job)
         if not left:

@@ -18,7 +18,7 @@ from tools.pocket.recipe import BASE
 from tools.pocket.sampler import generate
 from tools.pocket.subjects import SUBJECTS
 from tools.pocket.vae import build, fold
-from training.evaluation.judges.pocket import Judge, JudgeConfig, load_judge, save_judge
+from training.evaluation.judges.pocket import JudgeConfig, JudgeNet, load_judge, save_judge
 
 
 def sprite() -> np.ndarray:
@@ -95,7 +95,7 @@ def test_the_shipped_base_stays_small() -> None:
 
 def test_a_judge_survives_its_file(tmp_path: Path) -> None:
     config = JudgeConfig(classes=("dog", "cat"), places=("grass",), colours=("red", "blue"), widths=(8, 8))
-    judge = Judge(config)
+    judge = JudgeNet(config)
     save_judge(judge, tmp_path)
     held = load_judge(tmp_path)
     assert held.config == config

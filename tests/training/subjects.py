@@ -6,7 +6,8 @@ from typing import Any
 import torch
 import yaml
 
-from training.manifest.manifest import SubjectSpec, parse_manifest
+from training.manifest.manifest import parse_manifest
+from training.manifest.subject import SubjectSpec
 from training.trainer.latents import LatentSet, Posterior, posteriors
 from training.trainer.member import Subject
 

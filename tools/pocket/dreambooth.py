@@ -26,7 +26,8 @@ from tools.pocket.recipe import DEMO_IMAGES, IMAGE_PX, WORK
 from tools.pocket.subjects import SUBJECTS, Subject, picture
 from training.adapters.adapter import Adapter
 from training.base.base import Base, load_base
-from training.manifest.manifest import SubjectSpec, parse_manifest
+from training.manifest.manifest import parse_manifest
+from training.manifest.subject import SubjectSpec
 from training.photos.photos import Photo
 from training.sampling.render import BARE, Look, Shot, adapter_bank, render
 from training.storage.storage import open_storage

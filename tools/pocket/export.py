@@ -15,10 +15,12 @@ from safetensors.torch import load_file, save_file
 from tools.pocket import score, tokenizer, train
 from tools.pocket.card import card
 from tools.pocket.recipe import BASE
+from training.base.facts import DEFAULTS_FILE
 
 log = logging.getLogger(__name__)
 
 MAX_BYTES = 25_000_000
+RECOMMENDED = {"steps": 20, "guidance_scale": 3.0, "sampler": "ddim", "judge": "pocket-judge"}
 
 
 def newest() -> Path:
@@ -55,6 +57,7 @@ def write(source: Path, folder: Path) -> int:
     load_as_float(folder / "text_encoder")
     for part in ("unet", "vae", "text_encoder"):
         forget_origin(folder / part / "config.json")
+    (folder / DEFAULTS_FILE).write_text(json.dumps(RECOMMENDED) + "\n")
     return images
 
 

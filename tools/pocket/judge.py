@@ -20,7 +20,7 @@ from tools.pocket.pool import UNSEEN
 from tools.pocket.recipe import JUDGE, SEED
 from tools.pocket.subjects import SUBJECTS, picture
 from tools.pocket.vae import to_tensor
-from training.evaluation.judges.pocket import Judge, JudgeConfig, load_judge, save_judge
+from training.evaluation.judges.pocket import JudgeConfig, JudgeNet, load_judge, save_judge
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +62,7 @@ def roughen(images: Tensor, generator: torch.Generator) -> Tensor:
     return (images * (0.9 + 0.2 * draws[4])).clamp(-1, 1)
 
 
-def accuracy(judge: Judge, images: Tensor, labels: Tensor) -> dict[str, float]:
+def accuracy(judge: JudgeNet, images: Tensor, labels: Tensor) -> dict[str, float]:
     with torch.no_grad():
         heads = [torch.cat([judge(part)[head] for part in images.split(200)]) for head in range(3)]
     found = {}
@@ -72,7 +72,7 @@ def accuracy(judge: Judge, images: Tensor, labels: Tensor) -> dict[str, float]:
     return found
 
 
-def unseen_subjects(judge: Judge) -> float:
+def unseen_subjects(judge: JudgeNet) -> float:
     """How often the class of a two-coloured drawing that the judge never saw is read right."""
     images = np.stack([np.asarray(picture(s, place, 7)) for s in SUBJECTS for place in PLACE_NAMES])
     truth = torch.tensor([CLASSES.index(s.noun) for s in SUBJECTS for _ in PLACE_NAMES])
@@ -80,9 +80,9 @@ def unseen_subjects(judge: Judge) -> float:
         return round(float((judge(to_tensor(images))[0].argmax(1) == truth).float().mean()), 4)
 
 
-def train() -> Judge:
+def train() -> JudgeNet:
     torch.manual_seed(SEED)
-    judge = Judge(JudgeConfig(classes=CLASSES, places=PLACE_NAMES, colours=COLOUR_NAMES))
+    judge = JudgeNet(JudgeConfig(classes=CLASSES, places=PLACE_NAMES, colours=COLOUR_NAMES))
     pixels, labels = drawn(0, PICTURES)
     optimizer = torch.optim.AdamW(judge.parameters(), lr=LEARNING_RATE, weight_decay=0.02)
     generator = torch.Generator().manual_seed(SEED)
@@ -104,7 +104,7 @@ def train() -> Judge:
     return judge.eval()
 
 
-def scores(judge: Judge) -> dict[str, float]:
+def scores(judge: JudgeNet) -> dict[str, float]:
     pixels, labels = drawn(UNSEEN, HELD_OUT_PICTURES)
     return accuracy(judge, to_tensor(pixels), labels) | {"class_of_unseen_subjects": unseen_subjects(judge)}
 

@@ -29,6 +29,7 @@ _SUFFIXES = {
     "unet": (".lora.down.weight", ".lora.up.weight"),
     "text_encoder": (".lora_linear_layer.down.weight", ".lora_linear_layer.up.weight"),
     "text_encoder_2": (".lora_linear_layer.down.weight", ".lora_linear_layer.up.weight"),
+    "transformer": (".lora_A.weight", ".lora_B.weight"),
 }
 _TOKEN = re.compile(r"[^\s\x00-\x1f\x7f]{1,64}")
 
@@ -193,7 +194,7 @@ def _component(name: str) -> str:
     component, _, path = name.partition(".")
     if component not in _SUFFIXES or not path:
         raise AdapterError(f"Module {name!r} belongs to no known component: {', '.join(_SUFFIXES)}.")
-    if component != "unet" and not path.startswith("text_model.") and path != "text_projection":
+    if component.startswith("text_encoder") and not path.startswith("text_model.") and path != "text_projection":
         raise AdapterError(f"Module {name!r} is not canonical: expected {component}.text_model.{path}.")
     return component
 

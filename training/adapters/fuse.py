@@ -1,5 +1,6 @@
 """An adapter fused into its base: a full model folder that needs no adapter, for programs that know none."""
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -8,9 +9,10 @@ import torch
 from diffusers import DiffusionPipeline
 
 from training.adapters.adapter import Adapter
-from training.adapters.bank import find_sites
+from training.adapters.layout import find_sites
 from training.adapters.merge import merge_adapters
 from training.base.base import Base, load_base
+from training.base.facts import DEFAULTS_FILE
 from training.base.files.weights import find_weights
 from training.errors import UserError
 from training.storage.delivery import delivered
@@ -32,7 +34,7 @@ def fuse_base(base_name: str, parts: Sequence[tuple[Adapter, float]], out: Path,
     """
     if out.exists() and any(out.iterdir()):
         raise UserError(f"'{out}' is not empty. Name a new folder.")
-    adapter = merge_adapters(parts)
+    adapter = merge_adapters(parts) if parts else Adapter({})
     base = load_base(base_name, device="cpu", root=root)
     _add_deltas(base, adapter)
     variant = find_weights(base.folder, base.facts.denoiser).variant
@@ -40,6 +42,8 @@ def fuse_base(base_name: str, parts: Sequence[tuple[Adapter, float]], out: Path,
     words = {word: _add_word(pipeline, word, adapter.embeddings[word]) for word in sorted(adapter.embeddings)}
     with delivered(out) as folder:
         pipeline.to(torch.float16).save_pretrained(folder)
+        if (base.folder / DEFAULTS_FILE).is_file():
+            shutil.copy(base.folder / DEFAULTS_FILE, folder)
     return Fused(len(adapter.modules), words)
 
 

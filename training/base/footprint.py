@@ -15,30 +15,30 @@ PIXEL_BYTES = 90e6 / (128 * 256**2)
 RECOMPUTED = 0.15  # of a row's activations stays where they are recomputed
 
 MOST_PICTURES = 32
-PICTURE_CELLS = 2**14  # drawing shall not take more memory than training a few rows does
+PICTURE_CELLS = 2**14  # drawing may not take more memory than training a few rows
 VAE_PIXELS = 2**19
 
 
 def pictures_at_once(cells: int) -> int:
-    """How many pictures of so many latent cells are drawn in one batch."""
+    """How many pictures of `cells` latent cells are drawn in one batch."""
     return max(1, min(MOST_PICTURES, PICTURE_CELLS // cells))
 
 
 def images_at_once(pixels: int) -> int:
-    """How many images of so many pixels go through the VAE together."""
+    """How many images of `pixels` pixels the VAE takes in one batch."""
     return max(1, VAE_PIXELS // pixels)
 
 
 def training_bytes(rows: int, cells: int, cell_bytes: float, *, recompute: bool) -> float:
-    """What rows that train hold at the most."""
+    """Bytes that rows which train hold at most."""
     return rows * cells * cell_bytes * (RECOMPUTED if recompute else 1.0)
 
 
 def drawing_bytes(pictures: int, cells: int, cell_bytes: float) -> float:
-    """What drawing so many pictures, each with and without its prompt, holds at the most."""
+    """Bytes that drawing `pictures` pictures holds at most; each is drawn with and without its prompt."""
     return 2 * min(pictures, pictures_at_once(cells)) * cells * cell_bytes
 
 
 def vae_bytes(pixels: int, pixel_bytes: float) -> float:
-    """What the VAE holds at the most for images of so many pixels."""
+    """Bytes that the VAE holds at most for images of `pixels` pixels."""
     return images_at_once(pixels) * pixels * pixel_bytes

@@ -1,6 +1,6 @@
 """Textual-inversion words: `<s1>` in a prompt stands for vectors that were trained, not for a word of the base's.
 
-A prompt is cut at its words; the pieces between are tokenised as ever. Where a word stands, the text encoder's token
+A prompt is cut at its words; the pieces between are tokenised as usual. Where a word stands, the text encoder's token
 embedding is replaced by the word's vectors. Source: Gal et al. 2022.
 """
 
@@ -83,7 +83,7 @@ def _cut(prompt: str, words: Words) -> list[str]:
 
 @contextmanager
 def replacing(embedding: nn.Embedding, places: Sequence[Sequence[tuple[int, Tensor]]]) -> Iterator[None]:
-    """Inside, the embedding answers the trained vectors at their places; differentiable towards them."""
+    """Inside, the embedding returns the trained vectors at their places; differentiable towards them."""
     if not any(places):
         yield
         return

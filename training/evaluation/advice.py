@@ -6,7 +6,7 @@ from training.evaluation.choose import TIE, Candidate, Choice, overfits_after
 from training.manifest.axes import AXES
 from training.photos.photo_report import PhotoWarning
 
-# of the way from the plain class to a real photo, and from any prompt to the base's own answer
+# of the way from the plain class to a real photo, and from any prompt to the base's own picture
 LOW_LIKENESS, LOW_FIDELITY = 0.3, 0.6
 NOTABLE_DRIFT = 0.25
 # of what lies between the plain class and the same picture twice: photos nearer than this show one view

@@ -34,6 +34,7 @@ class Candidate:
 
     @property
     def alarms(self) -> list[str]:
+        """What speaks against this step, in words; empty if nothing does."""
         found = []
         if self.copying_limit is not None and self.copying > self.copying_limit:
             found.append(f"copies training photos ({self.copying:.2f} > {self.copying_limit:.2f})")

@@ -13,8 +13,9 @@ from PIL import Image, ImageDraw, ImageFont
 from training.adapters.adapter import Adapter
 from training.base.base import Base
 from training.evaluation import scores
-from training.evaluation.evaluate import PLACES, UNRELATED, mean_known
+from training.evaluation.exam import PLACES, UNRELATED
 from training.evaluation.judges.box import Judges
+from training.evaluation.reference import mean_known
 from training.sampling.render import BARE, Look, Shot, adapter_bank, render
 from training.storage.card import Card, Score
 
@@ -22,7 +23,7 @@ TILE_PX, LABEL_PX = 128, 20
 
 
 @dataclass(frozen=True)
-class Entry:
+class ComparedAdapter:
     """An adapter to compare: its name as people say it, its file's content, its card, photos of its subject."""
 
     name: str
@@ -52,11 +53,11 @@ class Comparison:
 
 
 def compare(
-    base: Base, entries: Sequence[Entry], judges: Judges, *, images: int = 2, steps: int = 20, guidance: float = 3.0
+    base: Base, entries: Sequence[ComparedAdapter], judges: Judges, *, images: int = 2, steps: int | None = None
 ) -> Comparison:
-    """Draws and scores `entries`; `images` seeds a prompt."""
+    """Draws and scores `entries`; `images` seeds a prompt. Guidance is the base's own, and `steps` where it is None."""
     bank = adapter_bank(base, [entry.adapter for entry in entries])
-    look = Look(steps, guidance, None)
+    look = Look(steps or base.facts.steps, base.facts.guidance_scale, None)
 
     def shots(slot: int, prompt: str, count: int) -> list[Shot]:
         return [Shot(slot, 1.0, prompt, seed, look) for seed in range(count)]
@@ -76,12 +77,16 @@ def compare(
     return Comparison(tuple(entry.name for entry in entries), tuple(found), firsts)
 
 
-def _unrelated(entry: Entry) -> str:
+def _unrelated(entry: ComparedAdapter) -> str:
     return next(prompt for prompt in UNRELATED if (entry.card.class_name or "") not in prompt.split())
 
 
 def _score(
-    entry: Entry, judges: Judges, pictures: Sequence[Sequence[Image.Image]], worn: Image.Image, bare: Image.Image
+    entry: ComparedAdapter,
+    judges: Judges,
+    pictures: Sequence[Sequence[Image.Image]],
+    worn: Image.Image,
+    bare: Image.Image,
 ) -> list[Score]:
     flat = [image for group in pictures for image in group]
     prompts = [prompt for (_, prompt), group in zip(entry.prompts(), pictures, strict=True) for _ in group]

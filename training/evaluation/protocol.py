@@ -41,7 +41,7 @@ class PaperRow(Closed):
     clip_t: float | None = Field(None, alias="CLIP-T")
 
 
-class Prompts(Closed):
+class ProtocolPrompts(Closed):
     """The prompts for all subjects, for objects and for live ones."""
 
     both: tuple[str, ...]
@@ -58,10 +58,11 @@ class Protocol(Closed):
     paper: tuple[PaperRow, ...]
     objects: dict[str, str]
     live: dict[str, str]
-    prompts: Prompts
+    prompts: ProtocolPrompts
 
     @property
     def subjects(self) -> dict[str, str]:
+        """The class noun of every subject, by its name."""
         return {**self.objects, **self.live}
 
     def prompts_of(self, subject: str, token: str) -> tuple[str, ...]:
@@ -72,7 +73,7 @@ class Protocol(Closed):
 
 
 @dataclass(frozen=True)
-class Row:
+class JudgedImage:
     """One picture and what it scored. `likeness` is the mean cosine to all photos of its subject."""
 
     subject: str
@@ -87,7 +88,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Sitting:
+class ProtocolSubject:
     """A subject to be evaluated: its adapter (scale folded in), the token it was trained with, its photos."""
 
     subject: str
@@ -97,11 +98,11 @@ class Sitting:
 
 
 @dataclass(frozen=True)
-class Judged:
+class JudgedSubject:
     """One subject done: its rows, its contact sheet (PNG), how alike its real photos are, and Inception's features."""
 
     subject: str
-    rows: tuple[Row, ...]
+    rows: tuple[JudgedImage, ...]
     sheet: bytes
     ceiling: float
     drawn_NE: Tensor | None = None
@@ -120,14 +121,14 @@ def load_protocol(name: str) -> Protocol:
 def run_protocol(
     base: Base,
     protocol: Protocol,
-    sittings: Sequence[Sitting],
+    sittings: Sequence[ProtocolSubject],
     judges: Judges,
     *,
     look: Look,
     images: int | None = None,
     inception: "Inception | None" = None,
     alive: Callable[[str, int, int], None] | None = None,
-) -> Iterator[Judged]:
+) -> Iterator[JudgedSubject]:
     """Evaluates subject after subject; all pictures of one are drawn in mixed batches. `images` a prompt."""
     for sitting in sittings:
         one, pictures = _sit(base, protocol, sitting, judges, look, images or protocol.images, alive)
@@ -140,12 +141,12 @@ def run_protocol(
 def _sit(
     base: Base,
     protocol: Protocol,
-    sitting: Sitting,
+    sitting: ProtocolSubject,
     judges: Judges,
     look: Look,
     images: int,
     alive: Callable[[str, int, int], None] | None,
-) -> tuple[Judged, list[Image.Image]]:
+) -> tuple[JudgedSubject, list[Image.Image]]:
     prompts = protocol.prompts_of(sitting.subject, sitting.token)
     bare = protocol.prompts_of(sitting.subject, "")
     shots = [Shot(0, 1.0, prompt, seed, look) for prompt in prompts for seed in range(images)]
@@ -161,7 +162,7 @@ def _sit(
     agreed = judges.fidelity.agree(pictures, [text for text in bare for _ in range(images)]).tolist()
     kind: Literal["object", "live"] = "live" if sitting.subject in protocol.live else "object"
     rows = tuple(
-        Row(
+        JudgedImage(
             sitting.subject,
             protocol.subjects[sitting.subject],
             kind,
@@ -175,10 +176,10 @@ def _sit(
         for shot, like, agree in zip(shots, alike, agreed, strict=True)
     )
     groups = [(prompt, pictures[at * images : (at + 1) * images]) for at, prompt in enumerate(prompts)]
-    return Judged(sitting.subject, rows, contact_sheet(groups), scores.mutual_likeness(photos_PE)), pictures
+    return JudgedSubject(sitting.subject, rows, contact_sheet(groups), scores.mutual_likeness(photos_PE)), pictures
 
 
-def distances(judged: Sequence[Judged], name: str) -> list[str]:
+def distances(judged: Sequence[JudgedSubject], name: str) -> list[str]:
     """FID and KID of all pictures to all photos, in words with their model's name; empty where nobody measured."""
     drawn = [one.drawn_NE for one in judged if one.drawn_NE is not None]
     real = [one.photos_NE for one in judged if one.photos_NE is not None]
@@ -195,13 +196,13 @@ def distances(judged: Sequence[Judged], name: str) -> list[str]:
     ]
 
 
-def write_parquet(rows: Sequence[Row], path: Path) -> None:
+def write_parquet(rows: Sequence[JudgedImage], path: Path) -> None:
     """All rows, one a picture, as Parquet."""
-    columns = {name: [getattr(row, name) for row in rows] for name in Row.__dataclass_fields__}
+    columns = {name: [getattr(row, name) for row in rows] for name in JudgedImage.__dataclass_fields__}
     pyarrow.parquet.write_table(pyarrow.table(columns), path, compression="zstd")
 
 
-def table(protocol: Protocol, judged: Sequence[Judged]) -> list[dict[str, str]]:
+def table(protocol: Protocol, judged: Sequence[JudgedSubject]) -> list[dict[str, str]]:
     """Lines to print: ours first, with the standard error over subjects, then the paper's, each column a model's."""
     rows = [row for one in judged for row in one.rows]
     if not rows:

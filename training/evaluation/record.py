@@ -19,7 +19,7 @@ from training.storage.card import Score
 from training.storage.closed import Closed
 from training.storage.interface import NotFound
 
-if TYPE_CHECKING:  # whoever only reads records needs no torch
+if TYPE_CHECKING:  # reading records needs no torch
     from training.evaluation.evaluate import Evaluation
 
 TILE_PX = 96
@@ -56,6 +56,7 @@ class Record(Closed):
 
 
 def make_record(evaluation: "Evaluation", found: Photos, held_out: Sequence[Photo]) -> Record:
+    """What a run keeps about a judged subject."""
     candidates = sorted(evaluation.candidates, key=lambda candidate: candidate.step)
     chosen = evaluation.choice
     numbers = {score.name: score.value for score in evaluation.scores if score.step in (None, chosen.step)}

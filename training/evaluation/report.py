@@ -25,7 +25,7 @@ LOW_BALANCE = 0.5
 
 
 @dataclass(frozen=True)
-class Row:
+class ImageStrip:
     """A row of pictures: what it is, a data URI, how many tiles, and whether it was chosen or rejected."""
 
     label: str
@@ -52,19 +52,20 @@ class Story:
     record: Record | None
     looks: tuple[str, ...]
     urgency: float
-    photos: Row | None
-    rows: tuple[Row, ...]
+    photos: ImageStrip | None
+    rows: tuple[ImageStrip, ...]
     svg: str
     cells: tuple[Cell, ...]
 
     @property
     def landmarks(self) -> tuple[str, ...]:
+        """The scores without a step: floors, ceilings and limits, in words."""
         scores = self.record.scores if self.record is not None else ()
         return tuple(f"{s.name.replace('_', ' ')} {s.value:.3f} ({s.model})" for s in scores if s.step is None)
 
 
 def write_report(run: RunStore) -> str:
-    """Writes the page beside the run and answers its key."""
+    """Writes the page beside the run and returns its key."""
     key = f"runs/{run.run}/report.html"
     run.storage.put(key, render_report(run).encode())
     return key
@@ -112,8 +113,8 @@ def _counted(warnings: int) -> tuple[str, ...]:
 
 def _story(run: RunStore, state: SubjectRecord, record: Record | None, with_pictures: bool) -> Story:
     urgency, looks = needs_a_look(state, record)
-    photos: Row | None = None
-    rows: tuple[Row, ...] = ()
+    photos: ImageStrip | None = None
+    rows: tuple[ImageStrip, ...] = ()
     if record is not None and with_pictures:
         kept = _rows(run, state.id, "photos.webp", ["photos"], [len(record.photos) + len(record.held_out)])
         photos = kept[0] if kept else None
@@ -124,7 +125,7 @@ def _story(run: RunStore, state: SubjectRecord, record: Record | None, with_pict
     return Story(state, record, looks, urgency, photos, rows, svg, _cells(record))
 
 
-def _rows(run: RunStore, id: str, name: str, labels: Sequence[str], tiles: Sequence[int]) -> tuple[Row, ...]:
+def _rows(run: RunStore, id: str, name: str, labels: Sequence[str], tiles: Sequence[int]) -> tuple[ImageStrip, ...]:
     """A kept sheet, cut into its rows."""
     try:
         sheet = Image.open(io.BytesIO(run.storage.get(run.subject_key(id, "evaluation", name))))
@@ -136,14 +137,14 @@ def _rows(run: RunStore, id: str, name: str, labels: Sequence[str], tiles: Seque
         buffer = io.BytesIO()
         sheet.crop(box).save(buffer, "WEBP", quality=80)
         uri = "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
-        found.append(Row(label, uri, box[2] // TILE_PX))
+        found.append(ImageStrip(label, uri, box[2] // TILE_PX))
     return tuple(found)
 
 
-def _marked(row: Row, record: Record) -> Row:
+def _marked(row: ImageStrip, record: Record) -> ImageStrip:
     step = int(row.label.removeprefix("step ")) if row.label.startswith("step ") else -1
     mark = "chosen" if step == record.chosen else "rejected" if step in record.rejected else ""
-    return Row(row.label, row.uri, row.tiles, mark)
+    return ImageStrip(row.label, row.uri, row.tiles, mark)
 
 
 def _cells(record: Record | None) -> tuple[Cell, ...]:

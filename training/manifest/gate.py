@@ -55,6 +55,7 @@ class Condition(NamedTuple):
     bound: float
 
     def holds(self, value: float) -> bool:
+        """Whether a score meets the condition."""
         return {
             ">=": value >= self.bound,
             "<=": value <= self.bound,
@@ -98,6 +99,7 @@ class GateSpec(Closed):
 
     @property
     def conditions(self) -> dict[str, Condition]:
+        """The conditions that are set, by the score's name."""
         return {name: parse_condition(text) for name, text in self if text is not None}
 
 
@@ -105,11 +107,16 @@ class Scored(Protocol):
     """A score as the gate reads it; `training.storage.card.Score` is one."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """What was measured."""
+
     @property
-    def value(self) -> float: ...
+    def value(self) -> float:
+        """The number."""
+
     @property
-    def model(self) -> str: ...
+    def model(self) -> str:
+        """The model that gave it."""
 
 
 def failures(gate: GateSpec, scores: Sequence[Scored]) -> list[str]:

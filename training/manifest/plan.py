@@ -10,7 +10,8 @@ from typing import Literal
 
 from training.base.files.outline import Outline
 from training.base.footprint import MOST_PICTURES, PROCESS_BYTES, STATE_BYTES, drawing_bytes, training_bytes, vae_bytes
-from training.manifest.manifest import Manifest, SubjectSpec, ZeroSpec
+from training.manifest.manifest import Manifest
+from training.manifest.subject import SubjectSpec, ZeroSpec
 from training.storage.closed import Closed
 
 MAX_ROWS = 32  # rows of one fused batch: throughput has flattened by there
@@ -61,6 +62,7 @@ class Plan(Closed):
 
 
 def profile_of(subject: SubjectSpec, base: Outline) -> Profile:
+    """What a subject must have in common with those it shares a pack with."""
     return Profile(
         resolution=subject.train.resolution or base.facts.resolution,
         targets=tuple(sorted(subject.lora.targets)),

@@ -12,7 +12,7 @@ from threading import Lock
 from typing import Any, NamedTuple
 
 from training.errors import UserError
-from training.manifest.manifest import SubjectSpec
+from training.manifest.subject import SubjectSpec
 from training.photos.photos import Photo, PhotoFile, Photos, list_photo_files, photos, subfolders
 from training.storage.file_hash import hash_file
 from training.storage.interface import Storage, masked

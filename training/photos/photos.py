@@ -18,7 +18,7 @@ from training.errors import UserError
 from training.photos.captions import captions
 from training.photos.photo_report import PhotoWarning, Seen, listed, report, shown
 from training.photos.variants import Crop, can_find_faces, find_face
-from training.storage.images import MIB, ImageError, ImageLimits, Picture, read_picture
+from training.storage.images import MIB, ImageError, ImageLimits, MaskedImage, read_picture
 
 # What lies beside photos and is none: notes, captions, metadata, other trainers' caches.
 SIDECARS = {".txt", ".caption", ".json", ".jsonl", ".csv", ".tsv", ".md", ".yaml", ".yml", ".toml", ".xmp", ".aae"}
@@ -43,6 +43,7 @@ class PhotoFile:
 
     @property
     def is_folder(self) -> bool:
+        """Whether it stands for a subfolder."""
         return self.name.endswith("/")
 
 
@@ -210,14 +211,14 @@ def _photo(file: PhotoFile, caption: str | None, limits: ImageLimits, resolution
     return Photo(file.name, kept.image, digest, picture.image.size, caption, kept.mask)
 
 
-def _reduced(picture: Picture, side_px: int) -> Picture:
+def _reduced(picture: MaskedImage, side_px: int) -> MaskedImage:
     """The picture with its shorter side at most `side_px`."""
     scale = side_px / min(picture.image.size)
     if scale >= 1:
         return picture
     size = (round(picture.image.width * scale), round(picture.image.height * scale))
     mask = None if picture.mask is None else picture.mask.resize(size, Image.Resampling.LANCZOS)
-    return Picture(picture.image.resize(size, Image.Resampling.LANCZOS), mask)
+    return MaskedImage(picture.image.resize(size, Image.Resampling.LANCZOS), mask)
 
 
 def _report(good: Sequence[Photo], resolution: int, crop: Crop) -> tuple[PhotoWarning, ...]:

@@ -20,6 +20,7 @@ def wanted(store: RunStore) -> list[str] | None:
 
 
 def forget(store: RunStore) -> None:
+    """Takes the wish to cancel back, once it has been passed on."""
     store.storage.delete(_key(store))
 
 

@@ -1,6 +1,6 @@
 """Law 8: whatever goes wrong with one subject is a result, a kind and a reason; it costs no other subject a step.
 
-Knows no torch. A broken gang is nobody's fault: it goes through, and the gang starts again.
+Knows no torch. A broken gang is no subject's fault: `GangBroken` is raised on, and the gang starts again.
 """
 
 import logging

@@ -1,5 +1,5 @@
-"""Who does what only one shall do: drive a run, make what is cached. One leads; the others look on, and take over when
-it is dead.
+"""Leader election on a storage: only one process drives a run, or makes what is cached. The others wait, and take over
+when it is dead.
 
 A key of the storage is compare-and-swapped. It holds no time: a leader is dead when its process is known to be, or when
 its key has not changed for a while on the observer's own clock. So clocks may jump and differ.
@@ -50,7 +50,7 @@ class Lead:
         self._seen: tuple[str, float] | None = None
 
     def acquire(self) -> Leader | None:
-        """Takes the lead. Answers None, or the process that leads and lives."""
+        """Takes the lead. Returns None, or the living process that leads."""
         leader, tag = self._read()
         if leader is not None and not leader.done and self._lives(leader, tag):
             return leader
@@ -96,7 +96,7 @@ class Lead:
     def _write(self, leader: Leader, tag: str) -> None:
         if not self._storage.swap(self._key, leader.model_dump_json().encode(), tag):
             there, _ = self._read()
-            if there != leader:  # else the store did it and its answer was lost
+            if there != leader:  # else the store did it and its response was lost
                 self._mine = None
                 raise Lost
         self._remember(leader)

@@ -23,6 +23,7 @@ class RunLog:
         self._part = self._new_part()
 
     def add(self, text: str) -> None:
+        """Adds a line, with the time; `flush` writes it."""
         self._lines.append(json.dumps({"time": round(time.time(), 3), "text": text}, ensure_ascii=False))
 
     def flush(self, every_s: float = 0.0) -> None:

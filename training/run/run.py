@@ -77,10 +77,12 @@ class RunStore:
         self._folder = f"runs/{run}"
 
     def create(self, record: RunRecord, manifest_yaml: str) -> None:
+        """Writes a new run. Raises StorageError."""
         self.save(record)  # first: from here on a second submission finds it
         self.storage.put(f"{self._folder}/manifest.yaml", manifest_yaml.encode())
 
     def save(self, record: RunRecord) -> None:
+        """Writes the run's record. Raises StorageError."""
         self.storage.put(f"{self._folder}/run.json", record.model_dump_json(by_alias=True, indent=1).encode())
 
     def record(self) -> RunRecord:
@@ -91,18 +93,12 @@ class RunStore:
             known = ", ".join(list_runs(self.storage)[-5:]) or "none"
             raise UserError(f"Run '{self.run}' is not in this storage. The latest here: {known}.") from None
 
-    def end(self, record: RunRecord, subjects: Sequence[SubjectRecord]) -> RunRecord:
-        """Writes down that the run has ended, and how; returns its record."""
-        states = {subject.state for subject in subjects}
-        state = "failed" if "failed" in states else "cancelled" if "cancelled" in states else "done"
-        ended = record.model_copy(update={"state": state, "finished": time.time()})
-        self.save(ended)
-        return ended
-
     def save_subject(self, record: SubjectRecord) -> None:
+        """Writes a subject's record. Raises StorageError."""
         self.storage.put(self.subject_key(record.id, "state.json"), record.model_dump_json(indent=1).encode())
 
     def subject(self, id: str) -> SubjectRecord | None:
+        """A subject's record; None if there is none yet."""
         try:
             return SubjectRecord.model_validate_json(self.storage.get(self.subject_key(id, "state.json")))
         except NotFound:
@@ -141,6 +137,15 @@ class RunStore:
         return self.subject_key(id, "checkpoints", f"{step:08d}.safetensors")
 
 
+def end_run(store: RunStore, record: RunRecord, subjects: Sequence[SubjectRecord]) -> RunRecord:
+    """Writes down that a run has ended, and how, by the states of its subjects; returns its record."""
+    states = {subject.state for subject in subjects}
+    state = "failed" if "failed" in states else "cancelled" if "cancelled" in states else "done"
+    ended = record.model_copy(update={"state": state, "finished": time.time()})
+    store.save(ended)
+    return ended
+
+
 def digest_of(manifest: Manifest, base_hash: str) -> str:
     """What identifies a submission: the resolved manifest (wherever it lies) and the base. sha256, hex."""
     asked = manifest.model_dump_json(by_alias=True, exclude={"root"})
@@ -164,7 +169,7 @@ def list_runs(storage: Storage) -> list[str]:
 
 
 def find_unfinished(storage: Storage, name: str, digest: str) -> RunRecord | None:
-    """The run that was submitted with the same manifest and has not ended, if any: it is to be taken up."""
+    """The run that was submitted with the same manifest and has not ended, if any: it is resumed."""
     for run in reversed(list_runs(storage)):
         if run.startswith(f"{name}-"):
             record = _record_or_none(storage, run)

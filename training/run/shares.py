@@ -1,8 +1,8 @@
 """How runs share a cluster: by priority, then evenly between tenants, then between their runs; quotas bound tenants.
 
-Ray gives a free device to whoever waits, and never takes one away. So runs that have more than their share give devices
-back, at a step border, when another run has waited for its own long enough that no new node can be expected. All runs
-ask one keeper; it holds nothing that the next question would not tell it again. `Shares` knows no Ray.
+Ray gives a free device to a task that waits, and never takes one away. So runs that have more than their share give
+devices back, at a step border, when another run has waited for its own long enough that no new node can be expected.
+All runs ask one keeper; it holds nothing that the next question would not tell it again. `Shares` knows no Ray.
 """
 
 import time
@@ -34,6 +34,7 @@ class Claim(Closed):
 
     @property
     def wanted(self) -> int:
+        """Devices that work for the run or that it waits for."""
         return self.working + self.pending
 
 
@@ -49,7 +50,7 @@ class Shares:
         self._totals: deque[tuple[float, int]] = deque()
 
     def claim(self, claim: Claim) -> int | None:
-        """Takes in how a run stands. Answers how many devices it may have; None: as many as there are."""
+        """Takes in how a run stands. Returns how many devices it may have; None: as many as there are."""
         now = self._clock()
         self._claims[claim.run], self._heard[claim.run] = claim, now
         for run in [run for run, heard in self._heard.items() if now - heard > FORGET_SECONDS]:

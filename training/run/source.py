@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Literal, Protocol
 
-from training.manifest.manifest import SubjectSpec
+from training.manifest.subject import SubjectSpec
 from training.photos.photos import PhotoFile
 
 Kind = Literal["done", "bad subject", "diverged", "out of memory", "too large", "cancelled", "unknown"]
@@ -74,7 +74,7 @@ class Beat:
     """A sign of life, by subject id: what is being done with each subject of this worker; step and loss of those that
     train. `notes` are for a person to read."""
 
-    doing: dict[str, Doing] = field(default_factory=dict)
+    phase: dict[str, Doing] = field(default_factory=dict)
     steps: dict[str, int] = field(default_factory=dict)
     losses: dict[str, float] = field(default_factory=dict)
     images_per_second: float = 0.0
@@ -83,7 +83,7 @@ class Beat:
 
 @dataclass(frozen=True)
 class Orders:
-    """What the source answers a beat: subjects to drop, and whether to checkpoint everything and stop."""
+    """What the source replies to a beat: subjects to drop, and whether to checkpoint everything and stop."""
 
     cancel: frozenset[str] = frozenset()
     stop: bool = False
@@ -106,8 +106,11 @@ class Outcome:
 class Source(Protocol):
     """Where subjects come from and where their outcomes go."""
 
-    def lease(self, count: int) -> Sequence[Task]: ...
+    def lease(self, count: int) -> Sequence[Task]:
+        """Up to `count` subjects to work on; none means that there is nothing to do now."""
 
-    def beat(self, beat: Beat) -> Orders: ...
+    def beat(self, beat: Beat) -> Orders:
+        """Takes in a sign of life and returns what to do."""
 
-    def ended(self, outcome: Outcome) -> None: ...
+    def ended(self, outcome: Outcome) -> None:
+        """Takes in how a subject ended."""

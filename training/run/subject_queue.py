@@ -13,15 +13,15 @@ from typing import NamedTuple
 
 from pydantic import Field
 
-from training.manifest.manifest import SubjectSpec
 from training.manifest.plan import PackPlan
+from training.manifest.subject import SubjectSpec
 from training.run.run import ENDED, Attempt, State, SubjectRecord
 from training.run.source import Beat, Doing, Kind, Orders, Outcome, Phase, Release, Task, Why
 from training.storage.closed import Closed
 
 LEASE_SECONDS = 300.0
 MAX_ATTEMPTS = 3
-SUSPECT_ATTEMPTS = 2  # after so many lost workers a subject trains alone: the one that kills its pack shows itself
+SUSPECT_ATTEMPTS = 2  # after so many lost workers a subject trains alone: so that the one that kills its pack is found
 CALMER = 0.1  # what the learning rates of a subject are multiplied by after it has diverged, once
 KEPT_NOTES = 1000
 
@@ -85,7 +85,7 @@ class LaneView(Closed):
     lane: int
     profile: int
     held: tuple[str, ...]
-    doing: dict[str, Doing]
+    phases: dict[str, Doing]
     images_per_second: float
 
 
@@ -111,7 +111,7 @@ class View(Closed):
                 lane=pack,
                 profile=0,
                 held=tuple(record.id for record in held),
-                doing={record.id: Doing(Phase(record.state)) for record in held},
+                phases={record.id: Doing(Phase(record.state)) for record in held},
                 images_per_second=0.0,
             )
             for pack, held in sorted(packs.items())
@@ -139,11 +139,13 @@ class _Item:
 class _Lane:
     profile: int
     held: set[str] = field(default_factory=set)
-    doing: dict[str, Doing] = field(default_factory=dict)
+    phases: dict[str, Doing] = field(default_factory=dict)
     images_per_second: float = 0.0
 
 
 class Note(NamedTuple):
+    """Something a lane had to say, and the number of the change it came with."""
+
     seq: int
     text: str
 
@@ -205,15 +207,15 @@ class SubjectQueue:
         return [self._lease_of(id) for id in chosen]
 
     def beat(self, lane: int, beat: Beat) -> Orders:
-        """Renews the lane's leases and takes in its news. Answers what it shall drop."""
+        """Renews the lane's leases and takes in its news. Returns what it must drop."""
         here = self._lane(lane)
-        here.doing, here.images_per_second = dict(beat.doing), beat.images_per_second
+        here.phases, here.images_per_second = dict(beat.phase), beat.images_per_second
         for note in beat.notes:
             self._note(note)
         for id in here.held:  # also those that wait for their turn: their lane lives
             self._items[id].until = self._clock() + self._lease_s
-        drop = {id for id in beat.doing if not self._hold(lane, id)}
-        for id in set(beat.doing) - drop:
+        drop = {id for id in beat.phase if not self._hold(lane, id)}
+        for id in set(beat.phase) - drop:
             self._take_in(id, beat)
         self.expire()
         return Orders(
@@ -316,7 +318,7 @@ class SubjectQueue:
                     lane=name,
                     profile=lane.profile,
                     held=tuple(sorted(lane.held, key=lambda id: self._items[id].order)),
-                    doing=lane.doing,
+                    phases=lane.phases,
                     images_per_second=lane.images_per_second,
                 )
                 for name, lane in self._lanes.items()
@@ -366,7 +368,7 @@ class SubjectQueue:
         return True
 
     def _take_in(self, id: str, beat: Beat) -> None:
-        news: dict[str, object] = {"state": _STATE_IN[beat.doing[id].phase]}
+        news: dict[str, object] = {"state": _STATE_IN[beat.phase[id].phase]}
         if id in beat.steps:
             news |= {"step": beat.steps[id], "loss": beat.losses[id]}
         self._change(id, **news)

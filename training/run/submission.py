@@ -12,8 +12,9 @@ from typing import NamedTuple
 from training.base.files.folder import find_base, hash_base
 from training.base.files.outline import Outline, outline
 from training.errors import UserError
-from training.manifest.manifest import Manifest, SubjectSpec, load_manifest
+from training.manifest.manifest import Manifest, load_manifest
 from training.manifest.plan import unmatched_targets
+from training.manifest.subject import SubjectSpec
 from training.photos.intake import UPLOADED, Shelf, fingerprint, take_in
 from training.photos.photos import PhotoFile, list_photo_files
 from training.run.run import ENDED, RunRecord, RunStore, SubjectRecord, digest_of, find_unfinished, new_run_id
@@ -61,7 +62,7 @@ def read_manifest(path: str | Path) -> tuple[Manifest, Outline]:
 
 
 def submit(path: str | Path, storage: Storage, *, upload: bool = False, keep_last: bool = False) -> Submission:
-    """Takes up the unfinished run of the same manifest, or creates one. Raises UserError for a manifest that is wrong.
+    """Resumes the unfinished run of the same manifest, or creates one. Raises UserError for a manifest that is wrong.
 
     `upload` copies local photos to the storage, for workers on other machines. `keep_last` is said of every subject.
     """
@@ -183,7 +184,7 @@ def _state(
 ) -> SubjectRecord:
     fresh = SubjectRecord(id=subject.id, max_steps=subject.train.max_steps, fingerprint=found.fingerprint)
     if before is not None and before.fingerprint != found.fingerprint and before.state not in _DONE:
-        before = None  # other photos by now: what was learned from the old ones is of no use
+        before = None  # the photos have changed: what was learned from the old ones does not count
         store.storage.delete_tree(store.subject_key(subject.id, "checkpoints"))
     if found.fingerprint is None:
         return (before or fresh).model_copy(update={"state": "failed", "reason": found.problem})

@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 
 from training.adapters.adapter import Adapter
-from training.adapters.bank import Bank, find_sites
+from training.adapters.bank import Bank
+from training.adapters.layout import find_sites
 from training.base.base import Base
 from training.base.footprint import MOST_PICTURES, pictures_at_once
 from training.sampling.sampler import sample, to_uint8

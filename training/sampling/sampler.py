@@ -20,8 +20,8 @@ def sample(
     prompts: Sequence[str],
     *,
     seeds: Sequence[int],
-    steps: int = 25,
-    guidance_scale: float = 4.0,
+    steps: int | None = None,
+    guidance_scale: float | None = None,
     negative_prompt: str = "",
     resolution: int | None = None,
     bank: Bank | None = None,
@@ -30,8 +30,11 @@ def sample(
 ) -> Tensor:
     """Latents [N, C, h, w] (scaled, on the base's device), one row a prompt; row n depends on its own seed alone.
 
-    With a `bank`, row n wears slot `slots[n]` (-1: nothing) at `scales[n]`, its negative prompt too.
+    `steps` and `guidance_scale` are what the base recommends where they are None. With a `bank`, row n wears slot
+    `slots[n]` (-1: nothing) at `scales[n]`, its negative prompt too.
     """
+    steps = base.facts.steps if steps is None else steps
+    guidance_scale = base.facts.guidance_scale if guidance_scale is None else guidance_scale
     guided = guidance_scale > 1
     texts = [*prompts, *([negative_prompt] * len(prompts) if guided else [])]
     routes, words = [], None

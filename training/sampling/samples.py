@@ -7,7 +7,8 @@ from PIL import Image
 
 from training.adapters.bank import Bank
 from training.base.base import Base
-from training.manifest.manifest import SubjectSpec
+from training.base.facts import Facts
+from training.manifest.subject import SubjectSpec
 from training.sampling.render import Look, Shot, render
 
 
@@ -21,13 +22,14 @@ class Worn(NamedTuple):
 
 def draw_samples(base: Base, bank: Bank, subjects: Sequence[Worn]) -> list[list[Image.Image]]:
     """The sample pictures of each subject, with fixed seeds: what is drawn for one depends on no other."""
-    sheets = [_shots(one) for one in subjects]
+    sheets = [_shots(one, base.facts) for one in subjects]
     drawn = render(base, bank, (shot for sheet in sheets for shot in sheet))
     return [[drawn[shot] for shot in sheet] for sheet in sheets]
 
 
-def _shots(one: Worn) -> list[Shot]:
+def _shots(one: Worn, facts: Facts) -> list[Shot]:
     spec, asked = one.spec, one.spec.samples
     prompts = [spec.fill(prompt) for prompt in spec.sample_prompts] or [spec.filled_instance_prompt]
-    look = Look(asked.steps, asked.guidance_scale, spec.train.resolution, spec.negative_prompt)
+    guidance = facts.guidance_scale if asked.guidance_scale is None else asked.guidance_scale
+    look = Look(asked.steps or facts.steps, guidance, spec.train.resolution, spec.negative_prompt)
     return [Shot(one.slot, one.scale, prompts[seed % len(prompts)], seed, look) for seed in spec.sample_seeds]

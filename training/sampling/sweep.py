@@ -20,8 +20,8 @@ def draw_sweep(
     weights: Sequence[float],
     *,
     seed: int = 42,
-    steps: int = 25,
-    guidance_scale: float = 4.0,
+    steps: int | None = None,
+    guidance_scale: float | None = None,
     negative_prompt: str = "",
 ) -> Image.Image:
     """The grid. All its images are rows of one batch; each wears the same adapter at its own weight."""

@@ -89,7 +89,7 @@ class ImageLimits:
         return 8
 
 
-class Picture(NamedTuple):
+class MaskedImage(NamedTuple):
     """An upright RGB image on white; where the file had transparency, its alpha as a mask (L, 255 = the subject)."""
 
     image: Image.Image
@@ -106,7 +106,9 @@ def read_image(
     return read_picture(data, name, limits, about_px).image
 
 
-def read_picture(data: bytes, name: str, limits: ImageLimits = DEFAULT_LIMITS, about_px: int | None = None) -> Picture:
+def read_picture(
+    data: bytes, name: str, limits: ImageLimits = DEFAULT_LIMITS, about_px: int | None = None
+) -> MaskedImage:
     """`read_image` with the mask of files that have transparency. Raises `ImageError`.
 
     `about_px`: the image is wanted with sides of so many pixels; a baseline JPEG comes scaled down by 2, 4 or 8 where
@@ -256,7 +258,7 @@ def _check_work(image: Image.Image, data: bytes, name: str, header: jpeg.Header 
         )
 
 
-def _decode(image: Image.Image, name: str) -> Picture:
+def _decode(image: Image.Image, name: str) -> MaskedImage:
     try:
         image.load()
         orientation = _orientation(image)
@@ -268,8 +270,8 @@ def _decode(image: Image.Image, name: str) -> Picture:
         rgb = Image.composite(rgb, Image.new("RGB", rgb.size, "white"), alpha)
     turn = UPRIGHT.get(orientation)
     if turn is None:
-        return Picture(rgb, alpha)
-    return Picture(rgb.transpose(turn), None if alpha is None else alpha.transpose(turn))
+        return MaskedImage(rgb, alpha)
+    return MaskedImage(rgb.transpose(turn), None if alpha is None else alpha.transpose(turn))
 
 
 def _orientation(image: Image.Image) -> int:

@@ -1,6 +1,6 @@
 """What a storage promises: its methods, its errors and the names a key may have.
 
-`storage_local.py` keeps the promise in a folder, `storage_object.py` in an object store; `storage.py` opens either.
+`local.py` keeps the promise in a folder, `object_store.py` in an object store; `storage.py` opens either.
 
 A key is a relative path of segments joined by `/`. A reader never sees half a file: a folder writes under a temporary
 name, fsyncs and renames; an object store publishes a put as a whole. All errors are `StorageError`s:
@@ -39,7 +39,7 @@ class StorageFull(StorageError):
 
 
 class StorageUnavailable(StorageError):
-    """The store did not answer properly within the retries; the same call may succeed later."""
+    """The store did not respond properly within the retries; the same call may succeed later."""
 
 
 def unknown_scheme(uri: str) -> StorageError:

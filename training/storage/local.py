@@ -41,19 +41,23 @@ class LocalStorage(Storage):
         self.root = Path(self.uri)
 
     def get_tagged(self, key: str) -> tuple[bytes, str]:
+        """See `Storage`."""
         with self._explained("read", key):
             data = self._path(key).read_bytes()
         return data, content_id(data)
 
     def put(self, key: str, data: bytes) -> None:
+        """See `Storage`."""
         with self._explained("write", key), self._locked(key):
             self._write(key, io.BytesIO(data), _replace)
 
     def create(self, key: str, data: bytes) -> bool:
+        """See `Storage`."""
         with self._explained("write", key):
             return not self._path(key).exists() and self._write(key, io.BytesIO(data), _link)
 
     def swap(self, key: str, data: bytes, tag: str | None) -> bool:
+        """See `Storage`."""
         if tag is None:
             return self.create(key, data)
         with self._explained("write", key), self._locked(key):
@@ -64,13 +68,16 @@ class LocalStorage(Storage):
             return current == tag and self._write(key, io.BytesIO(data), _replace)
 
     def exists(self, key: str) -> bool:
+        """See `Storage`."""
         return self._path(key).is_file()
 
     def modified(self, key: str) -> float:
+        """See `Storage`."""
         with self._explained("read", key):
             return self._path(key).stat().st_mtime
 
     def folders(self, prefix: str = "") -> list[str]:
+        """See `Storage`."""
         folder = self.root / check_prefix(prefix)
         with self._explained("list", prefix):
             return sorted(
@@ -80,11 +87,13 @@ class LocalStorage(Storage):
             )
 
     def list(self, prefix: str = "") -> list[str]:
+        """See `Storage`."""
         folder = self.root / check_prefix(prefix)
         with self._explained("list", prefix):
             return sorted(str(path.relative_to(self.root)) for path in _files(folder))
 
     def sizes(self, prefix: str = "") -> dict[str, int]:
+        """See `Storage`."""
         found = {}
         for key in self.list(prefix):
             with contextlib.suppress(FileNotFoundError):  # deleted meanwhile
@@ -92,12 +101,14 @@ class LocalStorage(Storage):
         return found
 
     def delete(self, key: str) -> None:
+        """See `Storage`."""
         path = self._path(key)
         with self._explained("delete", key), self._locked(key):
             path.unlink(missing_ok=True)
             self._prune(path.parent)
 
     def delete_tree(self, prefix: str) -> None:
+        """See `Storage`."""
         folder = self.root / check_prefix(prefix)
         gone = self.root / f"{TEMPORARY}{secrets.token_hex(8)}"
         with self._explained("delete", prefix):
@@ -112,6 +123,7 @@ class LocalStorage(Storage):
             shutil.rmtree(gone)
 
     def clean(self, age_s: float) -> None:
+        """See `Storage`."""
         before = time.time() - age_s
         for parent, folders, files in os.walk(self.root):
             for name in [name for name in folders + files if name.startswith(TEMPORARY)]:
@@ -121,10 +133,12 @@ class LocalStorage(Storage):
                         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def upload(self, key: str, path: Path) -> None:
+        """See `Storage`."""
         with path.open("rb") as source, self._explained("write", key), self._locked(key):
             self._write(key, source, _replace)
 
     def download(self, key: str, path: Path) -> None:
+        """See `Storage`."""
         with self._explained("read", key), self._path(key).open("rb") as source:
             write_file(path, iter(lambda: source.read(_CHUNK), b""))
 

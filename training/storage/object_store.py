@@ -1,7 +1,7 @@
 """An object store (S3 or compatible, Google Cloud Storage) as a storage.
 
 Owns the options of its URI, the retries and what they may conclude. Retries are made here and not in obstore: only
-whoever retries a conditional write knows that a refusal may be its own first attempt, whose answer was lost.
+a caller that retries a conditional write may be refused because of its own first attempt, whose response was lost.
 """
 
 import contextlib
@@ -76,28 +76,33 @@ class ObjectStorage(Storage):
             raise StorageError(f"Storage {self} cannot be opened: {_short(error)}. Check its options.") from None
 
     def get_tagged(self, key: str) -> tuple[bytes, str]:
+        """See `Storage`."""
         path = check_key(key)
 
         def read() -> tuple[bytes, str]:
-            answer = obstore.get(self._store, path)
-            return bytes(answer.bytes()), self._tag(answer.meta)
+            response = obstore.get(self._store, path)
+            return bytes(response.bytes()), self._tag(response.meta)
 
         return self._tried("read", key, read)
 
     def put(self, key: str, data: bytes) -> None:
+        """See `Storage`."""
         path = check_key(key)
         self._tried("write", key, lambda: obstore.put(self._store, path, data, use_multipart=False))
 
     def create(self, key: str, data: bytes) -> bool:
+        """See `Storage`."""
         return self._write_if(key, data, "create")
 
     def swap(self, key: str, data: bytes, tag: str | None) -> bool:
+        """See `Storage`."""
         if tag is None:
             return self.create(key, data)
         # Google compares generations, everybody else entity tags; S3 refuses a `version` it cannot compare.
         return self._write_if(key, data, {"version": tag} if self.scheme == "gs" else {"e_tag": tag})
 
     def exists(self, key: str) -> bool:
+        """See `Storage`."""
         try:
             self._head(key)
         except NotFound:
@@ -105,17 +110,21 @@ class ObjectStorage(Storage):
         return True
 
     def modified(self, key: str) -> float:
+        """See `Storage`."""
         return float(self._head(key)["last_modified"].timestamp())
 
     def folders(self, prefix: str = "") -> list[str]:
+        """See `Storage`."""
         folder = check_prefix(prefix)
         found = self._tried("list", prefix, lambda: obstore.list_with_delimiter(self._store, folder or None))
         return sorted(path.rstrip("/").rpartition("/")[2] for path in found["common_prefixes"])
 
     def list(self, prefix: str = "") -> list[str]:
+        """See `Storage`."""
         return sorted(self.sizes(prefix))
 
     def sizes(self, prefix: str = "") -> dict[str, int]:
+        """See `Storage`."""
         folder = check_prefix(prefix)
 
         def collect() -> dict[str, int]:
@@ -124,25 +133,29 @@ class ObjectStorage(Storage):
         return self._tried("list", prefix, collect)
 
     def delete(self, key: str) -> None:
+        """See `Storage`."""
         path = check_key(key)
         with contextlib.suppress(NotFound):
             self._tried("delete", key, lambda: obstore.delete(self._store, path))
 
     def delete_tree(self, prefix: str) -> None:
+        """See `Storage`."""
         keys = self.list(prefix)
         if keys:
             self._tried("delete", prefix, lambda: obstore.delete(self._store, keys))
 
     def upload(self, key: str, path: Path) -> None:
+        """See `Storage`."""
         target, parts = check_key(key), path.stat().st_size > _LARGE
         self._tried("write", key, lambda: obstore.put(self._store, target, path, use_multipart=parts))
 
     def download(self, key: str, path: Path) -> None:
+        """See `Storage`."""
         source = check_key(key)
 
         def fetch() -> None:
-            answer = obstore.get(self._store, source)
-            write_file(path, _whole(answer.stream(min_chunk_size=_CHUNK), answer.meta["size"]))
+            response = obstore.get(self._store, source)
+            write_file(path, _whole(response.stream(min_chunk_size=_CHUNK), response.meta["size"]))
 
         self._tried("read", key, fetch)
 
@@ -157,7 +170,7 @@ class ObjectStorage(Storage):
         return tag
 
     def _write_if(self, key: str, data: bytes, mode: "PutMode") -> bool:
-        """A conditional put. Refused after a lost answer, it has succeeded if the key holds exactly `data`."""
+        """A conditional put. Refused after a lost response, it has succeeded if the key holds exactly `data`."""
         path, tries = check_key(key), 0
 
         def write() -> None:
@@ -247,7 +260,7 @@ def _whole(chunks: Iterator[bytes], size: int) -> Iterator[bytes]:
         seen += len(chunk)
         yield bytes(chunk)
     if seen != size:
-        raise ConnectionError(f"truncated answer: {seen} of {size} bytes")
+        raise ConnectionError(f"truncated response: {seen} of {size} bytes")
 
 
 def _final(error: Exception, what: str) -> StorageError | None:

@@ -10,9 +10,8 @@ The index may hold too much after a crash, never too little: what is public is f
 """
 
 import logging
-import re
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from typing import NamedTuple
 
@@ -20,34 +19,34 @@ from pydantic import ValidationError
 
 from training.errors import UserError
 from training.storage.card import Card
-from training.storage.ledger import Commit, CorruptAdapter, Current, Ledger
+from training.storage.ledger import Commit, CorruptAdapter, Ledger
 from training.storage.storage import NotFound, Storage, StorageUnavailable, check_key, content_id
+from training.storage.version import (
+    DEFAULT_TENANT,
+    SHOWN,
+    Resolved,
+    UnknownAdapter,
+    check_id,
+    is_id,
+    match_version,
+    resolved_as,
+    split_name,
+)
 
 __all__ = [
     "CorruptAdapter",
     "CurrentVersion",
     "Published",
     "Registry",
-    "Resolved",
-    "UnknownAdapter",
-    "Usage",
-    "check_id",
+    "StoredUsage",
 ]
 
 logger = logging.getLogger(__name__)
-DEFAULT_TENANT = "default"
 GRACE_S = 86400.0  # an uncommitted version younger than this may belong to a publication under way
 WEIGHTS = "adapter.safetensors"
 _ROOT = "adapters"
 _PUBLIC = "public"
-_ID = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
-_VERSION = re.compile(r"[0-9a-f]{6,64}")
-_SHOWN = 5
 _TRIES = 100
-
-
-class UnknownAdapter(UserError):
-    """No such tenant, id or version, or it was deleted: whoever asks may not learn which."""
 
 
 class CurrentVersion(UserError):
@@ -61,36 +60,11 @@ class Published(NamedTuple):
     new: bool
 
 
-class Resolved(NamedTuple):
-    """One committed version."""
-
-    tenant: str
-    id: str
-    version: str
-    card: Card
-    public: bool = False  # the adapter's, not the version's, as is the trigger
-    trigger: str = ""
-
-    @property
-    def name(self) -> str:
-        """`tenant/id`"""
-        return f"{self.tenant}/{self.id}"
-
-
-class Usage(NamedTuple):
+class StoredUsage(NamedTuple):
     """What a tenant has stored."""
 
     adapters: int
     bytes: int
-
-
-def check_id(name: str, what: str = "adapter id") -> str:
-    """`name`, if it is a valid tenant or adapter id; raises UnknownAdapter otherwise."""
-    if not _ID.fullmatch(name):
-        raise UnknownAdapter(
-            f"Bad {what} {name[:80]!r}: use 1 to 63 of a-z, 0-9, '.', '_' and '-', starting with a letter or digit."
-        )
-    return name
 
 
 class Registry:
@@ -134,19 +108,19 @@ class Registry:
         """
         found = self.look(name, version, tenant)
         if found is None:
-            raise self._unknown(*_split(name, tenant))
+            raise self._unknown(*split_name(name, tenant))
         return found
 
     def look(self, name: str, version: str | None = None, tenant: str = DEFAULT_TENANT) -> Resolved | None:
         """Like `resolve`; None if there is no such adapter, without looking for names that are near."""
-        owner, id = _split(name, tenant)
+        owner, id = split_name(name, tenant)
         ledger = self._ledger(owner, id)
         current = ledger.read().current
         if current.version is None:
             return None
         chosen = current.version
         if version is not None and version != chosen:
-            chosen = _match(f"{owner}/{id}", version, ledger.committed(current.epoch))
+            chosen = match_version(f"{owner}/{id}", version, ledger.committed(current.epoch))
         try:
             card = Card.model_validate_json(self.storage.get(f"{ledger.folder}/{chosen}/card.json"))
         except (NotFound, ValidationError) as error:
@@ -155,22 +129,29 @@ class Registry:
             raise CorruptAdapter(
                 f"Adapter {owner}/{id}@{chosen[:12]} has no readable card. Delete the adapter and publish it again."
             ) from error
-        return _resolved(owner, id, chosen, card, current)
+        return resolved_as(owner, id, chosen, card, current)
 
     def weights(self, resolved: Resolved) -> bytes:
         """The file of a version; raises CorruptAdapter if it is not what was published, UnknownAdapter if deleted."""
-        name = f"{resolved.name}@{resolved.version[:12]}"
+        return self.fetch(resolved.tenant, resolved.id, resolved.version)
+
+    def fetch(self, tenant: str, id: str, version: str) -> bytes:
+        """The weights of a version that was resolved before, by its whole name: one read, whatever is current.
+
+        Raises CorruptAdapter if they are not what was published, UnknownAdapter if the version has been deleted.
+        """
+        key, name = f"{self._ledger(tenant, id).folder}/{version}/{WEIGHTS}", f"{tenant}/{id}@{version[:12]}"
         try:
-            data = self.read(resolved, WEIGHTS)
+            data = self.storage.get(key)
         except NotFound:
-            self.resolve(resolved.name, resolved.version)  # UnknownAdapter if it was deleted meanwhile
+            self.resolve(f"{tenant}/{id}", version)  # UnknownAdapter if it was deleted meanwhile
             try:
-                data = self.read(resolved, WEIGHTS)  # or it was, and is published again
+                data = self.storage.get(key)  # or it was, and is published again
             except NotFound as error:
                 raise CorruptAdapter(
                     f"Adapter {name} has lost its weights. Delete the adapter and publish it again."
                 ) from error
-        if content_id(data) != resolved.version:
+        if content_id(data) != version:
             raise CorruptAdapter(
                 f"Adapter {name} is damaged: its {len(data)} stored bytes do not have the published hash. Delete the "
                 "adapter and publish it again."
@@ -234,7 +215,7 @@ class Registry:
         current = ledger.read().current
         if current.version is None:
             raise self._unknown(tenant, id)
-        chosen = _match(f"{tenant}/{id}", version, ledger.committed(current.epoch))
+        chosen = match_version(f"{tenant}/{id}", version, ledger.committed(current.epoch))
         if not ledger.withdraw(chosen, current.epoch):
             raise CurrentVersion(
                 f"Version {chosen[:12]} of {tenant}/{id} is the one that is served. Make another version current "
@@ -243,12 +224,12 @@ class Registry:
         self.storage.delete_tree(f"{ledger.folder}/{chosen}")
         return chosen
 
-    def usage(self, tenant: str) -> Usage:
+    def usage(self, tenant: str) -> StoredUsage:
         """What `tenant` has stored, all versions with all their files. One listing of the storage."""
         prefix = f"{_ROOT}/{check_id(tenant, 'tenant')}"
         sizes = self.storage.sizes(prefix)
         ids = {key.split("/")[2] for key in sizes if key.endswith(f"/{WEIGHTS}")}
-        return Usage(len(ids), sum(sizes.values()))
+        return StoredUsage(len(ids), sum(sizes.values()))
 
     def delete(self, tenant: str, id: str) -> None:
         """Removes an adapter: at once for every reader, then its files. Raises UnknownAdapter if there is none.
@@ -311,7 +292,7 @@ class Registry:
 
     def _unknown(self, tenant: str, id: str) -> UnknownAdapter:
         """The error for a missing id: names that are near it, of the same tenant only."""
-        near = get_close_matches(id, self.ids(tenant), n=_SHOWN, cutoff=0.5)
+        near = get_close_matches(id, self.ids(tenant), n=SHOWN, cutoff=0.5)
         alive = [name for name in near if self._exists(tenant, name)]
         hint = f" Near: {', '.join(alive)}." if alive else ""
         return UnknownAdapter(f"Unknown adapter {tenant}/{id}.{hint} `dreamfleet adapters list` shows all.")
@@ -319,7 +300,7 @@ class Registry:
     def ids(self, tenant: str) -> list[str]:
         """The ids below which `tenant` has anything, sorted; some may be deleted or damaged. One listing."""
         names = self.storage.folders(f"{_ROOT}/{check_id(tenant, 'tenant')}")
-        return [name for name in names if _ID.fullmatch(name)]
+        return [name for name in names if is_id(name)]
 
     def public_names(self) -> list[str]:
         """`tenant/id` of every adapter that may be public, sorted. One listing."""
@@ -343,40 +324,9 @@ OnDamage = Callable[[str, CorruptAdapter], None]
 
 
 def _logged(name: str, error: CorruptAdapter) -> None:
-    logger.error("passed over %s: %s", name, error)
-
-
-def _resolved(tenant: str, id: str, version: str, card: Card, current: Current) -> Resolved:
-    """A version with what belongs to its adapter. A card's own `public` counts only while it is the current one's."""
-    public = current.public if current.public is not None else card.public and version == current.version
-    trigger = current.trigger if current.trigger is not None else card.trigger
-    return Resolved(tenant, id, version, card, public, trigger or card.instance_prompt)
-
-
-def _split(name: str, tenant: str) -> tuple[str, str]:
-    """Tenant and id of `tenant/id`, or of an id of `tenant`."""
-    owner, slash, id = name.partition("/")
-    return (owner, id) if slash else (tenant, name)
+    logger.error("skipped %s: %s", name, error)
 
 
 def _check_card(card: Card, version: str, size: int) -> None:
     if (card.sha256, card.size) != (version, size):
         raise ValueError(f"the card is of {card.sha256} ({card.size} bytes), the weights are {version} ({size} bytes)")
-
-
-def _match(name: str, prefix: str, committed: set[str]) -> str:
-    """The one committed version that starts with `prefix`."""
-    if not _VERSION.fullmatch(prefix):
-        raise UnknownAdapter(f"Bad version {prefix[:80]!r} of {name}: use 6 to 64 hex digits.")
-    found = sorted(version for version in committed if version.startswith(prefix))
-    if len(found) != 1:
-        count = "no version" if not found else f"{len(found)} versions"
-        raise UnknownAdapter(f"Adapter {name} has {count} {prefix!r}. Known: {_some(committed)}.")
-    return found[0]
-
-
-def _some(versions: Iterable[str]) -> str:
-    """The first few versions, shortened, and how many there are."""
-    known = sorted(version[:12] for version in versions)
-    shown = ", ".join(known[:_SHOWN])
-    return shown if len(known) <= _SHOWN else f"{shown}, ... ({_SHOWN} of {len(known)} shown)"

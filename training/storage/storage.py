@@ -1,6 +1,6 @@
 """Where everything is kept: opens a folder or an object store behind one interface.
 
-Owns the choice by URI. What a storage promises, its errors and its keys are in `storage_base.py`. Knows nothing about
+Owns the choice by URI. What a storage promises, its errors and its keys are in `interface.py`. Knows nothing about
 adapters, runs or tensors.
 """
 

@@ -4,7 +4,7 @@ What a subject draws depends on its seed, step and micro-batch alone. Rows stand
 rows before its prior rows.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field, fields
 
 import torch
@@ -12,8 +12,8 @@ from torch import Tensor
 
 from training.base.noise.process import UNIFORM, Process
 from training.base.stream import shuffled, stream
-from training.manifest.manifest import SubjectSpec
-from training.trainer.latents import LatentSet, same_sizes
+from training.manifest.subject import SubjectSpec
+from training.trainer.latents import LatentSet
 
 
 @dataclass(frozen=True)
@@ -40,14 +40,17 @@ class Batch:
     is_prior: list[bool] = field(default_factory=list)
     from_base: list[bool] = field(default_factory=list)  # the target is the base's own prediction
 
-    def parts(self, most_rows: int | None = None) -> list["Batch"]:
-        """The batch cut into what goes through one forward: rows of one size, at most `most_rows`.
+    def parts(self, kinds: Sequence[Hashable], most_rows: int | None = None) -> list["Batch"]:
+        """The batch cut into what goes through one forward: rows of one kind (`kinds`, one a row), at most `most_rows`.
 
         Their losses, summed, are the whole's.
         """
+        alike: dict[Hashable, list[int]] = {}
+        for place, kind in enumerate(kinds):
+            alike.setdefault(kind, []).append(place)
         return [
             self._rows(places[start : start + (most_rows or len(places))])
-            for places in same_sizes(self.latents)
+            for places in alike.values()
             for start in range(0, len(places), most_rows or len(places))
         ]
 

@@ -11,8 +11,8 @@ import torch
 
 from training.base.base import Base
 from training.errors import TooLarge
-from training.manifest.manifest import SubjectSpec
 from training.manifest.plan import PackPlan, rows_of
+from training.manifest.subject import SubjectSpec
 from training.trainer.memory import Fit, fit_rows
 from training.trainer.pack import Pack, training_bank
 from training.trainer.zero import Gang, GangPack

@@ -16,7 +16,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from training.base.base import Base
-from training.manifest.manifest import TrainSpec
+from training.manifest.subject import TrainSpec
 from training.photos.photos import Photo
 from training.photos.variants import Pixels, on_backgrounds, variants
 from training.storage.interface import Storage

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from training.adapters.bank import Bank
-from training.manifest.manifest import TrainSpec
+from training.manifest.subject import TrainSpec
 from training.trainer.member import Member
 from training.trainer.optimizer import OptimizerState, SlotOptimizer, make_optimizers
 
@@ -23,7 +23,7 @@ class Learner(Protocol):
     """The weights of a bank's slots and how they are trained."""
 
     def join(self, slot: int, spec: TrainSpec, state: OptimizerState | None) -> None:
-        """Takes up a slot that has just been filled; `state` is what its optimizer remembers."""
+        """Starts to train a slot that has just been filled; `state` is its optimizer's."""
 
     def leave(self, slot: int, spec: TrainSpec) -> None:
         """Forgets a slot."""

@@ -1,6 +1,6 @@
 """The training loop: it keeps a pack full and yields what happened. It saves nothing and reports nothing.
 
-Whoever iterates decides what to print, store and publish, and may take a subject out at any step border.
+The caller decides what to print, store and publish, and may take a subject out at any step border.
 """
 
 import time
@@ -49,7 +49,7 @@ Feed = Callable[[int], Sequence[Subject]]
 
 
 def train(pack: Pack, feed: Feed, *, limit: int | None = None) -> Iterator[Progress]:
-    """Trains until `feed` has nothing more. `feed(n)` answers up to n subjects to join now; it may answer fewer.
+    """Trains until `feed` has nothing more. `feed(n)` returns up to n subjects to join now; it may return fewer.
 
     Subjects join and leave at step borders. One that finishes, diverges or does not fit leaves alone; the others go on.
     `limit`: subjects at once, the pack's slots by default; out of memory halves it. For one subject alone the rows of a
@@ -83,7 +83,7 @@ def train(pack: Pack, feed: Feed, *, limit: int | None = None) -> Iterator[Progr
 
 
 def _part(pack: Pack, progress: Progress) -> Iterator[Progress]:
-    """Yields, then takes those that ended out of the pack (whoever looked may have taken them out already)."""
+    """Yields, then takes those that ended out of the pack (the caller may have taken them out already)."""
     yield progress
     for ended in progress.ended:
         if ended.id in pack.ids:
@@ -121,7 +121,7 @@ def _end(pack: Pack, report: Report) -> Ended | None:
 def _give_way(pack: Pack, waiting: deque[Subject]) -> tuple[int, list[Ended], str]:
     """Takes half of the subjects out to wait; one alone goes through in parts, and fails if even one row does not fit.
 
-    Answers how many subjects may train at once from now on, who ended, and what was done in words.
+    Returns how many subjects may train at once from now on, who ended, and what was done in words.
     """
     ids = pack.ids
     pack.restart_step()

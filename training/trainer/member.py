@@ -9,10 +9,10 @@ import torch
 from diffusers.optimization import get_scheduler
 
 from training.adapters.adapter import Adapter, LowRank
-from training.adapters.bank import find_sites
+from training.adapters.layout import find_sites
 from training.base.base import Base
 from training.base.stream import stream
-from training.manifest.manifest import SubjectSpec, TrainSpec
+from training.manifest.subject import SubjectSpec, TrainSpec
 from training.trainer.checkpoint import HISTORY, SubjectState
 from training.trainer.latents import LatentSet
 

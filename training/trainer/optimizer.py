@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from training.errors import SubjectFailed
-from training.manifest.manifest import TrainSpec
+from training.manifest.subject import TrainSpec
 
 
 @dataclass(slots=True)
@@ -28,13 +28,17 @@ class OptimizerState:
 class SlotOptimizer(Protocol):
     """What a pack asks of an optimizer. `rates_P` of `step` are learning rates by column range."""
 
-    def join(self, slot: int, spec: TrainSpec, state: OptimizerState | None) -> None: ...
+    def join(self, slot: int, spec: TrainSpec, state: OptimizerState | None) -> None:
+        """Starts a slot; `state` is its saved state, None at the first step."""
 
-    def state(self, slot: int) -> OptimizerState: ...
+    def state(self, slot: int) -> OptimizerState:
+        """What is remembered of a slot, on the CPU."""
 
-    def step(self, slots: Sequence[int], rates: Mapping[int, Sequence[tuple[slice, float]]]) -> None: ...
+    def step(self, slots: Sequence[int], rates: Mapping[int, Sequence[tuple[slice, float]]]) -> None:
+        """One step of the given slots; `rates[slot]` are learning rates by column range."""
 
-    def leave(self, slot: int) -> None: ...
+    def leave(self, slot: int) -> None:
+        """Forgets a slot."""
 
 
 class SlotAdamW:
@@ -49,6 +53,7 @@ class SlotAdamW:
         self._specs: list[TrainSpec | None] = [None] * slots
 
     def join(self, slot: int, spec: TrainSpec, state: OptimizerState | None) -> None:
+        """See `SlotOptimizer`."""
         self.leave(slot)
         self._specs[slot] = spec
         if state is not None:
@@ -57,12 +62,14 @@ class SlotAdamW:
             self._steps[slot] = int(state.numbers["step"])
 
     def leave(self, slot: int) -> None:
+        """See `SlotOptimizer`."""
         self.average_SP[slot].zero_()
         self.square_SP[slot].zero_()
         self._steps[slot] = 0
         self._specs[slot] = None
 
     def state(self, slot: int) -> OptimizerState:
+        """See `SlotOptimizer`."""
         rows = {"exp_avg": self.average_SP[slot].cpu().clone(), "exp_avg_sq": self.square_SP[slot].cpu().clone()}
         return OptimizerState(rows, numbers={"step": float(self._steps[slot])})
 
@@ -113,6 +120,7 @@ class PerSlot:
         self._rows: dict[int, Tensor] = {}
 
     def join(self, slot: int, spec: TrainSpec, state: OptimizerState | None) -> None:
+        """See `SlotOptimizer`."""
         row_P = self.weights_SP.detach()[slot].requires_grad_(True)
         optimizer = self._make(row_P, spec)
         self._rows[slot], self._optimizers[slot] = row_P, optimizer
@@ -128,10 +136,12 @@ class PerSlot:
                     optimizer.param_groups[0][name[6:]] = kind(number)
 
     def leave(self, slot: int) -> None:
+        """See `SlotOptimizer`."""
         self._optimizers.pop(slot, None)
         self._rows.pop(slot, None)
 
     def state(self, slot: int) -> OptimizerState:
+        """See `SlotOptimizer`."""
         optimizer, found = self._optimizers[slot], OptimizerState()
         for name, value in optimizer.state[self._rows[slot]].items():
             if isinstance(value, Tensor) and value.shape == self._rows[slot].shape:
@@ -146,6 +156,7 @@ class PerSlot:
         return found
 
     def step(self, slots: Sequence[int], rates: Mapping[int, Sequence[tuple[slice, float]]]) -> None:
+        """See `SlotOptimizer`."""
         assert self.weights_SP.grad is not None
         for slot in slots:
             optimizer, row_P = self._optimizers[slot], self._rows[slot]

@@ -2,7 +2,7 @@
 
 `Pack.step()` is the fused step: `batch` draws every subject's rows, `step` runs them through one forward and backward,
 `learner` takes each optimizer step that is due. What a subject learns depends on itself alone: its random stream is
-keyed by its seed and step, its gradient is clipped by itself, its loss is a summand of its own. The pack knows nothing
+keyed by its seed and step, its gradient is clipped separately, its loss is a summand of its own. The pack knows nothing
 of files, queues or clocks.
 """
 
@@ -12,7 +12,8 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from training.adapters.adapter import Adapter
-from training.adapters.bank import Bank, find_sites
+from training.adapters.bank import Bank
+from training.adapters.layout import find_sites
 from training.base.base import Base
 from training.trainer.batch import WHOLE, Turn, make_batch
 from training.trainer.checkpoint import SubjectState
@@ -168,7 +169,8 @@ class Pack:
     def _forward_backward(self, members: Sequence[Member]) -> tuple[list[float], list[float]]:
         """Adds every member's gradient to its slot; returns instance and prior loss of each member."""
         turns = [Turn(m.spec, m.subject.instance, m.subject.prior, m.step, m.micro) for m in members]
-        parts = make_batch(turns, self.base.process, self._part).parts(self.most_rows)
+        batch = make_batch(turns, self.base.process, self._part)
+        parts = batch.parts(self._step.kinds(batch), self.most_rows)
         last = all(member.ends_step for member in members)
         losses = [
             self._step.run(part, members, last=last and turn == len(parts)) for turn, part in enumerate(parts, start=1)

@@ -11,7 +11,7 @@ import torch
 
 from training.base.base import Base
 from training.base.footprint import pictures_at_once
-from training.manifest.manifest import PriorSpec, SubjectSpec
+from training.manifest.subject import PriorSpec, SubjectSpec
 from training.photos.intake import class_folder
 from training.photos.photos import list_photo_files, photos
 from training.run.lead import Lead, Lost

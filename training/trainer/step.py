@@ -4,7 +4,7 @@ Shape suffixes: N rows of the batch, M members, C, H, W of a latent.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import torch
 from torch import Tensor
@@ -32,7 +32,7 @@ class Step:
     def run(self, batch: Batch, members: Sequence[Member], *, last: bool) -> tuple[list[float], list[float]]:
         """Adds every member's gradient to its slot; returns instance and prior loss of each member.
 
-        All rows of the batch are of one size. `last`: whether this is the last of the optimizer step's forwards.
+        All rows of the batch are of one kind. `last`: whether this is the last of the optimizer step's forwards.
         """
         wide, device = self._bank.weights_SP.dtype, self._base.device
         latents = torch.stack(batch.latents).to(device, wide)
@@ -53,6 +53,15 @@ class Step:
                 divide_M = losses_N.new_tensor([m.loss_scale / m.train.gradient_accumulation_steps for m in members])
                 self._learner.backward(((instance_M + factor_M * prior_M) * divide_M).sum(), last=last)
         return instance_M.tolist(), prior_M.tolist()
+
+    def kinds(self, batch: Batch) -> list[Hashable]:
+        """Of each row, its size and what its family says of its prompt: rows of one kind may share a forward."""
+        found: list[Hashable] = []
+        for latents_CHW, prompt in zip(batch.latents, batch.prompts, strict=True):
+            size = (latents_CHW.shape[1], latents_CHW.shape[2])
+            # training changes what is in a prompt's record, never its shape
+            found.append((size, self._base.family.together(size, self._frozen_cond(prompt))))
+        return found
 
     # -- what rows wear --
 

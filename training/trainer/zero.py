@@ -3,8 +3,8 @@
 Every process of a gang has a `GangPack`. The first one leads: it is called as any pack is, and what it does is repeated
 by the others, which `follow`. Each takes its share of the batch's rows; DeepSpeed sums the gradients and shards what
 the optimizer needs. Stage 3 shards the adapter's weights and the frozen denoiser too, gathered layer by layer; then
-every forward of the denoiser is one of all processes, also where the leader samples. Knows no Ray: whoever starts the
-processes has joined them by torch.distributed.
+all processes take part in every forward of the denoiser, also when the leader samples. Knows no Ray: the caller that
+starts the processes joins them by torch.distributed.
 
 Shape suffixes as in `training.trainer.pack`.
 """
@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_map_only
 from training.adapters.bank import Bank
 from training.base.base import Base
 from training.errors import GangBroken, SubjectFailed, UserError
-from training.manifest.manifest import TrainSpec, ZeroSpec
+from training.manifest.subject import TrainSpec, ZeroSpec
 from training.trainer.learner import Rates
 from training.trainer.member import Member, Report, Subject
 from training.trainer.optimizer import OptimizerState
@@ -172,7 +172,7 @@ class GangPack(Pack):
             self._gang.tell(_Order("denoise", shapes))
 
     def _denoise(self, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
-        """Followers' part of a forward of the leader alone: the layers are gathered, what comes out is of no use."""
+        """Followers' part of a forward of the leader alone: the layers are gathered, the result is not used."""
         inputs, named = tree_map_only(
             _Shape, lambda of: torch.zeros(of.shape, dtype=of.dtype, device=self.base.device), (inputs, named)
         )
@@ -247,7 +247,7 @@ class ShardedLearner:
         """See `Learner`; its gradients end with its engine."""
         if self._engine is not None:
             self._engine.destroy()
-            del self._parts.parts  # DeepSpeed keeps its modules for good; this one shall hold nothing
+            del self._parts.parts  # DeepSpeed never releases its modules; this one must hold nothing
             self._engine = None
 
     def weights(self) -> Tensor:

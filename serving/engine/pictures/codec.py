@@ -18,7 +18,7 @@ _NAME = "picture"
 
 
 def encode(pixels_HWC: Tensor, form: ImageFormat, quality: int) -> bytes:
-    """uint8 [H, W, 3] as an image file; `quality` (0 to 100) is of jpeg and webp, PNG is exact."""
+    """The image file of uint8 [H, W, 3]; `quality` (0 to 100) is for jpeg and webp, PNG is lossless."""
     picture = Image.fromarray(pixels_HWC.contiguous().numpy())
     stream = io.BytesIO()
     if form == "png":
@@ -29,13 +29,13 @@ def encode(pixels_HWC: Tensor, form: ImageFormat, quality: int) -> bytes:
 
 
 def enlarge(pixels_HWC: Tensor, width: int, height: int) -> Tensor:
-    """A preview at the size of its picture."""
+    """A preview, uint8 [h, w, 3], enlarged to the size of its picture, [height, width, 3]."""
     picture = Image.fromarray(pixels_HWC.contiguous().numpy()).resize((width, height), Image.Resampling.BICUBIC)
     return torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(height, width, 3)
 
 
 def count(data: bytes, width: int, height: int) -> int:
-    """How many pixels `decode` would decode, by the header alone. Raises Refused if that is enough to refuse it."""
+    """How many pixels `decode` would decode, read from the header. Raises Refused if the header says that it cannot."""
     try:
         return count_pixels(data, _NAME, _LIMITS, max(width, height))
     except ImageError as error:

@@ -1,8 +1,7 @@
-"""Start pictures are decoded here, so that nobody's pictures are in anybody's way.
+"""Decodes the pictures that requests start from, so that no tenant's pictures delay another's.
 
-On threads of its own (decoding releases the interpreter), tenants in turn and each one picture at a time, and no more
-pixels at once than fit a budget. What a picture takes is known from its header before anything is decoded. For any
-number of event loops.
+On its own threads (decoding releases the interpreter), tenants in turn and one picture of each at a time, within a
+budget of pixels. How many pixels a picture takes is read from its header first. Serves any number of event loops.
 """
 
 import threading
@@ -16,9 +15,9 @@ from serving.engine.pictures.codec import MAX_PIXELS, count, decode
 from serving.errors import NotReady, QueueFull
 
 THREADS = 2
-PIXELS = MAX_PIXELS * 5 // 4  # at once: beside the largest picture there is room for a common one
-WAITING = 64  # pictures of one tenant that may wait,
-WAITING_BYTES = 64 * 2**20  # and what they may take in memory meanwhile
+PIXELS = MAX_PIXELS * 5 // 4  # at once: the largest picture and a usual one beside it
+WAITING = 64  # pictures of one tenant that may wait
+WAITING_BYTES = 64 * 2**20  # the memory that they may take
 
 
 @dataclass(eq=False, slots=True)
@@ -61,7 +60,7 @@ class Decoding:
         return picture.decoded
 
     def close(self) -> None:
-        """Lets what runs end; what waits is cancelled."""
+        """Cancels what waits; what is being decoded finishes."""
         with self._lock:
             self._closed = True
             for pictures in self._waiting.values():
@@ -86,7 +85,7 @@ class Decoding:
             if tenant in self._running:
                 continue
             if pictures[0].pixels > room:
-                return None  # nobody overtakes: else a large picture would wait for ever
+                return None  # nothing overtakes: else a large picture would wait for ever
             picture = pictures.popleft()
             if pictures:
                 self._waiting.move_to_end(tenant)

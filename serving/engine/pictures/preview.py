@@ -1,4 +1,4 @@
-"""A linear map from latents to colours, fitted to a base's own VAE, for previews that cost next to nothing.
+"""A linear map from latents to colours, fitted to a base's own VAE, for previews that take almost no time.
 
 One latent cell becomes one pixel. The map is fitted on smooth random pictures, which the VAE encodes.
 """

@@ -35,6 +35,7 @@ class DiskCache:
         return data
 
     def put(self, data: bytes) -> None:
+        """Stores `data` under its SHA-256, whole or not at all; evicts what exceeds the budget. Raises OSError."""
         with tempfile.NamedTemporaryFile(dir=self._folder, delete=False) as file:
             file.write(data)
         os.replace(file.name, self._path(content_id(data)))

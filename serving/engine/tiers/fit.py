@@ -1,4 +1,4 @@
-"""Whether a server takes an adapter: its rank, its words, its layers. Messages name the flag that would take it."""
+"""Whether a server can serve an adapter: its rank, words and layers. Messages name the flag that would allow it."""
 
 from serving.config import EngineSpec
 from serving.flags import flag
@@ -23,7 +23,7 @@ def check_fit(adapter: Adapter, spec: EngineSpec, facts: Facts) -> None:
     ends = (*(spec.targets or facts.layers), *(spec.text_encoder_targets or facts.text_layers))
     served = tuple(f".{end}" for end in ends)
     left = [name for name in adapter.modules if not name.endswith(served)]
-    if left:  # the bank lies over some layers only; an adapter must not be served in part
+    if left:  # an adapter must not be served in part
         raise AdapterError(
             f"{len(left)} of {len(adapter.modules)} modules are layers that this server does not adapt, the first is "
             f"'{min(left)}'. Start it with the ends of their names in {flag('targets')} or "

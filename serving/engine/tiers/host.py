@@ -1,8 +1,9 @@
 """Adapters in host memory, between the device's slots and the registry: loaded once, in the background.
 
-A loader thread fetches what is asked for and not here. Requests for one cold adapter share its load; a load that fails
-fails only those that wait for it, is not remembered, and costs no other adapter its place. What waits for admission is
-pinned; the rest stays, least recently used out first, within a budget of bytes. Knows nothing about slots or HTTP.
+A loader thread fetches an adapter that is wanted and not here. Requests for the same adapter share its load; a load
+that fails is an error of those that wait for it only, is not remembered, and evicts nothing. Adapters that a waiting
+request needs are pinned; the others are evicted, least recently used first, beyond a budget of bytes. Knows nothing
+about slots or HTTP.
 """
 
 import threading
@@ -16,47 +17,48 @@ class Sized(Protocol):
     """Something that lies in memory."""
 
     @property
-    def nbytes(self) -> int: ...
+    def nbytes(self) -> int:
+        """Bytes of memory that it takes."""
 
 
-Key = TypeVar("Key", bound=Hashable)
-Value = TypeVar("Value", bound=Sized)
+HostKey = TypeVar("HostKey", bound=Hashable)
+HostValue = TypeVar("HostValue", bound=Sized)
 
 
-class HostCache(Generic[Key, Value]):
+class HostCache(Generic[HostKey, HostValue]):
     """`fetch(key)` runs on one of `loaders` threads; `woken` is called (there) whenever a load has ended."""
 
     def __init__(
-        self, fetch: Callable[[Key], Value], *, budget_bytes: int, loaders: int, woken: Callable[[], None]
+        self, fetch: Callable[[HostKey], HostValue], *, budget_bytes: int, loaders: int, woken: Callable[[], None]
     ) -> None:
         self._fetch = fetch
         self._budget = budget_bytes
         self._woken = woken
         self._pool = ThreadPoolExecutor(loaders, thread_name_prefix="load-adapter")
         self._lock = threading.Lock()
-        self._held: OrderedDict[Key, Value] = OrderedDict()  # least recently used first
-        self._loading: dict[Key, Future[Value]] = {}
-        self._pins: dict[Key, int] = {}
+        self._held: OrderedDict[HostKey, HostValue] = OrderedDict()  # least recently used first
+        self._loading: dict[HostKey, Future[HostValue]] = {}
+        self._pins: dict[HostKey, int] = {}
         self.bytes = 0
         self.hits = 0
         self.loads = 0
         self.failures = 0
         self.evictions = 0
 
-    def __contains__(self, key: Key) -> bool:
+    def __contains__(self, key: HostKey) -> bool:
         return key in self._held
 
     def __len__(self) -> int:
         return len(self._held)
 
-    def want(self, key: Key) -> Future[Value]:
-        """Pins `key` and answers its value, at once or when its load ends. Give the pin back with `release`."""
+    def want(self, key: HostKey) -> Future[HostValue]:
+        """Pins `key` and returns a future of its value, which is done when its load ends. Undone by `release`."""
         with self._lock:
             self._pins[key] = self._pins.get(key, 0) + 1
             if key in self._held:
                 self._held.move_to_end(key)
                 self.hits += 1
-                here: Future[Value] = Future()
+                here: Future[HostValue] = Future()
                 here.set_result(self._held[key])
                 return here
             if key not in self._loading:
@@ -64,7 +66,7 @@ class HostCache(Generic[Key, Value]):
                 self._pool.submit(self._load, key, self._loading[key])
             return self._loading[key]
 
-    def release(self, key: Key) -> None:
+    def release(self, key: HostKey) -> None:
         """Undoes one `want`."""
         with self._lock:
             self._pins[key] -= 1
@@ -72,20 +74,20 @@ class HostCache(Generic[Key, Value]):
                 del self._pins[key]
                 self._shrink()
 
-    def drop(self, key: Key) -> None:
-        """Forgets an adapter, unless somebody waits with it."""
+    def drop(self, key: HostKey) -> None:
+        """Forgets an adapter, unless it is pinned."""
         with self._lock:
             if key in self._held and key not in self._pins:
                 self.bytes -= self._held.pop(key).nbytes
 
     def close(self) -> None:
-        """Waits for nothing: loads that have not begun are dropped."""
+        """Stops the loaders without waiting; loads that have not begun are cancelled."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def _load(self, key: Key, future: Future[Value]) -> None:
+    def _load(self, key: HostKey, future: Future[HostValue]) -> None:
         try:
             value = self._fetch(key)
-        except BaseException as error:  # whatever it is, it belongs to those who wait for this adapter
+        except BaseException as error:  # any error is passed to those who wait for this adapter
             with self._lock:
                 del self._loading[key]
                 self.failures += 1

@@ -1,1 +1,1 @@
-"""Who may ask, and how long they may take to say what: keys and tenants, the guard before bodies, timeouts."""
+"""Who may call, and how slowly: keys and tenants, the guard that runs before bodies are read, timeouts."""

@@ -1,7 +1,8 @@
-"""Who may ask, decided before a byte of a body is read: Host and Origin, then the key and what it is good for.
+"""Who may call, checked before any of a body is read: Host and Origin, then the key and its scopes.
 
-A server without keys trusts its own machine, and so has to mistrust the browser on it: any web page can send a request
-to a loopback address, and can give its own name that address (DNS rebinding). Knows nothing about what the routes do.
+A server without keys trusts every program on its machine, so it must guard against web pages in a browser there: any
+page can send requests to a loopback address, and can make its own name resolve to it (DNS rebinding). Knows nothing
+about what the routes do.
 """
 
 import ipaddress
@@ -23,7 +24,7 @@ _READING = frozenset({"GET", "HEAD", "OPTIONS"})
 
 
 class Guard:
-    """Refuses what may not ask, and uploads of which there are too many."""
+    """Refuses callers that are not allowed, and uploads beyond a tenant's quota."""
 
     def __init__(self, app: ASGIApp, cors: tuple[str, ...] = ()) -> None:
         self._app = app
@@ -43,7 +44,7 @@ class Guard:
             await self._app(scope, receive, send)
 
     def _admit(self, request: Request) -> AbstractContextManager[None]:
-        """What counts the request while it runs. Raises ApiError, QueueFull."""
+        """A context manager that counts the request while it runs. Raises ApiError, QueueFull."""
         service, path = service_of(request), request.scope["path"]
         if path == OPEN:
             return nullcontext()
@@ -54,12 +55,12 @@ class Guard:
         return service.quota.upload(tenant) if (request.method, path) == ("POST", UPLOAD) else nullcontext()
 
     def _check_page(self, service: Service, request: Request) -> None:
-        """No web page but our own and those that `cors` names, where the browser would vouch for it."""
+        """Raises ApiError for a web page of an origin that is neither this server's nor in `cors`."""
         host = request.headers.get("host", "").lower()
         if service.keys is None and not is_loopback(_name(host)):
             raise ApiError(
                 401,
-                f"This server has no keys, so it answers to localhost only, not to '{host[:100]}'. Make keys with "
+                f"This server has no keys, so it replies to localhost only, not to '{host[:100]}'. Make keys with "
                 "`dreamfleet keys make TENANT --keys FILE` and start it with `--keys FILE`.",
                 code="invalid_api_key",
             )
@@ -70,8 +71,8 @@ class Guard:
         if vouched and foreign and origin not in self._cors and request.method not in _READING:
             raise ApiError(
                 403,
-                f"A web page of '{origin[:100] or 'another site'}' may not change anything on this server. If it "
-                "shall, name its origin in the server's `cors` setting.",
+                f"A web page of '{origin[:100] or 'another site'}' may not change anything on this server. To allow "
+                "it, name its origin in the server's `cors` setting.",
                 code="origin_not_allowed",
             )
 

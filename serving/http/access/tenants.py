@@ -29,7 +29,7 @@ from serving.config import Limits
 from serving.errors import NotReady, QueueFull
 from training.errors import UserError
 from training.storage.closed import Closed
-from training.storage.registry import check_id
+from training.storage.version import check_id
 
 logger = logging.getLogger(__name__)
 PREFIX = "dfk_"
@@ -39,7 +39,7 @@ USUAL: tuple[Scope, ...] = ("images", "train")
 
 
 class Key(Closed):
-    """A key as it is kept. `name` is public: it is how one speaks about a key."""
+    """A key as the file holds it. `name` is public: lists and messages call the key by it."""
 
     name: str
     tenant: str
@@ -55,10 +55,13 @@ class Key(Closed):
 
     @property
     def expired(self) -> bool:
+        """Whether its time is over."""
         return self.expires is not None and datetime.fromisoformat(self.expires) <= datetime.now(UTC)
 
 
 class KeyFile(Closed):
+    """What the file of keys holds."""
+
     keys: tuple[Key, ...] = ()
 
 
@@ -72,12 +75,13 @@ class Keys:
         self._lock = threading.Lock()
 
     def find(self, token: str) -> Key | None:
-        """The key that this is, expired or not; None for an unknown or revoked one. Raises NotReady."""
+        """The key of a token, expired or not; None for an unknown or revoked one. Raises NotReady."""
         with self._lock:
             self._refresh()
             return self._valid.get(_hash(token))
 
     def all(self) -> tuple[Key, ...]:
+        """All keys of the file, revoked ones too. Raises UserError for a file that is damaged."""
         try:
             return KeyFile.model_validate_json(self._path.read_bytes()).keys
         except FileNotFoundError:
@@ -86,7 +90,7 @@ class Keys:
             raise UserError(f"'{self._path}' is no keys file: {error}") from None
 
     def make(self, tenant: str, scopes: tuple[Scope, ...] = USUAL, expires: datetime | None = None) -> tuple[Key, str]:
-        """A new key of `tenant`: as it is kept, and the token, which is shown this once."""
+        """Makes a key of `tenant`; returns it as the file holds it, and its token, which is stored nowhere."""
         check_id(tenant, "tenant")
         token = PREFIX + secrets.token_urlsafe(32)
         key = Key(
@@ -113,7 +117,7 @@ class Keys:
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        """Two commands at once must not undo each other."""
+        """A lock, so that two commands at the same time do not overwrite each other's changes."""
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with self._path.with_name(f".{self._path.name}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
@@ -144,7 +148,7 @@ class Keys:
 
 
 class Meter:
-    """How many of one kind each tenant has under way and has begun in the last minute. For one event loop."""
+    """Counts how many of one kind each tenant has under way, and has begun within a minute. For one event loop."""
 
     def __init__(self, what: str, at_once: int, per_minute: int) -> None:
         self.what = what
@@ -176,7 +180,7 @@ class Meter:
                 del self._running[tenant]
 
     def running(self) -> int:
-        """Of all tenants."""
+        """How many are under way, of all tenants."""
         return sum(self._running.values())
 
 
@@ -196,6 +200,7 @@ class Quota:
         return self.uploads.one(tenant)
 
     def running(self) -> int:
+        """Requests for images under way, of all tenants."""
         return self.requests.running()
 
 

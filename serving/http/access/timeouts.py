@@ -1,7 +1,7 @@
-"""How long a client may take to say what it wants: request headers within seconds, a body at some speed.
+"""How long a client may take to send a request: headers within seconds, a body at a minimum speed.
 
-Without them a client that opens connections and is silent keeps them for ever. Waiting for an answer has no limit here;
-a request's own deadline is the engine's.
+Without them a client could open connections, send nothing and keep them for ever. Waiting for a reply has no limit
+here; the engine ends a request at its deadline.
 """
 
 import asyncio
@@ -12,8 +12,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 HEADERS_S = 15.0  # from the first byte, or from the connection, to the last header
-BODY_S = 30.0  # a body may take so long,
-BODY_BYTES_PER_S = 16 * 1024  # and a second more for so many bytes that have come
+BODY_S = 30.0  # seconds a body may take,
+BODY_BYTES_PER_S = 16 * 1024  # and one more for each of so many bytes received
 
 
 class TimedProtocol(H11Protocol):
@@ -25,19 +25,22 @@ class TimedProtocol(H11Protocol):
     _overdue: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """A client has connected: its headers are expected in time."""
         super().connection_made(transport)
         self._await_headers()
 
     def data_received(self, data: bytes) -> None:
+        """Bytes have come: a request's headers, a body, or both."""
         super().data_received(data)
         self._await_headers()
 
     def connection_lost(self, exc: Exception | None) -> None:
+        """The connection is closed: nothing is expected."""
         super().connection_lost(exc)
         self._stop()
 
     def _await_headers(self) -> None:
-        """Starts the time when headers are expected, and ends it when they are there; bytes of them do not renew it."""
+        """Starts the timer of the headers, and stops it when they are complete; a part of them does not restart it."""
         if self.conn.their_state is not h11.IDLE:
             self._stop()
         elif self._overdue is None:
@@ -73,7 +76,7 @@ class BodyTimeout:
 
         async def timed() -> Message:
             nonlocal came, whole
-            if whole:  # what follows is the client's leaving
+            if whole:  # after the body comes only the disconnect
                 return await receive()
             try:
                 async with asyncio.timeout_at(began + BODY_S + came / BODY_BYTES_PER_S):

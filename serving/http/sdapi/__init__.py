@@ -1,1 +1,1 @@
-"""What clients of AUTOMATIC1111's API call, in its own words; what is not done is refused by name."""
+"""AUTOMATIC1111's API, for its clients; fields and options that are not supported are refused by name."""

@@ -1,4 +1,4 @@
-"""What clients of AUTOMATIC1111's API ask before they begin: the lists from which their users choose, and options.
+"""What clients of AUTOMATIC1111's API read when they start: the lists from which their users choose, and options.
 
 A list of what is not served is empty or says so in that API's own way; options are the same for everybody.
 """
@@ -42,14 +42,14 @@ async def loras(request: Request) -> list[SdLora]:
 
 @router.post("/refresh-loras", responses=ERRORS)
 async def refresh_loras(request: Request) -> dict[str, object]:
-    """Nothing to do: new adapters are seen by themselves."""
+    """Does nothing: new adapters are found without it."""
     service_of(request).tenant(request)
     return {}
 
 
 @router.post("/refresh-checkpoints", responses=ERRORS)
 async def refresh_checkpoints(request: Request) -> dict[str, object]:
-    """Nothing to do: a server has the one base that it was started with."""
+    """Does nothing: a server has the one base that it was started with."""
     service_of(request).tenant(request)
     return {}
 
@@ -82,7 +82,7 @@ async def sd_models(request: Request) -> list[SdModel]:
 
 @router.get("/sd-vae", responses=ERRORS)
 async def sd_vae(request: Request) -> list[SdNamed]:
-    """None to choose from: pictures are decoded by the base's own."""
+    """An empty list: pictures are decoded by the base's own VAE."""
     service_of(request).tenant(request)
     return []
 
@@ -124,7 +124,7 @@ async def prompt_styles(request: Request) -> list[SdNamed]:
 
 @router.get("/embeddings", responses=ERRORS)
 async def embeddings(request: Request) -> SdEmbeddings:
-    """None that stand alone: trained words come with their adapter."""
+    """None of their own: trained words come with their adapter."""
     service_of(request).tenant(request)
     return SdEmbeddings()
 
@@ -152,7 +152,7 @@ async def cmd_flags(request: Request) -> dict[str, object]:
 
 @router.get("/options", responses=ERRORS)
 async def get_options(request: Request) -> dict[str, object]:
-    """The options that clients ask for; they are as they are for everybody."""
+    """The options that clients read; they are the same for everybody and cannot be changed."""
     service = service_of(request)
     service.tenant(request)
     return options(service.intake.library.base)
@@ -160,7 +160,7 @@ async def get_options(request: Request) -> dict[str, object]:
 
 @router.post("/options", responses=ERRORS)
 async def set_options(request: Request, wanted: dict[str, object]) -> None:
-    """Passes if every option is as it is already; refuses to change one, by its name."""
+    """Does nothing if every option has its value already; else refuses the first that differs, by name."""
     service = service_of(request)
     service.tenant(request)
     check_options(wanted, service.intake.library.base)

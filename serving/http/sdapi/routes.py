@@ -1,7 +1,7 @@
 """What clients of AUTOMATIC1111's API call to get pictures; `<lora:id:weight>` in the prompt works.
 
-Unlike there, calls may overlap, an unknown adapter is an error, what is not done is refused by name, and no call
-changes anything for anybody else. What clients ask before they begin is in `api_sdapi_info.py`.
+Unlike there, calls may overlap, an unknown adapter is an error, unsupported fields are refused by name, and no call
+changes anything for other callers. The lists that clients read when they start are in `info.py`.
 """
 
 import asyncio
@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from fastapi import APIRouter, Request
 
-from serving.engine.request import GenerateRequest, Picture
+from serving.engine.request import FinishedPicture, GenerateRequest
 from serving.http.images import ERRORS
 from serving.http.infotext import infotext
 from serving.http.intake import any_seed, read_picture_field
@@ -29,34 +29,35 @@ PREVIEWS = 8
 
 
 @dataclass(eq=False, slots=True)
-class Progress:
+class CallProgress:
     """How far the images of one call are."""
 
     count: int
     since: float
-    task: "asyncio.Task[list[Picture]] | None" = None
+    task: "asyncio.Task[list[FinishedPicture]] | None" = None
     done: int = 0
     part: dict[int, float] = field(default_factory=dict)
     current: bytes | None = None
 
     @property
     def share(self) -> float:
+        """How much of the call is done, 0 to 1."""
         return min(1.0, sum(self.part.values()) / self.count)
 
 
-Under = dict[str, list[Progress]]  # by tenant; the newest last
+Under = dict[str, list[CallProgress]]  # by tenant; the newest last
 
 
 @router.post("/txt2img", responses=ERRORS)
 async def txt2img(request: Request, body: Txt2ImgBody) -> SdImages:
     """Images of a prompt."""
-    return await _make(request, body)
+    return await _make_images(request, body)
 
 
 @router.post("/img2img", responses=ERRORS)
 async def img2img(request: Request, body: Img2ImgBody) -> SdImages:
     """Images that start from a picture."""
-    return await _make(request, body)
+    return await _make_images(request, body)
 
 
 @router.get("/progress", responses=ERRORS)
@@ -80,7 +81,7 @@ async def progress(request: Request, skip_current_image: bool = False) -> SdProg
 
 @router.post("/interrupt", responses=ERRORS)
 async def interrupt(request: Request) -> dict[str, object]:
-    """Stops the caller's calls; nobody else's."""
+    """Cancels all running calls of the caller's tenant, of no other."""
     service = service_of(request)
     under: Under = request.app.state.under
     for one in under.get(service.tenant(request), []):
@@ -89,15 +90,15 @@ async def interrupt(request: Request) -> dict[str, object]:
     return {}
 
 
-async def _make(request: Request, body: Txt2ImgBody) -> SdImages:
+async def _make_images(request: Request, body: Txt2ImgBody) -> SdImages:
     service = service_of(request)
     tenant = service.tenant(request)
     wanted = await asyncio.to_thread(_wanted, service, tenant, body, request_id(request))
-    one = Progress(count=wanted.count, since=time.monotonic())
+    one = CallProgress(count=wanted.count, since=time.monotonic())
     under: Under = request.app.state.under
     under.setdefault(tenant, []).append(one)
     try:
-        one.task = asyncio.ensure_future(_run(service, wanted, one))
+        one.task = asyncio.ensure_future(_draw_images(service, wanted, one))
         pictures = await unless_gone(request, one.task)
     except asyncio.CancelledError:
         if one.task is not None and one.task.cancelled():
@@ -107,15 +108,15 @@ async def _make(request: Request, body: Txt2ImgBody) -> SdImages:
         under[tenant].remove(one)
         if not under[tenant]:
             del under[tenant]
-    return _answer(service, wanted, pictures, body)
+    return _images_of(service, wanted, pictures, body)
 
 
-async def _run(service: Service, wanted: GenerateRequest, one: Progress) -> list[Picture]:
+async def _draw_images(service: Service, wanted: GenerateRequest, one: CallProgress) -> list[FinishedPicture]:
     pictures = []
     async with aclosing(service.events(wanted)) as events:
         async for event in events:
             one.current = event.data
-            if isinstance(event, Picture):
+            if isinstance(event, FinishedPicture):
                 pictures.append(event)
                 one.done += 1
                 one.part[event.index] = 1.0
@@ -129,15 +130,15 @@ def _wanted(service: Service, tenant: str, body: Txt2ImgBody, name: str) -> Gene
     intake = service.intake
     prompt, worn = split_prompt(intake.prompt(body.prompt, "prompt"))
     negative_prompt = refuse_tags(intake.prompt(body.negative_prompt, "negative_prompt"))
-    sampler = read_sampler(body.sampler_name or body.sampler_index, body.scheduler, intake.spec.scheduler)
+    sampler = read_sampler(body.sampler_name or body.sampler_index, body.scheduler, intake.scheduler)
     refuse_undone(body.model_extra or {}, sampler, intake.library.base)
-    steps = body.steps or intake.spec.steps
+    steps = body.steps or intake.steps
     side = intake.facts.resolution
     width, height = body.width or side, body.height or side
     image, strength = None, 1.0
     if isinstance(body, Img2ImgBody):
         image = read_picture_field(body.init_images[0], "init_images", width, height)
-        strength = min(1.0, max(body.denoising_strength, 1.001 / steps))  # also 0 means one step there
+        strength = min(1.0, max(body.denoising_strength, 1.001 / steps))  # AUTOMATIC1111 takes 0 as one step
     return intake.checked(
         GenerateRequest(
             request_id=name,
@@ -150,7 +151,7 @@ def _wanted(service: Service, tenant: str, body: Txt2ImgBody, name: str) -> Gene
             count=body.batch_size * body.n_iter,
             seed=any_seed() if body.seed < 0 else body.seed,
             steps=steps,
-            guidance_scale=intake.spec.guidance_scale if body.cfg_scale is None else body.cfg_scale,
+            guidance_scale=intake.guidance_scale if body.cfg_scale is None else body.cfg_scale,
             scheduler=sampler,
             image=image,
             strength=strength,
@@ -160,7 +161,9 @@ def _wanted(service: Service, tenant: str, body: Txt2ImgBody, name: str) -> Gene
     )
 
 
-def _answer(service: Service, wanted: GenerateRequest, pictures: list[Picture], body: Txt2ImgBody) -> SdImages:
+def _images_of(
+    service: Service, wanted: GenerateRequest, pictures: list[FinishedPicture], body: Txt2ImgBody
+) -> SdImages:
     library = service.intake.library
     texts = [infotext(wanted, picture.seed, library.base, library.base_hash) for picture in pictures]
     info = {

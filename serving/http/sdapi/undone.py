@@ -1,7 +1,7 @@
-"""What AUTOMATIC1111's API has and this server does not do: refused by name, so that no picture is silently another.
+"""Fields of AUTOMATIC1111's API that are not supported: refused by name, so that no picture differs without an error.
 
-Clients send most fields with every request. A field passes that asks for nothing: empty, at its default, or a part of
-something that is off.
+Clients send most fields with every request. A field passes if it asks for nothing: it is empty, at its default, or
+belongs to a feature that is off.
 """
 
 from collections.abc import Mapping
@@ -22,7 +22,7 @@ _DEFAULTS: dict[str, tuple[object, ...]] = {
     "script_name": ("None",),
     "refiner_checkpoint": ("None",),
 }
-# These say how something is done that is off unless another field turns it on, or do not concern the picture.
+# Settings of features that another field turns on, and fields that do not concern the picture.
 _IDLE = frozenset(
     {
         *("firstphase_width", "firstphase_height", "hr_scale", "hr_upscaler", "hr_second_pass_steps", "hr_resize_x"),
@@ -61,7 +61,7 @@ def refuse_undone(fields: Mapping[str, object], sampler: SamplerName, base: str)
 
 
 def options(base: str) -> dict[str, object]:
-    """The options as they are for everybody; none can be changed by a call."""
+    """The options, the same for everybody; no call can change one."""
     return {
         "sd_model_checkpoint": base,
         "sd_vae": "Automatic",
@@ -73,7 +73,7 @@ def options(base: str) -> dict[str, object]:
 
 
 def check_options(wanted: Mapping[str, object], base: str, param: str | None = None) -> None:
-    """Raises ApiError for the first option that is not as it is; `param` is the field that they came in."""
+    """Raises ApiError for the first option whose value is not the server's; `param` is the field that they came in."""
     held, where = options(base), f" in '{param}'" if param else ""
     for name, value in wanted.items():
         if _is_empty(value) or name in held and value == held[name] or (name, value) == ("sd_vae", "None"):

@@ -1,7 +1,7 @@
-"""What goes over HTTP under `/sdapi/v1`: bodies and answers as AUTOMATIC1111's API has them. Knows no torch.
+"""What goes over HTTP under `/sdapi/v1`: bodies and replies as AUTOMATIC1111's API has them. Knows no torch.
 
 Its clients send dozens of fields, most of them at their defaults. Fields that are not declared here are looked at in
-`sd_undone.py`: what asks for nothing passes, what would change the picture is refused by name.
+`undone.py`: those that ask for nothing pass, those that would change the picture are refused by name.
 """
 
 from typing import Annotated
@@ -40,16 +40,20 @@ class Img2ImgBody(Txt2ImgBody):
 
     init_images: tuple[Annotated[str, Field(max_length=MAX_PICTURE)], ...] = Field(min_length=1, max_length=1)
     denoising_strength: float = Field(0.75, ge=0, le=1, description="0: one step at the least noise")
-    include_init_images: bool = Field(False, description="whether `parameters` of the answer holds `init_images`")
+    include_init_images: bool = Field(False, description="whether `parameters` of the reply holds `init_images`")
 
 
 class SdImages(BaseModel):
+    """The images of a call, base64, with what was asked for."""
+
     images: list[str]
     parameters: dict[str, object]
     info: str = Field(description="JSON: the seeds, `infotexts` and what else it takes to make the images again")
 
 
 class SdProgress(BaseModel):
+    """How far a call is: `progress` from 0 to 1, `eta_relative` in seconds."""
+
     progress: float
     eta_relative: float
     state: dict[str, object]
@@ -58,6 +62,8 @@ class SdProgress(BaseModel):
 
 
 class SdLora(BaseModel):
+    """An adapter that a prompt tag may name."""
+
     name: str
     alias: str
     path: str
@@ -65,12 +71,16 @@ class SdLora(BaseModel):
 
 
 class SdSampler(BaseModel):
+    """A sampler and its other names."""
+
     name: str
     aliases: list[str]
     options: dict[str, str]
 
 
 class SdScheduler(BaseModel):
+    """A way to space the noise levels of a run."""
+
     name: str
     label: str
     aliases: list[str] | None = None
@@ -79,6 +89,8 @@ class SdScheduler(BaseModel):
 
 
 class SdModel(BaseModel):
+    """A base."""
+
     title: str
     model_name: str
     hash: str
@@ -88,6 +100,8 @@ class SdModel(BaseModel):
 
 
 class SdUpscaler(BaseModel):
+    """A way to enlarge pictures."""
+
     name: str
     model_name: str | None = None
     model_path: str | None = None
@@ -102,17 +116,21 @@ class SdNamed(BaseModel):
 
 
 class SdScripts(BaseModel):
+    """The scripts of each tab of AUTOMATIC1111's page."""
+
     txt2img: list[str] = []
     img2img: list[str] = []
 
 
 class SdEmbeddings(BaseModel):
+    """Textual-inversion words by name."""
+
     loaded: dict[str, dict[str, object]] = {}
     skipped: dict[str, dict[str, object]] = {}
 
 
 class SdMemory(BaseModel):
-    """The machine's memory is the operator's business (`/metrics`); this is how that API says that it has no number."""
+    """The machine's memory, as that API says that it is unknown: it is for the operator, who has `/metrics`."""
 
     ram: dict[str, str] = {"error": "unavailable"}
     cuda: dict[str, str] = {"error": "unavailable"}

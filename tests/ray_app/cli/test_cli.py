@@ -45,7 +45,7 @@ def test_help_names_every_command(desk: Desk) -> None:
 
 
 def test_validate_and_help_import_neither_torch_nor_ray(desk: Desk) -> None:
-    """What makes them answer at once."""
+    """What makes them start at once."""
     manifest = desk.manifest("rusty")
     code = (
         "import sys; from ray_app.cli.main import main; main(sys.argv[1:], standalone_mode=False);"
@@ -111,7 +111,7 @@ def test_photos_that_cannot_be_trained_on_are_seen_by_validate(desk: Desk) -> No
         (["status", "--storage", "ftp://x"], ["Unknown storage 'ftp://x'", "Use a folder"]),
         (["adapters", "show", "rusty"], ["Unknown adapter default/rusty"]),
         (["base", "nothing"], ["Base 'nothing' is not known"]),
-        (["generate", "a dog", "--url", "http://127.0.0.1:9"], ["No server answers at http://127.0.0.1:9"]),
+        (["generate", "a dog", "--url", "http://127.0.0.1:9"], ["No server responds at http://127.0.0.1:9"]),
         (["generate", "a dog", "--adapter", "rusty:heavy"], ["weight 'heavy' is no number"]),
         (["serve", "--port", "70000"], ["70000"]),
         (["trian"], ["No such command 'trian'"]),

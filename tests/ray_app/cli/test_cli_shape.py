@@ -1,6 +1,7 @@
 """`adapters merge`, `resize`, `fuse` and `sweep`: what they make draws what it should."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,9 @@ from ray_app.cli.main import main
 from tests.serving.company import random_adapter
 from tests.tiny import states
 from training.adapters.adapter import Adapter, load_adapter, save_adapter
+from training.adapters.fuse import fuse_base
 from training.base.base import Base, load_base
+from training.base.files.outline import outline
 from training.storage.registry import Registry
 from training.storage.storage import open_storage
 
@@ -62,12 +65,20 @@ def test_a_fused_base_draws_what_the_adapter_draws(shelf: Path, tiny: Base) -> N
     assert made.exit_code == 0, made.output
     fused = StableDiffusionPipeline.from_pretrained(out)
     delta = published(shelf, "one").modules
-    before, after = tiny.denoiser.state_dict(), fused.denoiser.state_dict()
+    before, after = tiny.denoiser.state_dict(), fused.unet.state_dict()
     for key, low in delta.items():
         name = f"{key.removeprefix('unet.')}.weight"
         assert (after[name] - before[name] - 0.5 * low.delta()).abs().max() < 2e-3, name
     again = run("adapters", "fuse", "one", "--out", str(out), "--base", str(tiny.folder), storage=shelf)
     assert again.exit_code == 2 and "not empty" in again.output
+
+
+def test_a_fused_base_recommends_what_its_base_does(tiny_folder: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(tiny_folder, copy)
+    (copy / "dreamfleet.json").write_text('{"steps": 4}')
+    fuse_base(str(copy), [(Adapter({}), 1.0)], tmp_path / "fused")
+    assert outline(str(tmp_path / "fused")).facts.steps == 4
 
 
 def test_words_go_into_the_fused_base(tmp_path: Path, tiny: Base) -> None:

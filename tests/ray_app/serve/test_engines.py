@@ -11,11 +11,11 @@ from ray.serve.exceptions import DeploymentUnavailableError, RayServeException
 
 from ray_app.serve import engines
 from ray_app.serve.engines import RayEngines
-from serving.engine.request import Event, GenerateRequest, Picture, Preview
+from serving.engine.request import Event, FinishedPicture, GenerateRequest, Preview
 from serving.errors import DeadlineExceeded, NotReady, QueueFull
 from tests.serving.company import ask
 
-PICTURES = [Picture(index=index, seed=index, data=b"image") for index in range(3)]
+PICTURES = [FinishedPicture(index=index, seed=index, data=b"image") for index in range(3)]
 PREVIEW = Preview(index=0, number=0, step=1, steps=3, data=b"guess")
 
 

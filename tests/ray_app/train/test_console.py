@@ -26,7 +26,7 @@ def test_only_a_run_with_work_left_is_starting(state: State, starts: bool) -> No
 def test_plain_lines_tell_the_step_of_those_that_train_and_what_is_done_with_the_others() -> None:
     records = {id: SubjectRecord(id=id, state="preparing", step=4, max_steps=9, pack=0) for id in ("a", "b", "c")}
     doing = {"a": Doing(Phase.TRAINING), "b": Doing(Phase.CLASS_IMAGES, 3, 200)}
-    lane = LaneView(lane=0, profile=0, held=("a", "b", "c"), doing=doing, images_per_second=8.0)
+    lane = LaneView(lane=0, profile=0, held=("a", "b", "c"), phases=doing, images_per_second=8.0)
     console = Console(file=io.StringIO(), width=100)
     RunConsole(console, "pets-1").see(
         View(seq=1, changed=(), lanes=(lane,), waiting={}, unfinished=3, notes=()), records

@@ -14,7 +14,7 @@ from click.testing import CliRunner, Result
 from ray_app.cli.main import main
 from tests.tiny import tiny_images
 from training.adapters.adapter import Adapter, LowRank, save_adapter
-from training.adapters.bank import find_sites
+from training.adapters.layout import find_sites
 from training.base.base import Base
 from training.base.stream import stream
 from training.run.submission import submit

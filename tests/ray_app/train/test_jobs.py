@@ -44,6 +44,6 @@ def test_without_the_clusters_token(desk: Desk, monkeypatch: pytest.MonkeyPatch)
 def test_a_dashboard_that_is_not_there(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_AUTH_TOKEN", "f" * 64)
     result = desk.run("train", desk.manifest("rusty"), "--address", f"http://127.0.0.1:{free_port()}")
-    assert result.status == 2 and "No Ray dashboard answers" in result.err
+    assert result.status == 2 and "No Ray dashboard responds" in result.err
     assert "Traceback" not in result.err
     assert json.loads(desk.run("status", "--json").out)["runs"][0]["state"] == "running"

@@ -10,8 +10,8 @@ from ray_app.train.lane import in_words
 from ray_app.train.lanes import Lanes, _cause, _Lane
 from tests.training.subjects import spec
 from training.errors import UserError
-from training.manifest.manifest import ZeroSpec
 from training.manifest.plan import PackPlan, Profile
+from training.manifest.subject import ZeroSpec
 from training.run.subject_queue import CALMER, Lease, View
 from training.storage.closed import Closed
 

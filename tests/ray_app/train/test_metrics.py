@@ -38,7 +38,7 @@ see()
 queue.enter(0, 0)
 queue.lease(0, 2)
 doing = {"rusty": Doing(Phase.TRAINING)}
-queue.beat(0, Beat(doing, steps={"rusty": 4}, losses={"rusty": 0.5}, images_per_second=8.0))
+queue.beat(0, Beat(phase=doing, steps={"rusty": 4}, losses={"rusty": 0.5}, images_per_second=8.0))
 see()
 queue.enter(0, 0)  # its worker has died: both go back
 see()
@@ -82,8 +82,10 @@ def test_the_dashboard_asks_for_metrics_that_there_are() -> None:
     dashboard = json.loads(DASHBOARD.read_text(encoding="utf-8"))
     asked = [target["expr"] for panel in dashboard["panels"] for target in panel.get("targets", ())]
     names = {name for expr in asked for name in re.findall(r"(?:ray_)?dreamfleet_\w+", expr)}
-    training = set(re.findall(r'"(dreamfleet_\w+)"', (ROOT / "ray_app" / "metrics.py").read_text(encoding="utf-8")))
-    code = (ROOT / "serving" / "metrics.py").read_text(encoding="utf-8")
+    training = set(
+        re.findall(r'"(dreamfleet_\w+)"', (ROOT / "ray_app" / "train" / "metrics.py").read_text(encoding="utf-8"))
+    )
+    code = (ROOT / "serving" / "http" / "metrics.py").read_text(encoding="utf-8")
     counted = set(re.findall(r'count\("(\w+)"', code)) | {"adapter_events"}
     serving = {f"dreamfleet_{name}_total" for name in counted} | {
         f"{name}{end}" for name in re.findall(r'"(dreamfleet_http_\w+)"', code) for end in ("", "_total", "_bucket")

@@ -7,11 +7,11 @@ import pytest
 
 from serving.engine.request import AdapterRef
 from serving.engine.tiers.disk import DiskCache
-from serving.http.library import Fetcher
+from serving.engine.tiers.fetcher import Fetcher
 from tests.serving.company import random_adapter
 from training.adapters.adapter import save_adapter
 from training.base.base import Base
-from training.storage.registry import DEFAULT_TENANT, Registry, Resolved
+from training.storage.registry import Registry
 from training.storage.storage import content_id
 
 
@@ -48,10 +48,7 @@ class Far(Registry):
     def __init__(self, data: bytes) -> None:
         self.data, self.fetched, self.away = data, 0, False
 
-    def resolve(self, name: str, version: str | None = None, tenant: str = DEFAULT_TENANT) -> Resolved:
-        return None  # type: ignore[return-value]
-
-    def weights(self, resolved: Resolved) -> bytes:
+    def fetch(self, tenant: str, id: str, version: str) -> bytes:
         if self.away:
             raise ConnectionError("the store is away")
         self.fetched += 1

@@ -13,7 +13,7 @@ from diffusers import DDIMScheduler, StableDiffusionImg2ImgPipeline, StableDiffu
 from torch import Tensor
 
 from serving.engine.engine import Engine
-from serving.engine.job import Failed, Guess, Sample
+from serving.engine.job import Guess, JobFailed, Sample
 from serving.engine.request import GenerateRequest
 from serving.errors import AdapterUnavailable, DeadlineExceeded, GenerationFailed, QueueFull, Refused
 from tests.serving.company import (
@@ -130,7 +130,7 @@ def test_rows_that_join_and_leave_at_every_step(engine: Engine, alone: dict[str,
 
 def test_a_short_request_does_not_wait_for_a_long_one(engine: Engine) -> None:
     long = engine.submit(ask("cat", steps=50))
-    engine.step()
+    run_until(engine, lambda: engine.scheduler.running)  # its adapter is loaded
     short = engine.submit(ask("dog", steps=3))
     run(engine, [short])
     assert not long.over and 3 <= long.samples[0].step <= 20
@@ -503,7 +503,7 @@ def test_churn_two_slots_fifty_adapters_eight_at_once(tiny: Base) -> None:
             engine.woken.wait(0.02)
             engine.woken.clear()
         for outcome in engine.step():
-            assert not isinstance(outcome, Failed | Guess), outcome
+            assert not isinstance(outcome, JobFailed | Guess), outcome
             index = next(index for index, job in jobs.items() if job is outcome.job)
             ends[index] = outcome.pixels
             del flying[index]

@@ -14,7 +14,7 @@ from serving.engine.engine import Engine
 from serving.engine.job import EngineStats, Sample
 from serving.engine.loop import EngineLoop
 from serving.engine.pictures.codec import decode, encode
-from serving.engine.request import Picture, Preview
+from serving.engine.request import FinishedPicture, Preview
 from serving.errors import AdapterUnavailable, GenerationFailed, NotReady, QueueFull, Refused
 from tests.serving.company import Shelf, ask, picture, random_adapter, ref, small
 from training.base.base import Base
@@ -32,7 +32,7 @@ def loop(tiny: Base, shelf: Shelf) -> Iterator[EngineLoop]:
     loop.close()
 
 
-def pixels(event: Picture) -> torch.Tensor:
+def pixels(event: FinishedPicture) -> torch.Tensor:
     with Image.open(io.BytesIO(event.data)) as opened:
         return torch.tensor(list(opened.convert("RGB").tobytes()), dtype=torch.int)
 
@@ -46,7 +46,7 @@ async def until(condition: Callable[[], bool]) -> None:
 
 
 def test_concurrent_requests_give_the_same_pictures_as_each_alone(tiny: Base, shelf: Shelf, loop: EngineLoop) -> None:
-    async def together() -> list[list[Picture]]:
+    async def together() -> list[list[FinishedPicture]]:
         return await asyncio.gather(*(loop.generate(request) for request in requests))
 
     requests = [ask("cat"), ask("dog", steps=5), ask(count=3), ask("cat", "dog", seed=9)]
@@ -64,7 +64,7 @@ def test_previews_come_before_their_picture(loop: EngineLoop) -> None:
         return [event async for event in loop.stream(ask("cat", steps=6, previews=2, output_format="webp"))]
 
     first, second, last = asyncio.run(events())
-    assert isinstance(first, Preview) and isinstance(second, Preview) and isinstance(last, Picture)
+    assert isinstance(first, Preview) and isinstance(second, Preview) and isinstance(last, FinishedPicture)
     assert (first.number, second.number, second.steps) == (0, 1, 6)
     with Image.open(io.BytesIO(first.data)) as opened:
         assert (opened.size, opened.format) == ((16, 16), "WEBP")

@@ -14,7 +14,7 @@ from diffusers import (
 )
 from torch import Tensor
 
-from serving.engine.samplers import Lines
+from serving.engine.samplers import ScheduleLines
 from tests.tiny import tiny_pipeline
 from training.base.facts import SamplerName
 from training.base.noise.ddpm import Ddpm
@@ -71,7 +71,7 @@ def sample(pipeline: StableDiffusionPipeline, schedules: list[Schedule], seeds: 
     clean = torch.zeros_like(latents)
     for step in range(max(schedule.steps for schedule in schedules)):
         rows = [row for row, schedule in enumerate(schedules) if step < schedule.steps]
-        lines = Lines.gather([schedules[row] for row in rows], [step] * len(rows), latents.device)
+        lines = ScheduleLines.gather([schedules[row] for row in rows], [step] * len(rows), latents.device)
         states = torch.cat([negative, embeds]).repeat_interleave(len(rows), 0)
         output = pipeline.unet(
             lines.model_input(latents[rows]).repeat(2, 1, 1, 1), lines.timesteps_N.repeat(2), states

@@ -19,9 +19,11 @@ from safetensors.torch import save
 from serving.config import Limits, ServeSpec
 from serving.engine.engine import Engine
 from serving.engine.loop import EngineLoop
+from serving.engine.tiers.fetcher import Fetcher
 from serving.http.access.tenants import Keys
 from serving.http.app import create_app
-from serving.http.library import Fetcher, Library
+from serving.http.library import Library
+from serving.http.wire import ImagesBody
 from serving.local import LocalEngines
 from tests.serving.company import random_adapter, small
 from training.adapters.adapter import Adapter, save_adapter
@@ -507,6 +509,28 @@ def test_keys_are_kept_hashed(shared: World, tmp_path: Path) -> None:
     text = (tmp_path / "keys.json").read_text()
     assert all(token not in text for token in shared.tokens.values())
     assert (tmp_path / "keys.json").stat().st_mode & 0o777 == 0o600
+
+
+# -- what nobody says --
+
+
+def test_a_request_that_says_little_gets_what_the_base_recommends(
+    tiny: Base, tiny_folder: Path, tmp_path: Path, world: World
+) -> None:
+    facts = tiny.facts
+    plain = {"prompt": "a dog"}
+    other = World(tiny, tiny_folder, tmp_path / "other", keys=False, steps=3, guidance_scale=0.0, scheduler="euler")
+    expected = {
+        world: (facts.steps, facts.guidance_scale, facts.sampler),
+        other: (3, 0.0, "euler"),
+    }
+    for one, settings in expected.items():
+        intake = one.app.state.service.intake
+        wanted = intake.images("default", ImagesBody.model_validate(plain), "1")
+        assert (wanted.steps, wanted.guidance_scale, wanted.scheduler) == settings
+        text = one.call("POST", "/sdapi/v1/txt2img", json={**plain, "seed": 1}).json()["info"]
+        assert f"Steps: {settings[0]}, " in text and f"CFG scale: {settings[1]}" in text
+    other.loop.close()
 
 
 # -- AUTOMATIC1111 --

@@ -72,7 +72,8 @@ def test_a_list_reads_its_own_and_public_cards_only(shared: World, monkeypatch: 
         shared.upload("bob", id, seed)
     shared.upload("bob", "open", 4, public=True)
     shared.upload("ann", "mine", 5)
-    shared.library._resolved.clear()
+    for id in "abc":
+        shared.library.known.forget("bob", id)
     read: list[str] = []
     get = LocalStorage.get_tagged
 
@@ -103,6 +104,24 @@ def test_lists_come_in_pages(shared: World) -> None:
     rest = shared.call("GET", "/v1/models", "ann", params={"after": "tiny-epsilon-0:ann/a"}).json()
     assert [one["id"].partition(":")[2] for one in rest["data"]] == ["ann/b", "ann/c", "bob/a"]
     assert problem(shared.call("GET", "/v1/adapters", "ann", params={"limit": 0}), 400)["param"] == "limit"
+
+
+def test_an_id_is_resolved_once_from_http_to_the_denoiser(shared: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    version = shared.upload("ann", "rusty", 1)
+    read: list[str] = []
+    get = LocalStorage.get_tagged
+
+    def counted(storage: LocalStorage, key: str) -> tuple[bytes, str]:
+        read.append(key.removeprefix("adapters/ann/rusty/"))
+        return get(storage, key)
+
+    monkeypatch.setattr(LocalStorage, "get_tagged", counted)
+    assert shared.images("ann", model="rusty").status_code == 200
+    assert read == ["current.json", f"{version}/card.json", f"{version}/adapter.safetensors"]
+    read.clear()
+    shared.library.known.forget("ann", "rusty")
+    assert shared.call("GET", "/v1/models/ann/rusty", "ann").status_code == 200
+    assert read == ["current.json", f"{version}/card.json"]
 
 
 # -- visibility --

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from tests.tiny import clip
 from training.adapters.adapter import Adapter, LowRank
-from training.adapters.bank import Bank, find_sites
+from training.adapters.bank import Bank
+from training.adapters.layout import Layout, Site, find_sites
 from training.base.base import Base
 from training.errors import UserError
 
@@ -199,3 +200,80 @@ def test_a_slot_that_is_not_there_is_refused(bank: Bank, slot: int) -> None:
     for call in calls:
         with pytest.raises(IndexError, match=f"slot {slot} is none of this bank's, which are 0 to 3"):
             call()
+
+
+# -- growth --
+
+
+def wide_sites(base: Base) -> dict[str, tuple[Site, ...]]:
+    """All layers of the base, the components' order turned round."""
+    found = {name: find_sites(name, model, (*EVERYTHING, "q_proj", "fc1")) for name, model in base.models.items()}
+    return dict(reversed(found.items()))
+
+
+def test_a_bank_that_grows_keeps_what_is_worn_bit_for_bit(tiny64: Base) -> None:
+    bank, rows, worn = make_bank(tiny64), inputs(2), torch.tensor([[0], [2]])
+    bank.inject()
+    low, high = random_adapter(bank, 2, seed=1), random_adapter(bank, 4, seed=2)
+    bank.put(0, bank.pack(low))
+    bank.put(2, bank.pack(high))
+    route = bank.route("unet", worn)
+    with bank.using(route):
+        before = forward(tiny64, rows)
+    narrow = bank.weights_SP.nbytes
+    assert bank.cover(wide_sites(tiny64)) and bank.weights_SP.nbytes > narrow
+    assert not bank.cover(wide_sites(tiny64))  # it covers them already
+    for one in (route, bank.route("unet", worn)):
+        with bank.using(one):
+            assert torch.equal(forward(tiny64, rows), before)
+    for slot, adapter in ((0, low), (2, high)):
+        found = bank.unpack(bank.take(slot)).modules
+        assert found.keys() == adapter.modules.keys()
+        assert all(torch.equal(a, b) for key in found for a, b in zip(found[key], adapter.modules[key], strict=True))
+    bank.eject()
+    assert all(not module._forward_hooks for model in tiny64.models.values() for module in model.modules())
+
+
+def test_a_grown_bank_equals_one_that_was_as_wide_from_the_start(tiny64: Base) -> None:
+    wide, grown, rows = make_bank(tiny64, EVERYTHING), make_bank(tiny64), inputs(3)
+    adapters = [random_adapter(grown, 3, seed=1), random_adapter(wide, 4, seed=2), random_adapter(wide, 2, seed=3)]
+    old_row = grown.pack(adapters[0])
+    grown.inject()
+    grown.cover(wide_sites(tiny64))
+    grown.put(1, grown.pack(adapters[2]))
+    grown.put(1, old_row)  # of the older layout, over an adapter that wore more
+    grown.put(0, wide.layout.pack(adapters[1], torch.float64))  # of another bank's layout, in another order
+    own = wide.layout.only(adapters[2].modules.keys() - set(list(adapters[2].modules)[1::2]))  # every other layer
+    adapters[2] = Adapter({key: low for key, low in adapters[2].modules.items() if key in places(own)})
+    grown.put(2, own.pack(adapters[2], torch.float64))
+    with grown.using(grown.route("unet", torch.tensor([[1], [0], [2]]))):
+        found = forward(tiny64, rows)
+    grown.eject()
+    wide.inject()
+    for slot, adapter in enumerate(adapters):
+        wide.put(slot, wide.pack(adapter))
+    with wide.using(wide.route("unet", torch.tensor([[0], [1], [2]]))):
+        expected = forward(tiny64, rows)
+    wide.eject()
+    assert (found - expected).abs().max() < 1e-10
+    assert all((expected[row] - forward(tiny64, rows)[row]).abs().max() > 1e-3 for row in range(3))
+
+
+def places(layout: Layout) -> set[str]:
+    return {site.key for found in layout.sites.values() for site in found}
+
+
+def test_a_row_over_a_layer_that_the_bank_lacks_is_refused(tiny64: Base, bank: Bank) -> None:
+    narrow = make_bank(tiny64)
+    narrow.put(0, narrow.pack(random_adapter(narrow, 2, seed=1)))
+    before = narrow.weights_SP.clone()
+    with pytest.raises(KeyError, match="conv"):
+        narrow.put(0, bank.pack(random_adapter(bank, 4, seed=2)))
+    assert torch.equal(narrow.weights_SP, before)
+
+
+def test_a_bank_that_is_trained_does_not_grow(tiny64: Base) -> None:
+    bank = make_bank(tiny64)
+    bank.weights_SP.requires_grad_(True)
+    with pytest.raises(ValueError, match="trained"):
+        bank.cover(wide_sites(tiny64))

@@ -20,11 +20,10 @@ from training.adapters.formats.formats import (
     export_adapter,
     import_adapter,
     label_of,
-    merge_adapters,
     recognise,
-    reduce_rank,
 )
 from training.adapters.formats.lora_diffusion import text_encoder_order, unet_order
+from training.adapters.merge import merge_adapters, reduce_rank
 from training.adapters.tensor_file import read_tensors, write_tensors
 from training.base.names import canonical
 

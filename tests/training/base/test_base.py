@@ -13,6 +13,7 @@ from diffusers import StableDiffusionPipeline
 
 from tests.tiny import ddpm, vae
 from training.base.base import Base, load_base
+from training.base.files.check import check_base
 from training.base.files.folder import find_base, hash_base
 from training.errors import UserError
 from training.storage import file_hash
@@ -25,6 +26,20 @@ def test_the_embedded_base_is_found_and_is_a_plain_pipeline() -> None:
     base = load_base("pocket", device="cpu")
     assert base.facts.resolution == pipeline.vae.config.sample_size
     assert ddpm(base).prediction_type == pipeline.scheduler.config.prediction_type
+
+
+def test_a_base_recommends_how_it_is_used(tiny_folder: Path, tmp_path: Path) -> None:
+    pocket = check_base("pocket", find_base("pocket")).facts
+    assert (pocket.steps, pocket.guidance_scale, pocket.sampler, pocket.judge) == (20, 3.0, "ddim", "pocket-judge")
+    copy = tmp_path / "copy"
+    shutil.copytree(tiny_folder, copy)
+    (copy / "dreamfleet.json").write_text('{"steps": 4, "sampler": "euler"}')
+    facts, plain = check_base("copy", copy).facts, check_base("tiny", tiny_folder).facts
+    assert (facts.steps, facts.sampler, facts.guidance_scale) == (4, "euler", plain.guidance_scale)
+    assert hash_base(copy) == hash_base(tiny_folder)  # adapters of the one are adapters of the other
+    (copy / "dreamfleet.json").write_text('{"stepps": 4}')
+    with pytest.raises(UserError, match="'stepps'; known are steps, guidance_scale, sampler, judge"):
+        check_base("copy", copy)
 
 
 def test_unknown_bases_say_what_is_known(tmp_path: Path) -> None:

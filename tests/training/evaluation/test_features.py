@@ -1,5 +1,6 @@
 """Models that look at pictures: real classes with random weights, each against another way to the same number."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from transformers import (
 )
 
 from tests.tiny import tiny_tokenizer
-from training.base.base import Base
+from training.base.base import Base, load_base
 from training.errors import UserError
 from training.evaluation.judges import faces
 from training.evaluation.judges.box import JudgeBox
@@ -33,7 +34,7 @@ from training.evaluation.judges.features import (
     TextModel,
     pixels,
 )
-from training.evaluation.judges.pocket import Judge, JudgeConfig
+from training.evaluation.judges.pocket import JudgeConfig, JudgeNet
 
 
 def pictures(count: int = 3, side: int = 40) -> list[Image.Image]:
@@ -183,7 +184,7 @@ def test_efficientnet_sees_a_picture_in_its_copy() -> None:
 def judge() -> PocketJudge:
     torch.manual_seed(0)
     return PocketJudge(
-        Judge(JudgeConfig(classes=("dog",), places=("snow", "night"), colours=("red", "blue"), widths=(8, 8))).eval()
+        JudgeNet(JudgeConfig(classes=("dog",), places=("snow", "night"), colours=("red", "blue"), widths=(8, 8))).eval()
     )
 
 
@@ -203,6 +204,19 @@ def test_the_base_as_a_judge(tiny: Base) -> None:
     assert agreed[1] == pytest.approx(0.0, abs=1e-5), "the empty prompt takes no error away"
     assert torch.isfinite(agreed).all()
     assert isinstance(model, MapModel) and isinstance(model, TextModel)
+
+
+def test_a_base_names_the_judge_of_its_pictures(tmp_path: Path, tiny: Base, tiny_folder: Path) -> None:
+    """Where its folder says so, whatever the base is called."""
+    copy = tmp_path / "mine"
+    shutil.copytree(tiny_folder, copy)
+    assert JudgeBox(load_base(str(copy), device="cpu")).judges(fidelity="base").likeness.name != "pocket-judge"
+    (copy / "dreamfleet.json").write_text('{"judge": "pocket-judge"}')
+    chosen = JudgeBox(load_base(str(copy), device="cpu")).judges()
+    assert chosen.likeness.name == chosen.fidelity.name == "pocket-judge"
+    (copy / "dreamfleet.json").write_text('{"judge": "dino"}')  # does not say how well a picture fits a prompt
+    with pytest.raises(UserError, match="is 'dino'; known are base, clip, pocket-judge"):
+        JudgeBox(load_base(str(copy), device="cpu")).judges()
 
 
 def test_judges_are_chosen_by_name_and_by_what_is_there(tiny: Base, clip: Path) -> None:

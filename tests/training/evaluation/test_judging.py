@@ -16,18 +16,21 @@ from torch import Tensor
 from tests.tiny import tiny_images
 from tests.training.subjects import latents, spec
 from training.adapters.adapter import Adapter, LowRank, load_adapter
-from training.adapters.bank import find_sites
+from training.adapters.layout import find_sites
 from training.base.base import Base
 from training.base.files.outline import outline
 from training.base.stream import stream
 from training.evaluation import evaluate
 from training.evaluation.choose import choose
-from training.evaluation.evaluate import Evaluation, Exam, bare_prompt, candidate_steps, evaluate_subjects, prompts_of
+from training.evaluation.evaluate import Evaluation, evaluate_subjects
+from training.evaluation.exam import Exam, bare_prompt, candidate_steps, prompts_of
 from training.evaluation.judges.box import Judges
 from training.evaluation.judges.features import BaseFeatures
 from training.evaluation.record import load_record
-from training.manifest.manifest import SubjectSpec, parse_manifest
+from training.evaluation.reference import limit_above
+from training.manifest.manifest import parse_manifest
 from training.manifest.plan import plan_run
+from training.manifest.subject import SubjectSpec
 from training.photos.intake import current_fingerprint, hold_out
 from training.photos.photos import Photos, list_photo_files, photos
 from training.run.run import RunStore
@@ -208,9 +211,9 @@ def test_prompts_and_candidates() -> None:
 def test_the_limit_of_copying_is_above_every_real_pair() -> None:
     rows = torch.nn.functional.normalize(torch.rand(4, 8, generator=torch.Generator().manual_seed(0)))
     pairs = rows @ rows.T - 2 * torch.eye(4)
-    limit = evaluate.limit_above(0.1, rows, rows.flip(1))
+    limit = limit_above(0.1, rows, rows.flip(1))
     assert 1 > limit > pairs.max()
-    assert evaluate.limit_above(0.999, rows, rows) == 0.999
+    assert limit_above(0.999, rows, rows) == 0.999
 
 
 # -- photos kept out --
@@ -267,7 +270,7 @@ class Source:
         return [Task(s, current_fingerprint(s, self.base.hash, self.storage, root)) for s in taken]
 
     def beat(self, beat: Beat) -> Orders:
-        self.phases |= {doing.phase for doing in beat.doing.values()}
+        self.phases |= {doing.phase for doing in beat.phase.values()}
         self.notes += beat.notes
         return Orders()
 

@@ -13,17 +13,17 @@ from PIL import Image
 
 from tests.tiny import tiny_images
 from training.adapters.adapter import Adapter, LowRank
-from training.adapters.bank import find_sites
+from training.adapters.layout import find_sites
 from training.base.base import Base
 from training.base.stream import stream
 from training.errors import UserError
-from training.evaluation.compare import Entry, compare, contact_sheet, standard_error
+from training.evaluation.compare import ComparedAdapter, compare, contact_sheet, standard_error
 from training.evaluation.judges.box import Judges
 from training.evaluation.judges.features import BaseFeatures
 from training.evaluation.protocol import (
-    Judged,
-    Row,
-    Sitting,
+    JudgedImage,
+    JudgedSubject,
+    ProtocolSubject,
     distances,
     load_protocol,
     run_protocol,
@@ -82,15 +82,15 @@ def test_an_unknown_protocol_names_the_known() -> None:
 
 
 @pytest.fixture(scope="module")
-def judged(tiny: Base, tmp_path_factory: pytest.TempPathFactory) -> Judged:
+def judged(tiny: Base, tmp_path_factory: pytest.TempPathFactory) -> JudgedSubject:
     photos = pictures(tmp_path_factory.mktemp("photos"))
-    sitting = Sitting("dog", adapter(tiny), "sks", photos)
+    sitting = ProtocolSubject("dog", adapter(tiny), "sks", photos)
     look = Look(1, 1.0, None)
     (one,) = run_protocol(tiny, DREAMBOOTH, [sitting], judged_by(tiny), look=look, images=2)
     return one
 
 
-def test_every_picture_is_a_row(judged: Judged) -> None:
+def test_every_picture_is_a_row(judged: JudgedSubject) -> None:
     assert len(judged.rows) == 50
     first = judged.rows[0]
     assert (first.subject, first.class_name, first.kind, first.seed) == ("dog", "dog", "live", 0)
@@ -98,18 +98,18 @@ def test_every_picture_is_a_row(judged: Judged) -> None:
     assert {row.likeness_model for row in judged.rows} == {"base"}
 
 
-def test_the_contact_sheet_shows_all_prompts(judged: Judged) -> None:
+def test_the_contact_sheet_shows_all_prompts(judged: JudgedSubject) -> None:
     sheet = Image.open(io.BytesIO(judged.sheet))
     assert sheet.size == (2 * 128, 25 * 148)
 
 
-def test_rows_survive_parquet(judged: Judged, tmp_path: Path) -> None:
+def test_rows_survive_parquet(judged: JudgedSubject, tmp_path: Path) -> None:
     write_parquet(judged.rows, tmp_path / "rows.parquet")
     held = pyarrow.parquet.read_table(tmp_path / "rows.parquet").to_pylist()
-    assert [Row(**row) for row in held] == list(judged.rows)
+    assert [JudgedImage(**row) for row in held] == list(judged.rows)
 
 
-def test_the_table_keeps_our_models_and_the_papers_apart(judged: Judged) -> None:
+def test_the_table_keeps_our_models_and_the_papers_apart(judged: JudgedSubject) -> None:
     lines = table(DREAMBOOTH, [judged])
     mean = sum(row.likeness for row in judged.rows) / 50
     assert lines[1]["method"] == "this base, 1 of 30 subjects"
@@ -131,7 +131,7 @@ class _Inception:
 
 def test_fid_and_kid_come_with_their_model_and_a_warning(tiny: Base, tmp_path: Path) -> None:
     photos = pictures(tmp_path / "p")
-    sitting, look = Sitting("dog", adapter(tiny), "sks", photos), Look(1, 1.0, None)
+    sitting, look = ProtocolSubject("dog", adapter(tiny), "sks", photos), Look(1, 1.0, None)
     model: Any = _Inception()
     (one,) = run_protocol(tiny, DREAMBOOTH, [sitting], judged_by(tiny), look=look, images=1, inception=model)
     fid, kid = distances([one], model.name)
@@ -141,7 +141,7 @@ def test_fid_and_kid_come_with_their_model_and_a_warning(tiny: Base, tmp_path: P
     assert kid.startswith("KID (inception-2015-12-05) ")
 
 
-def test_nothing_is_called_fid_that_is_not(judged: Judged) -> None:
+def test_nothing_is_called_fid_that_is_not(judged: JudgedSubject) -> None:
     assert distances([judged], "inception-2015-12-05") == []
 
 
@@ -151,8 +151,8 @@ def test_standard_error_is_over_subjects() -> None:
 
 
 def test_adapters_are_compared_by_the_same_prompts_and_seeds(tiny: Base, tmp_path: Path) -> None:
-    same = Entry("a", adapter(tiny), card(), pictures(tmp_path / "a"))
-    entries = [same, Entry("b", adapter(tiny), card()), Entry("c", adapter(tiny, seed=1), card())]
+    same = ComparedAdapter("a", adapter(tiny), card(), pictures(tmp_path / "a"))
+    entries = [same, ComparedAdapter("b", adapter(tiny), card()), ComparedAdapter("c", adapter(tiny, seed=1), card())]
     made = compare(tiny, entries, judged_by(tiny), steps=1)
     assert made.names == ("a", "b", "c")
     with_photos, without, _ = ({score.name: score.value for score in found} for found in made.scores)
@@ -163,11 +163,11 @@ def test_adapters_are_compared_by_the_same_prompts_and_seeds(tiny: Base, tmp_pat
 
 
 def test_an_entry_knows_the_words_that_call_it() -> None:
-    assert Entry("x", Adapter(modules={}), card()).rare == "sks"
-    asked, bare = Entry("x", Adapter(modules={}), card()).prompts()[1]
+    assert ComparedAdapter("x", Adapter(modules={}), card()).rare == "sks"
+    asked, bare = ComparedAdapter("x", Adapter(modules={}), card()).prompts()[1]
     assert asked == "a photo of sks dog in the snow" and bare == "a photo of dog in the snow"
     imported = card(class_prompt=None, **{"class": "dog"})
-    assert Entry("x", Adapter(modules={}), imported).prompts()[0][0] == "a photo of sks dog"
+    assert ComparedAdapter("x", Adapter(modules={}), imported).prompts()[0][0] == "a photo of sks dog"
 
 
 def test_a_contact_sheet_without_pictures_is_a_picture() -> None:

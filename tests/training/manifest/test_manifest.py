@@ -81,7 +81,7 @@ def test_a_missing_file_is_a_user_error(tmp_path: Path) -> None:
 
 
 def test_the_words_import_no_torch() -> None:
-    """`validate` answers in under a second because nothing it needs imports torch."""
+    """`validate` ends within a second because nothing it needs imports torch."""
     code = (
         "import sys, training.manifest.plan, training.photos.intake, training.run.submission, training.run.fault; "
         "sys.exit(any(name in sys.modules for name in ('torch', 'diffusers', 'transformers', 'ray')))"

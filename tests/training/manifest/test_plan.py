@@ -8,7 +8,8 @@ import yaml
 
 from tests.tiny import clip
 from tests.training.subjects import subject
-from training.adapters.bank import Bank, find_sites
+from training.adapters.bank import Bank
+from training.adapters.layout import find_sites
 from training.base.base import Base
 from training.base.files.outline import Outline, outline
 from training.base.footprint import DRAWN_BYTES, PIXEL_BYTES, TRAINED_BYTES

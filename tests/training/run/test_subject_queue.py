@@ -15,6 +15,9 @@ class Clock:
         return self.now
 
 
+TRAINING = Doing(Phase.TRAINING)
+
+
 def entry(id: str, profile: int = 0, priority: int = 0, **record: object) -> Entry:
     made = SubjectRecord(id=id, max_steps=10, fingerprint=f"{id}-print").model_copy(update=record)
     return Entry(record=made, profile=profile, priority=priority)
@@ -69,9 +72,7 @@ def test_a_beat_renews_and_tells_step_and_loss() -> None:
     ids(made)
     for _ in range(3):
         clock.now += LEASE_SECONDS - 1
-        orders = made.beat(
-            0, Beat(doing={"a": Doing(Phase.TRAINING)}, steps={"a": 4}, losses={"a": 0.5}, images_per_second=7)
-        )
+        orders = made.beat(0, Beat(phase={"a": TRAINING}, steps={"a": 4}, losses={"a": 0.5}, images_per_second=7))
         assert orders.cancel == frozenset() and not orders.stop
     seen = record(made, "a")
     assert (seen.state, seen.step, seen.loss) == ("training", 4, 0.5)
@@ -85,7 +86,7 @@ def test_a_silent_lane_loses_its_subjects_to_another_and_is_told_to_drop_them() 
     clock.now += LEASE_SECONDS + 1
     made.enter(1, 0)
     assert ids(made, 1) == ["a"]
-    assert made.beat(0, Beat(doing={"a": Doing(Phase.TRAINING)}, steps={"a": 2}, losses={"a": 1.0})).cancel == {"a"}
+    assert made.beat(0, Beat(phase={"a": TRAINING}, steps={"a": 2}, losses={"a": 1.0})).cancel == {"a"}
     made.ended(0, Outcome("a", "cancelled"))
     assert record(made, "a").state == "preparing"  # the new holder's word counts
     assert "no sign of life" in record(made, "a").attempts[0].reason
@@ -97,16 +98,14 @@ def test_a_lane_that_was_only_slow_goes_on_if_nobody_took_over() -> None:
     ids(made)
     clock.now += LEASE_SECONDS + 1
     assert made.view().waiting == {0: 1}
-    assert (
-        made.beat(0, Beat(doing={"a": Doing(Phase.TRAINING)}, steps={"a": 2}, losses={"a": 1.0})).cancel == frozenset()
-    )
+    assert made.beat(0, Beat(phase={"a": TRAINING}, steps={"a": 2}, losses={"a": 1.0})).cancel == frozenset()
     assert made.view().waiting == {}
     assert made.view().lanes[0].held == ("a",)
 
 
 def test_a_queue_made_again_takes_up_what_its_lanes_hold() -> None:
     made = SubjectQueue([entry("a", state="training", step=5), entry("b")])
-    orders = made.beat(0, Beat(doing={"a": Doing(Phase.TRAINING)}, steps={"a": 6}, losses={"a": 1.0}))
+    orders = made.beat(0, Beat(phase={"a": TRAINING}, steps={"a": 6}, losses={"a": 1.0}))
     assert orders.cancel == frozenset()
     assert ids(made) == ["b"]  # it also knows the lane's profile again
 
@@ -164,7 +163,7 @@ def test_what_waits_in_a_lane_that_beats_is_not_taken_away() -> None:
     ids(made)
     for _ in range(4):
         clock.now += LEASE_SECONDS - 1
-        made.beat(0, Beat(doing={"a": Doing(Phase.CLASS_IMAGES, 3, 200)}))
+        made.beat(0, Beat(phase={"a": Doing(Phase.CLASS_IMAGES, 3, 200)}))
     assert made.view().lanes[0].held == ("a", "b")
 
 
@@ -223,7 +222,7 @@ def test_cancelling_waits_for_the_lane_only_where_one_holds_the_subject() -> Non
     ids(made, count=1)
     made.cancel(["a", "b"])
     assert (record(made, "a").state, record(made, "b").state) == ("preparing", "cancelled")
-    assert made.beat(0, Beat(doing={"a": Doing(Phase.READING)})).cancel == {"a"}
+    assert made.beat(0, Beat(phase={"a": Doing(Phase.READING)})).cancel == {"a"}
     made.ended(0, Outcome("a", "cancelled"))
     assert record(made, "a").state == "cancelled"
     assert ids(made) == ["c"]
@@ -241,7 +240,7 @@ def test_stop_leases_nothing_and_costs_no_attempt() -> None:
     made = queue(entry("a"), entry("b"))
     ids(made, count=1)
     made.stop()
-    assert made.beat(0, Beat(doing={"a": Doing(Phase.TRAINING)})).stop
+    assert made.beat(0, Beat(phase={"a": TRAINING})).stop
     assert ids(made) == []
     made.release(0, "the run was stopped", "stopped")
     assert (record(made, "a").state, record(made, "a").attempts) == ("queued", ())
@@ -253,7 +252,7 @@ def test_a_view_tells_only_what_is_new() -> None:
     first = made.view()
     assert [record.id for record in first.changed] == ["a"]
     assert made.view(first.seq).changed == ()
-    made.beat(0, Beat(doing={"a": Doing(Phase.TRAINING)}, notes=["a checkpoint is torn"]))
+    made.beat(0, Beat(phase={"a": TRAINING}, notes=["a checkpoint is torn"]))
     assert made.view(first.seq).notes == ("a checkpoint is torn",)
 
 
@@ -262,7 +261,7 @@ def test_each_of_thousands_is_leased_once_in_the_manifests_order() -> None:
     made = queue(*map(entry, names))
     leased: list[str] = []
     while leases := made.lease(0, 8):
-        made.beat(0, Beat(doing={lease.id: Doing(Phase.TRAINING) for lease in leases}))
+        made.beat(0, Beat(phase={lease.id: TRAINING for lease in leases}))
         for lease in leases:
             made.ended(0, Outcome(lease.id, "done", version="v"))
         leased += [lease.id for lease in leases]
@@ -275,7 +274,7 @@ def test_a_dismissed_lane_ends_and_its_subjects_go_to_another() -> None:
     assert one.enter(0, 0) and one.enter(1, 0)
     assert ids(one, 0, 1) == ["a"]
     one.dismiss(0)
-    assert one.beat(0, Beat(doing={"a": Doing(Phase.TRAINING)}, steps={"a": 5}, losses={"a": 0.1})).stop
+    assert one.beat(0, Beat(phase={"a": TRAINING}, steps={"a": 5}, losses={"a": 0.1})).stop
     assert not one.beat(1, Beat()).stop
     assert not ids(one, 0)
     one.release(0, "the run was stopped", "stopped")
@@ -296,21 +295,21 @@ def test_a_dismissed_lane_ends_and_its_subjects_go_to_another() -> None:
 def test_a_phase_decides_the_state_and_is_read_in_words(doing: Doing, state: State, words: str) -> None:
     made = queue(entry("a"))
     ids(made)
-    made.beat(0, Beat(doing={"a": doing}))
+    made.beat(0, Beat(phase={"a": doing}))
     assert record(made, "a").state == state
     view = View.model_validate(made.view().model_dump())  # as it crosses Ray's border
-    assert view.lanes[0].doing == {"a": doing} and str(doing) == words
+    assert view.lanes[0].phases == {"a": doing} and str(doing) == words
 
 
 def test_what_the_records_tell_is_a_phase_too() -> None:
     records = [SubjectRecord(id="a", state="training", pack=1), SubjectRecord(id="b", state="queued")]
     (lane,) = View.of_records(records).lanes
-    assert (lane.lane, lane.held, lane.doing) == (1, ("a",), {"a": Doing(Phase.TRAINING)})
+    assert (lane.lane, lane.held, lane.phases) == (1, ("a",), {"a": Doing(Phase.TRAINING)})
 
 
 def test_every_phase_has_a_state() -> None:
     made = queue(entry("a"))
     ids(made)
     for phase in Phase:
-        made.beat(0, Beat(doing={"a": Doing(phase)}))
+        made.beat(0, Beat(phase={"a": Doing(phase)}))
         assert record(made, "a").state in ("preparing", "training", "evaluating")

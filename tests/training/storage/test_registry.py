@@ -12,8 +12,9 @@ import pytest
 from pydantic import ValidationError
 
 from training.storage.card import Card, Score
-from training.storage.registry import CorruptAdapter, CurrentVersion, Published, Registry, Resolved, UnknownAdapter
+from training.storage.registry import CorruptAdapter, CurrentVersion, Published, Registry
 from training.storage.storage import LocalStorage, Storage, StorageUnavailable, content_id, open_storage
+from training.storage.version import Resolved, UnknownAdapter
 
 SPAWN = multiprocessing.get_context("fork")
 

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from training.base.base import Base
-from training.manifest.manifest import TrainSpec
+from training.manifest.subject import TrainSpec
 from training.photos.photos import Photo
 from training.storage.storage import open_storage
 from training.trainer.latents import encode_photos, load_latents, photo_prompts, photos_key, same_sizes, save_latents

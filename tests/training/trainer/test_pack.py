@@ -227,7 +227,7 @@ def plain_loop(base: Base, one: Subject) -> Adapter:
 
 
 def with_room_for(rows: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """A device that has memory for so many rows at once; answers how many went through each forward."""
+    """A device that has memory for so many rows at once; returns how many went through each forward."""
     run_step, seen = Step.run, list[int]()
 
     def limited(step: Step, batch: Batch, members: Sequence[Member], *, last: bool) -> tuple[list[float], list[float]]:

@@ -9,7 +9,7 @@ import torch
 
 from tests.training.subjects import subject
 from training.base.base import Base
-from training.manifest.manifest import SubjectSpec
+from training.manifest.subject import SubjectSpec
 from training.storage.storage import open_storage
 from training.trainer import prior
 from training.trainer.prior import class_prompts, prepare_prior

@@ -18,8 +18,9 @@ from training.adapters.bank import Bank
 from training.base.base import Base
 from training.base.files.outline import outline
 from training.errors import UserError
-from training.manifest.manifest import Manifest, SubjectSpec, parse_manifest
+from training.manifest.manifest import Manifest, parse_manifest
 from training.manifest.plan import plan_run
+from training.manifest.subject import SubjectSpec
 from training.photos.intake import current_fingerprint, fingerprint
 from training.run.run import RunStore
 from training.run.source import Beat, Orders, Outcome, Task
@@ -207,7 +208,7 @@ def test_what_a_subject_can_do_without_costs_nobody_the_adapter(
     folder: Path, tiny: Base, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     faults: dict[str, tuple[str, Callable[..., str]]] = {
-        "sampling": ("training.sampling.samples._shots", lambda one: one.spec.id),
+        "sampling": ("training.sampling.samples._shots", lambda one, facts: one.spec.id),
         "checkpoint": ("training.run.run.RunStore.save_checkpoint", lambda run, id, *_: id),
         "look": ("training.trainer.worker.early_stop.Watch._has_settled", lambda watch, fixed: fixed.spec.id),
     }

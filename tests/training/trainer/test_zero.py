@@ -13,7 +13,7 @@ from tests.training.subjects import subject
 from tests.training.trainer.test_pack import TARGETS, distance, run
 from training.adapters.adapter import Adapter
 from training.base.base import Base, load_base
-from training.manifest.manifest import ZeroSpec
+from training.manifest.subject import ZeroSpec
 from training.sampling.sampler import sample
 from training.trainer.checkpoint import dump_state, load_state
 from training.trainer.member import Subject

@@ -2,8 +2,8 @@
 
 Owns what a user asks for by name (`diffusers`, `kohya`, `lora_diffusion`), the recognition of a file by its keys, and
 the rule that an import which attaches nothing, or leaves a key unused, is an error. The keys of each format are in
-`format_named.py` (diffusers, PEFT and their ancestors), `format_peft.py` (PEFT's settings), `format_kohya.py` and
-`format_lora_diffusion.py`. Canonical module keys and the meaning of an adapter are in `adapter.py`.
+`named.py` (diffusers, PEFT and their ancestors), `peft.py` (PEFT's settings), `kohya.py` and
+`lora_diffusion.py`. Canonical module keys and the meaning of an adapter are in `adapter.py`.
 """
 
 import re
@@ -31,21 +31,11 @@ from training.adapters.adapter import (
 from training.adapters.formats.kohya import Label, is_kohya, label_of, read_kohya, write_kohya
 from training.adapters.formats.lora_diffusion import is_lora_diffusion, read_lora_diffusion, write_lora_diffusion
 from training.adapters.formats.named import is_named, read_named
-from training.adapters.formats.parts import OWN, Parts, Source
+from training.adapters.formats.parts import OWN, ImportedFile, ImportedParts
 from training.adapters.formats.peft import CONFIG, peft_config, write_peft
-from training.adapters.merge import merge_adapters, reduce_rank
 from training.adapters.tensor_file import TensorFileError, read_tensors, write_tensors
 
-__all__ = [
-    "Format",
-    "Label",
-    "export_adapter",
-    "import_adapter",
-    "label_of",
-    "merge_adapters",
-    "recognise",
-    "reduce_rank",
-]
+__all__ = ["Format", "Label", "export_adapter", "import_adapter", "label_of", "recognise"]
 
 Format = Literal["diffusers", "kohya", "lora_diffusion", "peft"]
 """What can be written; all of them, and files of older diffusers, can be read."""
@@ -86,7 +76,7 @@ def import_adapter(files: Mapping[str, bytes], modules: Collection[str]) -> Adap
     Values keep their type where no scale has to be folded in, and become float32 where one has. Raises AdapterError
     naming what does not fit.
     """
-    parts = Parts()
+    parts = ImportedParts()
     for source in _sources(files):
         _read(source, frozenset(modules), parts)
     if parts.unused:
@@ -108,7 +98,7 @@ def recognise(files: Mapping[str, bytes]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(_format_of(source) for source in _sources(files)))
 
 
-def _sources(files: Mapping[str, bytes]) -> list[Source]:
+def _sources(files: Mapping[str, bytes]) -> list[ImportedFile]:
     """The tensor files among `files`, each with the PEFT settings of its folder."""
     configs = {
         str(PurePosixPath(name).parent): peft_config(name, data)
@@ -123,13 +113,13 @@ def _sources(files: Mapping[str, bytes]) -> list[Source]:
             tensors, metadata = read_tensors(data, name, MAX_BYTES)
         except TensorFileError as error:
             raise AdapterError(str(error)) from error
-        sources.append(Source(name, tensors, metadata, configs.get(str(PurePosixPath(name).parent))))
+        sources.append(ImportedFile(name, tensors, metadata, configs.get(str(PurePosixPath(name).parent))))
     if not sources:
         raise AdapterError("Nothing to import: no .safetensors file was given.")
     return sources
 
 
-def _format_of(source: Source) -> str:
+def _format_of(source: ImportedFile) -> str:
     keys = list(source.tensors)
     if is_lora_diffusion(keys):
         return "lora_diffusion"
@@ -145,7 +135,7 @@ def _format_of(source: Source) -> str:
     )
 
 
-def _read(source: Source, modules: frozenset[str], parts: Parts) -> None:
+def _read(source: ImportedFile, modules: frozenset[str], parts: ImportedParts) -> None:
     format = _format_of(source)
     if format == "lora_diffusion":
         read_lora_diffusion(source, modules, parts)

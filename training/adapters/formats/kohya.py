@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 
 from training.adapters.adapter import Adapter, AdapterError, padded, padding_note
-from training.adapters.formats.parts import Parts, Source, halves, own_metadata
+from training.adapters.formats.parts import ImportedFile, ImportedParts, halves, own_metadata
 from training.adapters.tensor_file import write_tensors
 from training.base.facts import read_config
 
@@ -68,7 +68,7 @@ def write_kohya(adapter: Adapter, label: Label) -> bytes:
     return write_tensors(tensors, _metadata(adapter, label, tensors))
 
 
-def read_kohya(source: Source, modules: Collection[str], parts: Parts) -> None:
+def read_kohya(source: ImportedFile, modules: Collection[str], parts: ImportedParts) -> None:
     """Adds what `source` holds to `parts`."""
     known = _names(modules)
     for key, tensor in source.tensors.items():

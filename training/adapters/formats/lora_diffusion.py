@@ -14,7 +14,7 @@ from collections.abc import Collection, Sequence
 import torch
 
 from training.adapters.adapter import Adapter, AdapterError, check_token, some
-from training.adapters.formats.parts import Parts, Source, halves, own_metadata
+from training.adapters.formats.parts import ImportedFile, ImportedParts, halves, own_metadata
 from training.adapters.tensor_file import write_tensors
 
 _KEY = re.compile(r"(unet|text_encoder):(\d+):(up|down)")
@@ -62,7 +62,7 @@ def write_lora_diffusion(adapter: Adapter, modules: Collection[str]) -> dict[str
     return files | {"lora_weight.safetensors": write_tensors(tensors, metadata)}
 
 
-def read_lora_diffusion(source: Source, modules: Collection[str], parts: Parts) -> None:
+def read_lora_diffusion(source: ImportedFile, modules: Collection[str], parts: ImportedParts) -> None:
     """Adds what `source` holds to `parts`; raises AdapterError if its positions are not those of this base."""
     counts = dict[str, set[int]]()
     for key in source.tensors:
@@ -98,7 +98,7 @@ def text_encoder_order(modules: Collection[str]) -> list[str]:
     return [found[position] for position in sorted(found)]
 
 
-def _order_of(source: Source, component: str, seen: set[int], modules: Collection[str]) -> list[str]:
+def _order_of(source: ImportedFile, component: str, seen: set[int], modules: Collection[str]) -> list[str]:
     """The modules behind the positions `seen` of a component: by their count, and by where its GEGLU shapes are."""
     if component == "text_encoder":
         orders = [text_encoder_order(modules)]
@@ -114,7 +114,7 @@ def _order_of(source: Source, component: str, seen: set[int], modules: Collectio
     )
 
 
-def _has_its_shapes(source: Source, component: str, order: Sequence[str]) -> bool:
+def _has_its_shapes(source: ImportedFile, component: str, order: Sequence[str]) -> bool:
     """Whether the GEGLU projections of `order`, and no queries, have more outputs than inputs."""
     for index, name in enumerate(order):
         down, up = (source.tensors.get(f"{component}:{index}:{part}") for part in ("down", "up"))

@@ -13,7 +13,7 @@ from pathlib import PurePosixPath
 import torch
 
 from training.adapters.adapter import AdapterError, check_token
-from training.adapters.formats.parts import Parts, Source
+from training.adapters.formats.parts import ImportedFile, ImportedParts
 from training.adapters.formats.peft import PREFIX, alpha_of, check_plain
 
 _EMBEDDING = "lora_embeddings."
@@ -37,7 +37,7 @@ def is_named(keys: Sequence[str]) -> str | None:
     return "diffusers_old" if any(".processor." in key for key in keys) else "diffusers"
 
 
-def read_named(source: Source, modules: Collection[str], parts: Parts) -> None:
+def read_named(source: ImportedFile, modules: Collection[str], parts: ImportedParts) -> None:
     """Adds what `source` holds to `parts`, with the scale that its settings give as an alpha."""
     written = _written_config(source)
     for key, tensor in source.tensors.items():
@@ -78,7 +78,7 @@ def _in(component: str, path: str, modules: Collection[str]) -> str | None:
     return next((name for name in names if name in modules), None)
 
 
-def _written_config(source: Source) -> dict[str, Mapping[str, object]]:
+def _written_config(source: ImportedFile) -> dict[str, Mapping[str, object]]:
     """The settings per component that diffusers >= 0.34 writes into a file's metadata."""
     text = source.metadata.get("lora_adapter_metadata")
     if not text:

@@ -11,7 +11,7 @@ OWN = "dreamfleet."  # prefix of our metadata in other programs' files
 
 
 @dataclass(frozen=True)
-class Source:
+class ImportedFile:
     """One tensor file of an import; `config` holds PEFT's settings of its folder."""
 
     name: str
@@ -21,7 +21,7 @@ class Source:
 
 
 @dataclass
-class Parts:
+class ImportedParts:
     """What the files of one import have given so far."""
 
     modules: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)  # key -> down, up, alpha

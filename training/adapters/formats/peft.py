@@ -1,7 +1,7 @@
 """PEFT's folders: `adapter_config.json` beside `adapter_model.safetensors`, one folder for each component.
 
 Owns the settings: what of them is read and refused, the alpha of a module by PEFT's rules, and the folders written.
-Keys are `base_model.model.<path>.lora_A.weight` (`format_named.py` reads them). A text encoder's paths are those of
+Keys are `base_model.model.<path>.lora_A.weight` (`named.py` reads them). A text encoder's paths are those of
 transformers >= 5.6, without the `text_model.` level; both are read.
 """
 

@@ -6,7 +6,7 @@ diffusers scheduler of each sampler's name.
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal, cast, get_args
 
 import torch
 from diffusers import (
@@ -40,12 +40,14 @@ from training.base.noise.process import (
 from training.errors import UserError
 
 PREDICTION_TYPES = ("epsilon", "v_prediction")
+KARRAS = "_karras"  # ends the name of a sampler whose noise levels are spaced as Karras et al. (2022) do
+Kind = Literal["ddim", "euler", "euler_a", "dpm++_2m"]
 
 
 class Ddpm:
     """The process of a scheduler config, whatever class it names. A place is a timestep."""
 
-    samplers: tuple[SamplerName, ...] = ("ddim", "euler", "euler_a", "dpm++_2m")
+    samplers: tuple[SamplerName, ...] = get_args(SamplerName)
 
     def __init__(self, config: dict[str, Any]) -> None:
         if config.get("thresholding"):
@@ -101,11 +103,12 @@ class Ddpm:
     def _schedule(
         self, sampler: SamplerName, steps: int, strength: float | None = None, size: Size = SMALLEST
     ) -> Schedule:
-        scheduler = _make(sampler, self._sampling)
+        kind = cast(Kind, sampler.removesuffix(KARRAS))
+        scheduler = _make(kind, self._sampling, karras=sampler.endswith(KARRAS))
         start = steps_left(steps, strength)
         try:
             scheduler.set_timesteps(steps)
-            table = _TABLES[sampler](scheduler, start).to(torch.float32)
+            table = _TABLES[kind](scheduler, start).to(torch.float32)
         except (IndexError, ValueError):  # more steps than the noise schedule has
             table = torch.full((1, 1), torch.nan)
         if not len(table) or not torch.isfinite(table).all():
@@ -114,25 +117,28 @@ class Ddpm:
                 + (f" with strength {strength}" if strength is not None else "")
                 + f" on this base, whose noise schedule has {scheduler.config.num_train_timesteps}. Use other numbers."
             )
-        signal, noise = _first_mix(sampler, scheduler, start, from_image=strength is not None)
-        return Schedule(table, signal, noise, sampler == "euler_a")
+        signal, noise = _first_mix(kind, scheduler, start, from_image=strength is not None)
+        return Schedule(table, signal, noise, kind == "euler_a")
 
 
-def _make(name: SamplerName, config: dict[str, Any]) -> Any:
-    if name == "dpm++_2m":
+def _make(kind: Kind, config: dict[str, Any], *, karras: bool) -> Any:
+    config = {**config, "use_karras_sigmas": True} if karras else config
+    if kind == "dpm++_2m":
         return DPMSolverMultistepScheduler.from_config(
             config, solver_order=2, algorithm_type="dpmsolver++", solver_type="midpoint"
         )
+    if karras:  # of an ancestral run only the noise levels are read, so Euler's do for both
+        return EulerDiscreteScheduler.from_config(config)
     classes = {"ddim": DDIMScheduler, "euler": EulerDiscreteScheduler, "euler_a": EulerAncestralDiscreteScheduler}
-    return classes[name].from_config(config)
+    return classes[kind].from_config(config)
 
 
-def _first_mix(name: SamplerName, scheduler: Any, start: int, *, from_image: bool) -> tuple[float, float]:
+def _first_mix(kind: Kind, scheduler: Any, start: int, *, from_image: bool) -> tuple[float, float]:
     if not from_image:
         return 0.0, float(scheduler.init_noise_sigma)
-    if name in ("euler", "euler_a"):
+    if kind in ("euler", "euler_a"):
         return 1.0, float(scheduler.sigmas[start])
-    if name == "ddim":
+    if kind == "ddim":
         alpha = float(scheduler.alphas_cumprod.double()[int(scheduler.timesteps[start])])
         return alpha**0.5, (1 - alpha) ** 0.5
     sigma = float(scheduler.sigmas.double()[start])

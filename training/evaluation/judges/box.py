@@ -71,18 +71,24 @@ class JudgeBox:
 
     def _best_likeness(self) -> str:
         # ImageNet's features hardly see what tells two drawings of 64 px apart; the judge's do (docs/evaluation.md)
-        if self._is_pocket:
-            return PocketJudge.name
+        if (own := self._own_judge) is not None:
+            return own
         return EfficientNetLite0.name if EfficientNetLite0.is_installed() else BaseFeatures.name
 
     def _best_fidelity(self) -> str:
-        if self._is_pocket:
-            return PocketJudge.name
+        if (own := self._own_judge) is not None:
+            return own
         return "clip" if self.models is not None and (self.models / "clip").is_dir() else BaseFeatures.name
 
     @property
-    def _is_pocket(self) -> bool:
-        return self.base.name == "pocket" and (FOLDER / "model.safetensors").exists()
+    def _own_judge(self) -> str | None:
+        """The model that the base names for its pictures; None without one, or where its weights are not installed."""
+        name = self.base.facts.judge
+        if name is None or (name == PocketJudge.name and not (FOLDER / "model.safetensors").exists()):
+            return None
+        known = sorted(set(LIKENESS_MODELS) & set(FIDELITY_MODELS) - {"auto"})
+        _check(f"judge of base {self.base.name}", name, tuple(known))
+        return name
 
     def _get(self, name: str) -> object:
         if name not in self._open:

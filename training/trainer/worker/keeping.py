@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from PIL import Image
 
 from training.base.base import Base
-from training.evaluation.evaluate import candidate_steps
-from training.manifest.manifest import SubjectSpec
+from training.evaluation.exam import candidate_steps
+from training.manifest.subject import SubjectSpec
 from training.photos.intake import Taken
 from training.run.fault import apart, together
 from training.run.run import RunStore

@@ -6,7 +6,7 @@ from functools import partial
 
 from training.base.base import Base
 from training.errors import UserError
-from training.manifest.manifest import SubjectSpec
+from training.manifest.subject import SubjectSpec
 from training.photos.intake import Taken, fingerprint, read_files, take_in
 from training.photos.photos import Photos
 from training.run.run import RunStore

@@ -11,7 +11,7 @@ from training.adapters.adapter import Adapter, save_adapter, version_of
 from training.base.base import Base
 from training.base.files.folder import public_name
 from training.evaluation.evaluate import Evaluation
-from training.manifest.manifest import SubjectSpec
+from training.manifest.subject import SubjectSpec
 from training.photos.photos import Photo, Photos
 from training.run.run import RunStore
 from training.storage.card import Card, Chosen

@@ -170,7 +170,7 @@ class Worker:
             seconds=time.time() - held.since,
             warnings=held.warnings,
         )
-        for about in (self._beat.doing, self._beat.steps, self._beat.losses):
+        for about in (self._beat.phase, self._beat.steps, self._beat.losses):
             about.pop(id, None)
         self._source.ended(outcome)
 
@@ -178,7 +178,7 @@ class Worker:
 
     def _say(self, ids: Sequence[str], doing: Doing) -> None:
         """A change of phase is sent at once if the last beat is old enough; long preparation keeps the lease alive."""
-        self._beat.doing.update(dict.fromkeys(ids, doing))
+        self._beat.phase.update(dict.fromkeys(ids, doing))
         orders = self._send()
         self._stop = self._stop or orders.stop
 
