@@ -37,6 +37,7 @@ from typing import Any
 
 import httpx
 import numpy as np
+import psutil
 import torch
 from PIL import Image
 
@@ -194,8 +195,8 @@ def share(values: Sequence[float], part: float) -> float:
 
 
 @contextmanager
-def server(folder: Path) -> Iterator[str]:
-    """The URL of a server of this checkout, with six adapters."""
+def server(folder: Path) -> Iterator[tuple[str, psutil.Process]]:
+    """A server of this checkout with six adapters: its URL and process."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
     log = (folder / "server.log").open("w")
@@ -209,7 +210,7 @@ def server(folder: Path) -> Iterator[str]:
             for index in range(ADAPTERS):
                 file = {"file": ("a.safetensors", save_adapter(random_adapter(base, index, ATTENTION)))}
                 client.post("/v1/adapters", data={"id": f"a{index}"}, files=file).raise_for_status()
-        yield url
+        yield url, psutil.Process(process.pid)
     finally:
         process.terminate()
         process.wait(60)
@@ -240,16 +241,17 @@ async def ask(client: httpx.AsyncClient, number: int, patience_s: float | None =
     return {"end": end, "seconds": time.perf_counter() - began, "picture": picture}
 
 
-async def storm(url: str) -> dict[str, float]:
+async def storm(url: str, process: psutil.Process) -> dict[str, float]:
     choose = random.Random(2)
     limits = httpx.Limits(max_connections=2 * CLIENTS)
     async with httpx.AsyncClient(base_url=url, trust_env=False, timeout=600, limits=limits) as client:
         before = await ask(client, 0)
         counted = (await client.get("/metrics")).text
-        began = time.perf_counter()
+        began, worked = time.perf_counter(), process.cpu_times()
         patience = [choose.uniform(0.1, 5) if not number % LEAVE_ONE_IN else None for number in range(CLIENTS)]
         ends = await asyncio.gather(*(ask(client, number, wait) for number, wait in enumerate(patience)))
         seconds = time.perf_counter() - began
+        work = process.cpu_times()
         metrics = (await client.get("/metrics")).text
         after = await ask(client, 0)
         await asyncio.sleep(1)
@@ -263,6 +265,7 @@ async def storm(url: str) -> dict[str, float]:
         "rate": len(done) / seconds,
         "steps": steps,
         "rows": rows / steps,
+        "work": (work.user + work.system - worked.user - worked.system) / len(done),
         "p50": share(done, 0.5),
         "p95": share(done, 0.95),
         "apart": _apart(before["picture"], after["picture"]),
@@ -281,8 +284,8 @@ def _value(metrics: str, name: str) -> float:
 
 
 def crowd(name: str) -> dict[str, float]:
-    with tempfile.TemporaryDirectory() as folder, server(Path(folder)) as url:
-        return asyncio.run(storm(url))
+    with tempfile.TemporaryDirectory() as folder, server(Path(folder)) as (url, process):
+        return asyncio.run(storm(url, process))
 
 
 # -- both checkouts, in turn --
@@ -294,7 +297,7 @@ def measured(checkout: Path, part: str) -> dict[str, float]:
     command = [sys.executable, "-P", "-W", "ignore", __file__, "--part", part]  # -P: `serving` is not the file beside
     made = subprocess.run(command, env=environment, cwd=checkout, capture_output=True, text=True)
     if made.returncode:
-        raise SystemExit(f"{part} on {checkout.name} failed:\n{made.stderr[-2000:]}")
+        raise SystemExit(f"{part} on {checkout.name} ended with {made.returncode}:\n{made.stderr[-2000:]}")
     found: dict[str, float] = json.loads(made.stdout.splitlines()[-1])
     print(checkout.name, part, {key: round(value, 3) for key, value in found.items()}, flush=True)
     return found
@@ -312,15 +315,22 @@ def tables(checkouts: dict[str, Path], parts: Sequence[str], rounds: int) -> lis
         for title, checkout in checkouts.items():
             found = measured(checkout, "crowd")
             counts = (f"{found[key]:.0f}" for key in ("done", "left", "failed", "behind", "apart", "steps"))
-            speeds = f"{found['rows']:.1f}", f"{found['rate']:.1f}/s", f"{found['p50']:.1f} s", f"{found['p95']:.1f} s"
+            speeds = (
+                f"{found['rows']:.1f}",
+                f"{found['work']:.3f} s",
+                f"{found['rate']:.1f}/s",
+                f"{found['p50']:.1f} s",
+                f"{found['p95']:.1f} s",
+            )
             storms.append((str(number + 1), title, *counts, *speeds))
     heads = ["beside", "code", "p50 alone", "p95 alone", "p50", "p95", "p50, times", "p95, times", "others, k cells/s"]
     crowd_heads = ["round", "code", "done", "left", "failed", "left behind", "apart, of 255"]
-    crowd_heads += ["steps", "rows a step", "images", "p50", "p95"]
-    return [
-        markdown("A light tenant's images of 64 px beside others", heads, fair),
-        markdown(f"{CLIENTS} clients at once, six adapters, 4 steps, one in five leaves", crowd_heads, storms),
+    crowd_heads += ["steps", "rows a step", "CPU an image", "images", "p50", "p95"]
+    made = [
+        ("A light tenant's images of 64 px beside others", heads, fair),
+        (f"{CLIENTS} clients at once, six adapters, 4 steps, one in five leaves", crowd_heads, storms),
     ]
+    return [markdown(title, columns, table) for title, columns, table in made if table]
 
 
 def main() -> None:

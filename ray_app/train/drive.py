@@ -116,7 +116,7 @@ def _lead_run(submission: Submission, lead: Lead, address: str, limits: Limits, 
     submission = replace(submission, record=record)
     subjects = settle(submission, retry)
     for subject in subjects:
-        submission.shelf.take(subject.id)  # lanes read for themselves
+        submission.files.pop(subject.id)  # lanes read for themselves
     lead.renew()
     if all(subject.state in ENDED for subject in subjects):
         return Whole(finish(store, record, subjects), subjects)

@@ -19,7 +19,7 @@ from training.storage.interface import Storage, masked
 from training.storage.storage import open_storage
 
 UPLOADED = "storage:"
-HELD_BYTES = 512 * 2**20
+CACHE_BYTES = 512 * 2**20
 # photos with one of these warnings do not judge others well
 _UNFIT = {"small", "blurry", "dark", "overexposed", "identical", "near-duplicate"}
 # these decide what is kept or shown, not what is learned
@@ -53,37 +53,37 @@ def _read_keys(storage: Storage, prefix: str, shown: str) -> tuple[PhotoFile, ..
     return (*files, *subfolders(name for name in names if "/" in name))
 
 
-class Shelf:
-    """The files of subjects, each subject's read once by this process: what fingerprints them also trains on them.
+class FileCache:
+    """Files of subjects, so that one process reads each once: it trains on what it took the fingerprint of.
 
-    Holds up to `room` bytes; beyond that files are read again when they are asked for again. `root` is where a
-    manifest's relative folders start. Threads may share it.
+    Keeps up to `room` bytes; other files are read again. `root` is where a manifest's relative folders start. Threads
+    may share it.
     """
 
-    def __init__(self, storage: Storage, root: str = ".", room: int = HELD_BYTES) -> None:
+    def __init__(self, storage: Storage, root: str = ".", room: int = CACHE_BYTES) -> None:
         self._storage = storage
         self._root = root
         self._room = room
-        self._held: dict[str, tuple[PhotoFile, ...]] = {}
+        self._kept: dict[str, tuple[PhotoFile, ...]] = {}
         self._lock = Lock()
 
     def read(self, subject: SubjectSpec) -> tuple[PhotoFile, ...]:
         """The files of a subject as they were first read. Raises UserError saying what is missing where."""
         with self._lock:
-            if subject.id in self._held:
-                return self._held[subject.id]
+            if subject.id in self._kept:
+                return self._kept[subject.id]
         files = read_files(subject, self._storage, self._root)
         size = sum(len(file.data) for file in files)
         with self._lock:
             if size <= self._room:
                 self._room -= size
-                self._held[subject.id] = files
+                self._kept[subject.id] = files
         return files
 
-    def take(self, id: str) -> tuple[PhotoFile, ...] | None:
-        """Takes a subject's files off the shelf; None if they are not held."""
+    def pop(self, id: str) -> tuple[PhotoFile, ...] | None:
+        """Removes and returns a subject's files; None if they are not kept."""
         with self._lock:
-            files = self._held.pop(id, None)
+            files = self._kept.pop(id, None)
             self._room += sum(len(file.data) for file in files or ())
             return files
 

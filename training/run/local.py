@@ -69,8 +69,8 @@ class LocalRun:
         """Up to `count` subjects of the pack."""
         leases = self._queue.lease(self._lane, count)
         self._look()
-        shelf = self.submission.shelf
-        return [replace(lease.task(self._specs[lease.id]), files=shelf.take(lease.id)) for lease in leases]
+        read = self.submission.files
+        return [replace(lease.task(self._specs[lease.id]), files=read.pop(lease.id)) for lease in leases]
 
     def beat(self, beat: Beat) -> Orders:
         """Takes in a sign of life; returns what is to be dropped. All stop where another process has taken over."""

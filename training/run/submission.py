@@ -15,7 +15,7 @@ from training.errors import UserError
 from training.manifest.manifest import Manifest, load_manifest
 from training.manifest.plan import unmatched_targets
 from training.manifest.subject import SubjectSpec
-from training.photos.intake import UPLOADED, Shelf, fingerprint, take_in
+from training.photos.intake import UPLOADED, FileCache, fingerprint, take_in
 from training.photos.photos import PhotoFile, list_photo_files
 from training.run.run import ENDED, RunRecord, RunStore, SubjectRecord, digest_of, find_unfinished, new_run_id
 from training.storage.registry import Registry
@@ -29,7 +29,7 @@ _DONE = ("published", "reused")
 class Submission:
     """A run that is on the storage. `manifest` is what photos are read by here: its folders may be local.
 
-    `shelf` holds the files that this process has read for it.
+    `files` keeps those that this process has read for it.
     """
 
     store: RunStore
@@ -37,7 +37,7 @@ class Submission:
     manifest: Manifest
     base: Outline
     taken_up: bool
-    shelf: Shelf
+    files: FileCache
 
 
 class Found(NamedTuple):
@@ -85,25 +85,25 @@ def submit(path: str | Path, storage: Storage, *, upload: bool = False, keep_las
             manifest=manifest,
         )
         store.create(record, Path(path).read_text(encoding="utf-8"))
-    store, shelf = RunStore(storage, record.run), Shelf(storage, manifest.root)
+    store, files = RunStore(storage, record.run), FileCache(storage, manifest.root)
     if upload:
-        record = record.model_copy(update={"manifest": _uploaded(manifest, store, shelf)})
+        record = record.model_copy(update={"manifest": _uploaded(manifest, store, files)})
         store.save(record)
-    return Submission(store, record, manifest, base, taken_up, shelf)
+    return Submission(store, record, manifest, base, taken_up, files)
 
 
 def reopen(store: RunStore) -> Submission:
     """A run that is on the storage already, to go on with."""
     record = store.record()
     root = record.manifest.root
-    return Submission(store, record, record.manifest, outline(record.base, root), True, Shelf(store.storage, root))
+    return Submission(store, record, record.manifest, outline(record.base, root), True, FileCache(store.storage, root))
 
 
 def settle(submission: Submission, retry: bool = False) -> tuple[SubjectRecord, ...]:
     """Every subject as it stands, in manifest order; what changed is written down. Only who leads the run may do this.
 
     What the storage says is corrected by the photos as they are and by the registry. With `retry`, what failed or was
-    cancelled is queued again. Files of subjects that wait are on the shelf afterwards.
+    cancelled is queued again. Files of subjects that are to be trained stay in `submission.files`.
     """
     store, record, manifest = submission.store, submission.record, submission.manifest
     registry = Registry(store.storage)
@@ -115,7 +115,7 @@ def settle(submission: Submission, retry: bool = False) -> tuple[SubjectRecord, 
         if now != before:
             store.save_subject(now)
         if now.state in ENDED:
-            submission.shelf.take(subject.id)
+            submission.files.pop(subject.id)
         return now
 
     with ThreadPoolExecutor(READERS) as pool:
@@ -168,7 +168,7 @@ def _problems(manifest: Manifest, base: Outline) -> Iterator[str]:
 def _find(subject: SubjectSpec, submission: Submission) -> Found:
     base_hash, root = submission.record.base_hash, submission.manifest.root
     try:
-        return Found(fingerprint(subject, base_hash, submission.shelf.read(subject), root), None)
+        return Found(fingerprint(subject, base_hash, submission.files.read(subject), root), None)
     except UserError as error:
         return Found(None, str(error))
 
@@ -201,14 +201,14 @@ def _state(
     return before.model_copy(update={"state": "queued", "step": steps[-1] if steps else 0, "reason": None})
 
 
-def _uploaded(manifest: Manifest, store: RunStore, shelf: Shelf) -> Manifest:
+def _uploaded(manifest: Manifest, store: RunStore, files: FileCache) -> Manifest:
     """The manifest with local photos copied to the run's folder on the storage."""
 
     def upload(subject: SubjectSpec) -> SubjectSpec:
         if "://" in subject.images or subject.images.startswith(UPLOADED):
             return subject
         folder = store.subject_key(subject.id, "images")
-        _put(store.storage, folder, shelf.read(subject))
+        _put(store.storage, folder, files.read(subject))
         return subject.model_copy(update={"images": f"{UPLOADED}{folder}"})
 
     with ThreadPoolExecutor(READERS) as pool:

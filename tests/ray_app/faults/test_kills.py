@@ -143,7 +143,7 @@ def test_a_torn_checkpoint_is_passed_over(desk: Desk) -> None:
     torn.write_bytes(torn.read_bytes()[:1000])
     result = desk.run("train", manifest, "--json")
     assert result.status == 0, result.err
-    assert f"checkpoint of step {steps[-1]} is passed over" in result.err
+    assert f"checkpoint of step {steps[-1]} is skipped" in result.err
     began = [
         line["text"]
         for line in desk.run("logs", run.run, "rusty", "--json").json["lines"]

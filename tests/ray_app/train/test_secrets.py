@@ -12,7 +12,7 @@ import ray_app.serve.deployments as serve_module
 from ray_app.train import drive, jobs
 from ray_app.train.cluster import Limits
 from training.errors import UserError
-from training.photos.intake import Shelf
+from training.photos.intake import FileCache
 from training.run import shares
 from training.run.run import RunStore
 from training.run.submission import Submission
@@ -29,7 +29,7 @@ class _Store(RunStore):
 def submission() -> Submission:
     record: Any = type("Record", (), {"run": "pets-1", "tenant": "acme"})
     manifest: Any = None
-    return Submission(_Store(), record, manifest, manifest, False, Shelf(_Store().storage))
+    return Submission(_Store(), record, manifest, manifest, False, FileCache(_Store().storage))
 
 
 def test_a_detached_driver_is_told_its_storage_by_its_environment(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ from tests.tiny import tiny_images
 from tests.training.subjects import spec
 from training.errors import UserError
 from training.photos import photos
-from training.photos.intake import Shelf
+from training.photos.intake import FileCache
 from training.photos.photos import PhotoFile
 from training.run.submission import settle, submit
 from training.storage.storage import open_storage
@@ -48,15 +48,15 @@ def test_photos_that_are_copied_to_the_storage_are_read_once(
         assert record.fingerprint is not None
 
 
-def test_a_shelf_holds_what_it_has_room_for(tmp_path: Path, reads: list[str]) -> None:
+def test_a_cache_keeps_what_it_has_room_for(tmp_path: Path, reads: list[str]) -> None:
     size = sum(path.stat().st_size for path in tiny_images(tmp_path / "a").iterdir())
     tiny_images(tmp_path / "b", seed=1)
     a, b = (spec(id).model_copy(update={"images": id}) for id in ("a", "b"))
-    shelf = Shelf(open_storage(str(tmp_path / "storage")), str(tmp_path), room=size)
-    assert shelf.read(a) == shelf.read(a) and len(reads) == 5
-    assert shelf.read(b) == shelf.read(b) and len(reads) == 15, "there is no room for both"
-    assert shelf.take("b") is None and len(shelf.take("a") or ()) == 5
-    assert shelf.read(b) == shelf.read(b) and len(reads) == 20, "what was taken makes room"
-    assert shelf.take("a") is None
+    cache = FileCache(open_storage(str(tmp_path / "storage")), str(tmp_path), room=size)
+    assert cache.read(a) == cache.read(a) and len(reads) == 5
+    assert cache.read(b) == cache.read(b) and len(reads) == 15, "there is no room for both"
+    assert cache.pop("b") is None and len(cache.pop("a") or ()) == 5
+    assert cache.read(b) == cache.read(b) and len(reads) == 20, "what was taken makes room"
+    assert cache.pop("a") is None
     with pytest.raises(UserError, match="No folder"):
-        shelf.read(a.model_copy(update={"id": "c", "images": "nowhere"}))
+        cache.read(a.model_copy(update={"id": "c", "images": "nowhere"}))

@@ -74,6 +74,6 @@ class Preparing:
 
     def _state(self, spec: SubjectSpec) -> SubjectState | None:
         def torn(step: int, error: UserError) -> None:
-            self._note(f"{spec.id}: checkpoint of step {step} is passed over: {error}")
+            self._note(f"{spec.id}: checkpoint of step {step} is skipped: {error}")
 
         return next((state for _, state in read_states(self._run, spec.id, torn)), None)
