@@ -28,14 +28,14 @@ from training.run.submission import Submission
 
 POLL_SECONDS = 0.5
 STOP_SECONDS = 30.0  # how long lanes may take to checkpoint when the run is stopped
-CANCEL_SECONDS = 2.0  # how often the storage is asked whether somebody wants the run cancelled
+CANCEL_SECONDS = 2.0  # how often the storage is asked for a request to cancel
 
 log = logging.getLogger(__name__)
 _BEAT, _OUTCOME = TypeAdapter(Beat), TypeAdapter(Outcome)
 
 
 class Watcher(Protocol):
-    """Who looks on: a terminal, a log, a test."""
+    """What follows a run: a terminal, metrics, a test."""
 
     def see(self, view: View, records: Mapping[str, SubjectRecord]) -> None:
         """Is told how everything stands, about once a second."""
@@ -155,7 +155,7 @@ class Driver:
                 sharing.leave()
 
     def _sharing(self) -> Sharing | None:
-        """A cluster of its own is shared with nobody."""
+        """The link to the other runs of the cluster; None on a cluster that was started for this run alone."""
         if self.cluster.local:
             return None
         tenant = self.submission.record.tenant
@@ -172,7 +172,7 @@ class Driver:
             since = view.seq
             lanes.close_ended()
             if not view.unfinished:
-                if not self.cluster.local:  # on a cluster of others they get the time to clean up after themselves
+                if not self.cluster.local:  # on a cluster that lives on, lanes get the time to clean up
                     lanes.wait(STOP_SECONDS)
                 return
             lanes.share(view)
@@ -180,7 +180,7 @@ class Driver:
             time.sleep(POLL_SECONDS)
 
     def _heed_cancel(self) -> None:
-        """Passes on what somebody wished on the storage."""
+        """Passes on a request to cancel that is on the storage."""
         import ray
 
         if time.monotonic() - self._heeded < CANCEL_SECONDS:

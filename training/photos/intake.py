@@ -20,9 +20,9 @@ from training.storage.storage import open_storage
 
 UPLOADED = "storage:"
 CACHE_BYTES = 512 * 2**20
-# photos with one of these warnings do not judge others well
+# photos with one of these warnings are no good references
 _UNFIT = {"small", "blurry", "dark", "overexposed", "identical", "near-duplicate"}
-# these decide what is kept or shown, not what is learned
+# settings that decide what is kept or shown, not what is learned
 _NO_EFFECT: dict[str, Any] = {
     "id": True,
     "images": True,
@@ -139,7 +139,7 @@ def _draw(subject: SubjectSpec, photo: Photo) -> str:
 
 
 def check_words(subject: SubjectSpec, found: Sequence[Photo]) -> None:
-    """Raises UserError for textual-inversion words that would not train: the captions leave them out, all of them."""
+    """Raises UserError for textual-inversion words that no photo's caption contains: nothing would train them."""
     prompts = {photo.caption or subject.filled_instance_prompt for photo in found}
     if subject.train.backgrounds and any(photo.mask is not None for photo in found):
         prompts.add(subject.filled_instance_prompt)  # where the background is replaced, the caption is not used
@@ -170,12 +170,13 @@ def class_folder(subject: SubjectSpec, root: str = ".") -> Path:
 def fingerprint(subject: SubjectSpec, base_hash: str, files: Sequence[PhotoFile], root: str = ".") -> str:
     """What the adapter depends on, as sha256 hex: base, settings, and every file of its own and of its class folder.
 
-    Two equal ones are one training. `root` is where relative folders start. Raises UserError without the class folder.
+    Trainings with equal fingerprints give the same adapter. `root` is where relative folders start. Raises UserError
+    without the class folder.
     """
     digest = hashlib.sha256()
     digest.update(f"dreamfleet-subject-1\n{base_hash}\n".encode())
     digest.update(subject.model_dump_json(by_alias=True, exclude=_NO_EFFECT).encode())
-    readable = [file for file in files if not file.problem]  # the others are not learned from, nor uploaded
+    readable = [file for file in files if not file.problem]  # unreadable files are neither trained on nor uploaded
     for file in sorted(readable, key=lambda file: file.name):
         digest.update(f"\n{file.name} {hashlib.sha256(file.data).hexdigest()}".encode())
     if subject.prior.enabled and subject.prior.source == "folder":

@@ -45,7 +45,7 @@ class LocalRun:
                 self._lane = lane
                 self._train(work, pack)
         except Lost:
-            raise  # the states are another process's to write
+            raise  # from here on the other process writes the states
         except BaseException:
             self._queue.release(self._lane, STOPPED, "stopped")
             self._look()
@@ -86,7 +86,7 @@ class LocalRun:
         return orders
 
     def ended(self, outcome: Outcome) -> None:
-        """Takes in how a subject ended: whether it is tried again is the queue's to say."""
+        """Takes in how a subject ended: the queue decides whether it is tried again."""
         self._queue.ended(self._lane, outcome)
         self._look()
 

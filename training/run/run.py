@@ -1,4 +1,4 @@
-"""A run: one submitted manifest, on the storage. What is written here is the truth; drivers and heads may die.
+"""A run: one submitted manifest, on the storage, which is the only source of truth: drivers and Ray heads may die.
 
 runs/<run>/manifest.yaml                                what was submitted, word for word
 runs/<run>/run.json                                     RunRecord
@@ -36,7 +36,7 @@ class Attempt(Closed):
 
 
 class SubjectRecord(Closed):
-    """Where a subject stands. `step` of `max_steps` optimizer steps are done; `seconds` it has been worked on."""
+    """How a subject stands. `step` of `max_steps` optimizer steps are done; it has been worked on for `seconds`."""
 
     id: str
     state: State = "queued"

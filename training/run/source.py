@@ -50,8 +50,8 @@ class Task:
     """A leased subject. `fingerprint` identifies what will be published.
 
     `spec` is as it was submitted. `may_spread`: it has somewhere to go if this device is too small for it; without, it
-    is tried anyway. `rate_factor`: its learning rates are multiplied by it. `files`: as they were read for the
-    fingerprint, where that was in this process; None: they are to be read.
+    is tried anyway. `rate_factor`: its learning rates are multiplied by it. `files`: those that the fingerprint was
+    taken of, where that was in this process; None: the worker reads them.
     """
 
     spec: SubjectSpec

@@ -1,4 +1,4 @@
-"""The states of a run's subjects, kept on the storage as the subject queue tells them; and what is said in the log."""
+"""The states of a run's subjects, written to the storage as the subject queue changes them, and the run's log."""
 
 import time
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ from training.run.log import RunLog
 from training.run.run import ENDED, RunStore, SubjectRecord
 from training.run.subject_queue import View
 
-STEP_SAVE_SECONDS = 5.0  # how often a mere step is written down; changes of state are at once
+STEP_SAVE_SECONDS = 5.0  # how often steps are written; changes of state are written at once
 
 
 class States:
@@ -21,7 +21,7 @@ class States:
         self._log = RunLog(store)
 
     def take_in(self, view: View) -> None:
-        """Takes in what has changed, and writes down what is worth it."""
+        """Takes in what has changed. Changes of state are written at once, mere steps every `STEP_SAVE_SECONDS`."""
         for record in view.changed:
             self._change(record)
         for note in view.notes:
@@ -40,7 +40,7 @@ class States:
         self._log.flush()
 
     def stop(self) -> None:
-        """Writes down a run that was stopped: subjects that have not ended stand where their last checkpoint does."""
+        """Writes down a run that was stopped: the step of unfinished subjects is that of their last checkpoint."""
         for id, record in self.records.items():
             if record.state not in ENDED:  # the last checkpoint is later than the last beat
                 step = max(self._store.checkpoints(id), default=0)

@@ -1,8 +1,8 @@
 """The subject queue of a run: who works on which subject, and how each stands. Plain Python; it knows no Ray.
 
 A lane leases subjects, beats while it holds them and says how they ended. A lease that is not renewed, or whose lane
-died, goes back to the queue with the reason kept as an attempt. Nothing here is durable: the storage is, and a queue is
-made again from the records that lie there.
+died, goes back to the queue with the reason kept as an attempt. Nothing here is durable: the storage is, and after a
+restart the queue is made from the records there.
 """
 
 import bisect
@@ -25,14 +25,14 @@ SUSPECT_ATTEMPTS = 2  # after so many lost workers a subject trains alone: so th
 CALMER = 0.1  # what the learning rates of a subject are multiplied by after it has diverged, once
 KEPT_NOTES = 1000
 
-# how an outcome's kind is kept; kinds that are not named here are tried again
+# the state in which an outcome of a kind ends; kinds that are not here are tried again
 _STATES: dict[Kind, State] = {
     "done": "published",
     "bad subject": "failed",
     "out of memory": "failed",
     "cancelled": "cancelled",
 }
-# one device was too small: what may go to a gang of them does
+# one device was too small: where the entry has a reserve profile, a gang of devices tries it
 _TOO_SMALL: tuple[Kind, ...] = ("too large", "out of memory")
 _STATE_IN: dict[Phase, State] = {
     Phase.PREPARING: "preparing",
@@ -101,7 +101,7 @@ class View(Closed):
 
     @classmethod
     def of_records(cls, records: Sequence[SubjectRecord]) -> "View":
-        """What records alone tell: lanes are known by the packs of those that train."""
+        """A view made of records alone, without a queue: a lane for every pack that holds subjects."""
         packs: dict[int, list[SubjectRecord]] = {}
         for record in records:
             if record.state not in ENDED and record.state != "queued" and record.pack is not None:
@@ -131,7 +131,7 @@ class _Item:
     until: float = 0.0
     since: float = 0.0
     cancel: bool = False
-    losses: int = 0  # attempts that count, in this queue's life
+    losses: int = 0  # counted attempts since this queue was made
     seq: int = 0
 
 
@@ -253,8 +253,10 @@ class SubjectQueue:
             self._end(outcome.id, state, reason=outcome.reason, version=outcome.version)
 
     def release(self, lane: int, reason: str, kind: Release = "lost") -> None:
-        """Everything the lane holds goes back to the queue; the lane is forgotten. One that is forgotten already has
-        given its reason: what follows from that (Ray ends the worker) is none."""
+        """Everything the lane holds goes back to the queue; the lane is forgotten.
+
+        Of a lane only the first reason counts: that Ray then ends its worker is a consequence.
+        """
         gone = self._lanes.pop(lane, None)
         if gone is None:
             return
@@ -299,7 +301,7 @@ class SubjectQueue:
             self._end(id, "failed", reason=reason)
 
     def dismiss(self, lane: int) -> None:
-        """Tells one lane to checkpoint and end. Its subjects go back, free of charge."""
+        """Tells one lane to checkpoint and end. Its subjects go back; no attempt is counted."""
         self._dismissed.add(lane)
 
     def stop(self) -> None:
@@ -344,11 +346,11 @@ class SubjectQueue:
         )
 
     def _lane(self, lane: int) -> _Lane:
-        """The lane's own entry. A queue that was made again learns of its lanes from their calls."""
+        """The lane's own entry. After a restart the queue learns of its lanes from their calls."""
         return self._lanes.setdefault(lane, _Lane(profile=-1))
 
     def _choose(self, here: _Lane, count: int) -> list[str]:
-        """The first `count` waiting subjects of the profile; a suspect only alone, into an empty lane."""
+        """The first `count` waiting subjects of the profile. One that may have killed its workers is leased alone."""
         waiting = self._waiting.get(here.profile, [])
         calm = [id for id in waiting if self._items[id].losses < SUSPECT_ATTEMPTS][:count]
         return calm if calm or here.held else waiting[:1]
@@ -374,7 +376,7 @@ class SubjectQueue:
         self._change(id, **news)
 
     def _again(self, id: str, reason: str, kind: Kind | Release) -> None:
-        """Back into the queue with an attempt more, unless those that count are used up."""
+        """Back into the queue with one attempt more; fails where the counted attempts are used up."""
         if kind != "stopped":
             self._attempt(id, reason, kind)
         item = self._items[id]
@@ -405,7 +407,7 @@ class SubjectQueue:
         item.holder = None
 
     def _wait(self, id: str) -> None:
-        """Queued by priority, then in manifest order: what was begun first goes on first."""
+        """Queued by priority, then in manifest order: a subject that comes back does not go to the end."""
         item = self._items[id]
         waiting = self._waiting.setdefault(item.profile, [])
         bisect.insort(waiting, id, key=lambda other: (-self._items[other].priority, self._items[other].order))

@@ -1,4 +1,4 @@
-"""A submission: what a manifest comes to on a storage. Checks it and finds or creates its run.
+"""Submission of a manifest: checks it, and finds or creates its run on a storage.
 
 Everything a run needs to go on without the manifest's file is on the storage afterwards. Imports neither Ray nor torch.
 """
@@ -27,7 +27,7 @@ _DONE = ("published", "reused")
 
 @dataclass(frozen=True)
 class Submission:
-    """A run that is on the storage. `manifest` is what photos are read by here: its folders may be local.
+    """A run that is on the storage. `manifest` is what this process reads photos by; its folders may be local.
 
     `files` keeps those that this process has read for it.
     """
@@ -41,7 +41,7 @@ class Submission:
 
 
 class Found(NamedTuple):
-    """What lies where a subject's `images` points: the fingerprint of the training, or why it cannot be had."""
+    """The fingerprint of a subject's training with its files as they are, or the problem with them."""
 
     fingerprint: str | None
     problem: str | None

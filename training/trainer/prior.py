@@ -20,13 +20,13 @@ from training.storage.interface import Storage
 from training.trainer.latents import LatentSet, content_key, load_latents, photo_latents, posteriors, save_latents
 
 BATCH = 16
-LOOK_SECONDS = 0.5  # how often it is looked whether another worker has made what is wanted
+LOOK_SECONDS = 0.5  # how often to look whether another worker has made the prior
 
 
 def class_prompts(subject: SubjectSpec, captions: Sequence[str] = ()) -> tuple[str, ...]:
     """What class images show: the class prompt, and `captions` without the words that only the subject has, each once.
 
-    Where captions name places and class images do not, the places come to call the subject as much as its own words.
+    Without this, places that only captions name would become words for the subject, as its own words are.
     """
     own = set(subject.filled_instance_prompt.split()) - set(subject.filled_class_prompt.split())
     bare = (" ".join(word for word in caption.split() if word not in own) for caption in captions)
@@ -46,8 +46,8 @@ def prepare_prior(
 ) -> Iterator[tuple[int, int, LatentSet | None]]:
     """Makes or finds the prior of a subject. Yields (images done, images wanted, the set once it is there).
 
-    `captions`: of the subject's photos, if class images are to be made under them, too. Of all workers that want it at
-    once, wherever they are, one makes it.
+    `captions`: of the subject's photos, if class images are to be made under them, too. If several workers want it
+    at once, one makes it and the others wait.
     """
     prior = subject.prior
     if prior.source == "folder":

@@ -1,7 +1,7 @@
 """When a subject may stop: its loss on one fixed batch no longer varies (DVAR, Voronov et al., NeurIPS 2023).
 
 The loss of a training step says little, because its images, noise and timesteps are drawn anew; on a batch that never
-changes the learning itself is what is left. All subjects that are looked at share forwards.
+changes, only what the subject has learned changes it. All subjects that are looked at share forwards.
 """
 
 from collections.abc import Mapping, Sequence

@@ -18,7 +18,7 @@ from training.trainer.pack import Pack
 from training.trainer.worker.events import NAME as EVENTS, event_file
 from training.trainer.worker.publish import Finished, png_bytes
 
-Missed = Callable[[str, str, Exception], None]  # what, subject id, error
+Missed = Callable[[str, str, Exception], None]  # what is missing, subject id, error
 
 
 @dataclass
@@ -34,7 +34,9 @@ class Kept:
 
 
 class Keeping:
-    """Keeps the subjects of one pack. A subject goes on without what cannot be kept; `missed` is told of it."""
+    """Keeps the subjects of one pack. A subject goes on without what cannot be kept; `missed` is called with
+    what it is, the id and the error.
+    """
 
     def __init__(self, base: Base, pack: Pack, run: RunStore, missed: Missed) -> None:
         self._base = base
@@ -44,7 +46,7 @@ class Keeping:
         self._kept: dict[str, Kept] = {}
 
     def join(self, fingerprint: str, taken: Taken, subject: Subject) -> None:
-        """Begins with a subject, at the step of its state."""
+        """Begins to keep a subject, from the step of its state on."""
         step = subject.state.step if subject.state else -1
         self._kept[subject.spec.id] = Kept(subject.spec, fingerprint, taken, step)
 
@@ -72,7 +74,7 @@ class Keeping:
         apart(ids, self._checkpoint, lambda id, error: self._missed(otherwise, id, error))
 
     def checkpoint_all(self) -> None:
-        """The same of all that are in the pack. Raises the first error after every subject has been tried."""
+        """Checkpoints all subjects of the pack. Raises the first error after every subject has been tried."""
         errors: list[Exception] = []
         apart(
             [id for id in self._pack.ids if id in self._kept], self._checkpoint, lambda _, error: errors.append(error)
@@ -123,6 +125,6 @@ class Keeping:
 
 
 def _spared_steps(spec: SubjectSpec) -> frozenset[int]:
-    """Steps whose checkpoints are made and kept whatever the settings say: the last, and those that are compared."""
+    """Steps whose checkpoints are always made and kept: the last, and those that are compared."""
     compared = candidate_steps(spec.train.max_steps, spec.evaluate.candidates) if spec.evaluate.enabled else ()
     return frozenset({*compared, spec.train.max_steps})

@@ -20,7 +20,7 @@ from training.trainer.checkpoint import HISTORY, SubjectState
 from training.trainer.worker.events import NAME as EVENTS, event_file
 from training.trainer.worker.loss_plot import plot_losses
 
-# what decides nothing about the weights, or names a place on one machine
+# no settings of the training, or paths of one machine
 _NOT_SETTINGS = {"id", "images", "public", "min_images"}
 
 
@@ -121,7 +121,7 @@ def make_card(run: str, base: Base, publication: Publication, weights: bytes) ->
 
 
 def trigger(spec: SubjectSpec) -> str:
-    """The words that call the subject: what the instance prompt says beyond the class prompt, and the class."""
+    """The words that call the subject: those of the instance prompt that the class prompt lacks, and the class."""
     usual = set(spec.filled_class_prompt.split()) - set((spec.class_ or "").split())
     words = [word for word in spec.filled_instance_prompt.split() if word not in usual]
     return " ".join(words)

@@ -36,7 +36,7 @@ class _Held:
 
 
 class Worker:
-    """One device's worth of work. `work` is the way in."""
+    """The work of one device. `work` is the entry point."""
 
     def __init__(
         self, base: Base, plan: PackPlan, source: Source, run: RunStore, *, tenant: str, root: str = "."
@@ -150,11 +150,11 @@ class Worker:
                 self._end(id, "done", version=end)
 
     def _fail(self, what: str, id: str, error: Exception) -> None:
-        """A subject that cannot go on: its result."""
+        """Ends a subject that cannot go on."""
         self._end(id, *failure_of(error, what))
 
     def _miss(self, what: str, id: str, error: Exception) -> None:
-        """Something that a subject goes on without."""
+        """Notes what a subject goes on without."""
         self._beat.notes.append(f"{id}: {what}: {reason_of(error)}")
 
     def _end(self, id: str, kind: Kind, reason: str | None = None, version: str | None = None) -> None:
