@@ -79,7 +79,8 @@ def write_manifest(folder: Path, base: str, subjects: int, **train: int) -> Path
 
 def plain(manifest: Path, storage: Path) -> float:
     """Seconds of the subject loop alone, from its first lease to its end."""
-    from training.trainer.worker.worker import precision, work
+    from training.trainer.fitting import precision
+    from training.trainer.worker.worker import work
 
     submission = submit(manifest, open_storage(str(storage)))
     specs = submission.manifest.subjects

@@ -31,7 +31,7 @@ _LOCAL_SETTINGS = {
     # idle workers cost a second of CPU each
     "RAY_prestart_worker_first_driver": "0",
     "RAY_AUTH_MODE": "token",
-    # nobody preempts a part of one machine
+    # there is no preemption on one machine
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_TRAIN_METRICS_ENABLED": "0",
     "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "ray_app.serve.proxy.guard",

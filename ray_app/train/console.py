@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from training.run.run import ENDED, SubjectRecord
+from training.run.source import Doing, Phase
 from training.run.subject_queue import LaneView, View
 
 LINE_SECONDS = 10.0  # plain output: how often a lane that only trains is mentioned
@@ -149,24 +150,32 @@ def _line(record: SubjectRecord) -> str:
 
 
 def _doing(lane: LaneView, records: Mapping[str, SubjectRecord]) -> str:
-    doing = [
-        f"{id} {records[id].step}/{records[id].max_steps}" if lane.phases.get(id) == "training" else
-        f"{id} {lane.phases.get(id, 'waiting')}"
-        for id in lane.held
-    ]  # fmt: skip
-    return f"{lane.images_per_second:.1f} images/s; " + ", ".join(doing)
+    return f"{lane.images_per_second:.1f} images/s; " + ", ".join(
+        _stands(records[id], lane.phases.get(id)) for id in lane.held
+    )
 
 
-def _subject_line(record: SubjectRecord, phase: str | None) -> RenderableType:
+def _stands(record: SubjectRecord, doing: Doing | None) -> str:
+    """How a leased subject stands: its step while it trains, else what is being done with it."""
+    if doing is not None and doing.phase == Phase.TRAINING:
+        return f"{record.id} {record.step}/{record.max_steps}"
+    return f"{record.id} {doing or 'waiting'}"
+
+
+def _subject_line(record: SubjectRecord, doing: Doing | None) -> RenderableType:
     loss = "" if record.loss is None else f"loss {record.loss:.4f}"
     grid = Table.grid(padding=(0, 1))
     grid.add_column(width=2)
     grid.add_column(width=24, no_wrap=True)
     grid.add_column(width=16)
     grid.add_row(
-        "", record.id, ProgressBar(total=record.max_steps or 1, completed=record.step, width=16),
-        f"{record.step}/{record.max_steps}", Text(phase or record.state, style=COLOURS.get(record.state, "dim")), loss,
-    )  # fmt: skip
+        "",
+        record.id,
+        ProgressBar(total=record.max_steps or 1, completed=record.step, width=16),
+        f"{record.step}/{record.max_steps}",
+        Text(str(doing or record.state), style=COLOURS.get(record.state, "dim")),
+        loss,
+    )
     return grid
 
 

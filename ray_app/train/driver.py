@@ -19,25 +19,23 @@ from training.evaluation.report import write_report
 from training.manifest.plan import plan_run, reserve
 from training.run import cancel
 from training.run.lead import Lead
-from training.run.local import entries
-from training.run.log import RunLog
-from training.run.run import ENDED, RunRecord, RunStore, SubjectRecord, end_run
+from training.run.run import RunRecord, RunStore, SubjectRecord, end_run
 from training.run.shares import read_quota
-from training.run.source import Beat, Outcome
-from training.run.subject_queue import Entry, Release, SubjectQueue, View
+from training.run.source import Beat, Outcome, Release
+from training.run.states import States
+from training.run.subject_queue import Entry, SubjectQueue, View, entries
 from training.run.submission import Submission
 
 POLL_SECONDS = 0.5
-STEP_SAVE_SECONDS = 5.0  # how often a mere step is written down; changes of state are at once
 STOP_SECONDS = 30.0  # how long lanes may take to checkpoint when the run is stopped
-CANCEL_SECONDS = 2.0  # how often the storage is asked whether somebody wants the run cancelled
+CANCEL_SECONDS = 2.0  # how often the storage is asked for a request to cancel
 
 log = logging.getLogger(__name__)
 _BEAT, _OUTCOME = TypeAdapter(Beat), TypeAdapter(Outcome)
 
 
 class Watcher(Protocol):
-    """Who looks on: a terminal, a log, a test."""
+    """What follows a run: a terminal, metrics, a test."""
 
     def see(self, view: View, records: Mapping[str, SubjectRecord]) -> None:
         """Is told how everything stands, about once a second."""
@@ -115,15 +113,17 @@ class Driver:
     def __post_init__(self) -> None:
         record, base = self.submission.record, self.submission.base
         self.store = self.submission.store
-        self.records: dict[str, SubjectRecord] = {subject.id: subject for subject in self.subjects}
+        self.states = States(self.store, self.subjects)
         self.plan = plan_run(record.manifest, base)
         room = max(self.cluster.seats, self.limits.gpus or 0)
         self._reserve = [pack for pack in reserve(record.manifest, base) if pack.workers <= room]
         self._queue: Any = None
-        self._saved = dict(self.records)
-        self._saved_at = dict.fromkeys(self.records, 0.0)
         self._heeded = 0.0
-        self._log = RunLog(self.store)
+
+    @property
+    def records(self) -> dict[str, SubjectRecord]:
+        """How each subject stands, in manifest order."""
+        return self.states.records
 
     def run(self) -> RunRecord:
         """Until every subject has ended. On KeyboardInterrupt lanes checkpoint and stop, and it is raised again.
@@ -134,11 +134,11 @@ class Driver:
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         name = f"queue-{self.store.run}"
-        waiting = entries(self.submission, self.subjects, self.plan.packs, self._reserve)
+        found = entries(self.records.values(), self.plan.packs, self._reserve)
         # on this node: a queue that dies with another one would take the run along
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         actor = ray.remote(QueueActor).options(num_cpus=0, name=name, scheduling_strategy=here)
-        self._queue = actor.remote([entry.model_dump() for entry in waiting])
+        self._queue = actor.remote([entry.model_dump() for entry in found])
         packs = (*self.plan.packs, *self._reserve)
         sharing = self._sharing()
         lanes = Lanes(self.store, packs, self.cluster, self.limits, self._queue, name, self._complain, sharing)
@@ -147,7 +147,7 @@ class Driver:
             return self._finish()
         except KeyboardInterrupt:
             self._stop(lanes)
-            self._save_all()
+            self.states.stop()
             raise
         finally:
             ray.kill(self._queue)
@@ -155,7 +155,7 @@ class Driver:
                 sharing.leave()
 
     def _sharing(self) -> Sharing | None:
-        """A cluster of its own is shared with nobody."""
+        """The link to the other runs of the cluster; None on a cluster that was started for this run alone."""
         if self.cluster.local:
             return None
         tenant = self.submission.record.tenant
@@ -172,7 +172,7 @@ class Driver:
             since = view.seq
             lanes.close_ended()
             if not view.unfinished:
-                if not self.cluster.local:  # on a cluster of others they get the time to clean up after themselves
+                if not self.cluster.local:  # on a cluster that lives on, lanes get the time to clean up
                     lanes.wait(STOP_SECONDS)
                 return
             lanes.share(view)
@@ -180,7 +180,7 @@ class Driver:
             time.sleep(POLL_SECONDS)
 
     def _heed_cancel(self) -> None:
-        """Passes on what somebody wished on the storage."""
+        """Passes on a request to cancel that is on the storage."""
         import ray
 
         if time.monotonic() - self._heeded < CANCEL_SECONDS:
@@ -195,45 +195,21 @@ class Driver:
         import ray
 
         view = View.model_validate(ray.get(self._queue.view.remote(since), timeout=60))
-        for record in view.changed:
-            self._take_in(record)
-        for note in view.notes:
-            self._log.add(note)
+        self.states.take_in(view)
         for watcher in self.watchers:
             watcher.see(view, self.records)
-        self._log.flush(STEP_SAVE_SECONDS)
         return view
-
-    def _take_in(self, record: SubjectRecord) -> None:
-        before = self.records[record.id]
-        self.records[record.id] = record
-        if record.state != before.state:
-            reason = f": {record.reason}" if record.reason else ""
-            self._log.add(f"{record.id}: {record.state} at step {record.step}/{record.max_steps}{reason}")
-        if record.state != before.state or time.monotonic() - self._saved_at[record.id] >= STEP_SAVE_SECONDS:
-            self._save(record)
-
-    def _save(self, record: SubjectRecord) -> None:
-        self.store.save_subject(record)
-        self._saved[record.id], self._saved_at[record.id] = record, time.monotonic()
-
-    def _save_all(self) -> None:
-        """The last word about those whose latest steps were not written down yet."""
-        for record in self.records.values():
-            if record != self._saved[record.id]:
-                self._save(record)
-        self._log.flush()
 
     def _say(self, text: str) -> None:
         for watcher in self.watchers:
             watcher.say(text)
 
     def _finish(self) -> RunRecord:
-        self._save_all()
+        self.states.save()
         return finish(self.store, self.submission.record, tuple(self.records.values()))
 
     def _complain(self, text: str) -> None:
-        self._log.add(text)
+        self.states.note(text)
         self._say(text)
 
     def _stop(self, lanes: Lanes) -> None:
@@ -245,10 +221,6 @@ class Driver:
             ray.get(self._queue.stop.remote())
             lanes.wait(STOP_SECONDS)
             self._look(0)
-        for id, record in self.records.items():
-            if record.state not in ENDED:  # the last checkpoint is later than the last beat
-                step = max(self.store.checkpoints(id), default=0)
-                self.records[id] = record.model_copy(update={"step": step})
 
 
 def _living_nodes() -> set[str]:

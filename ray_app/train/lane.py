@@ -21,8 +21,8 @@ from training.errors import UserError
 from training.manifest.plan import PackPlan
 from training.manifest.subject import SubjectSpec
 from training.run.run import RunRecord, RunStore
-from training.run.source import Beat, Orders, Outcome, Task
-from training.run.subject_queue import Lease, Release
+from training.run.source import Beat, Orders, Outcome, Release, Task
+from training.run.subject_queue import Lease
 from training.storage.closed import Closed
 from training.storage.storage import StorageUnavailable, open_storage
 
@@ -70,8 +70,7 @@ class QueueSource:
         self._held |= {lease["id"] for lease in leases}
         if not leases:
             self._empty_until = time.monotonic() + IDLE_SECONDS
-        found = [Lease.model_validate(lease) for lease in leases]
-        return [lease.task(self.specs[lease.id]) for lease in found]
+        return [lease.task(self.specs[lease.id]) for lease in map(Lease.model_validate, leases)]
 
     def beat(self, beat: Beat) -> Orders:
         """See `Source`."""
@@ -112,16 +111,16 @@ def lane_worker(payload: dict[str, Any]) -> None:
     source = QueueSource(ray.get_actor(order.queue), order.lane)
     node = ray.get_runtime_context().get_node_id()
     if not _all_begin(order, first and source.enter(order.profile, node)):
-        return  # one more try would end like those before; `run_lane` asks why
+        return  # its earlier workers all failed at once; `run_lane` asks for the reason
     try:
         _work(order, source, first)
     except StorageUnavailable as error:
-        # nobody's fault but the store's; what is on it is whole
+        # the storage failed, no subject did; what is on it is whole
         source.leave(str(error), "preempted")
         time.sleep(STORAGE_REST_S)
         raise
     except Exception as error:
-        # in its own words, whichever worker of a gang it is: Ray restarts them all, and tells nobody why
+        # every worker of a gang gives its own reason: Ray restarts them all without one
         source.leave(in_words(error), "lost")
         raise
     if first:
@@ -145,7 +144,7 @@ def _work(order: Order, source: QueueSource, first: bool) -> None:
 
 
 def _all_begin(order: Order, first_begins: bool) -> bool:
-    """Whether to begin. What the first worker of a gang knows holds for all of them."""
+    """Whether to begin: as the first worker of the gang says, for all of them."""
     if order.plan.workers == 1:
         return first_begins
     from training.trainer.zero import Gang
@@ -158,7 +157,7 @@ def _base(order: Order, record: RunRecord) -> "Base":
     import torch
 
     from training.base.base import best_device, load_base
-    from training.trainer.worker.worker import precision
+    from training.trainer.fitting import precision
 
     if order.threads:
         torch.set_num_threads(order.threads)
@@ -174,7 +173,7 @@ def _base(order: Order, record: RunRecord) -> "Base":
 
 
 def in_words(error: BaseException) -> str:
-    """What an error says: what is meant for users as it is, anything else with the kind of error before it."""
+    """The message of an error: unchanged if it is meant for users, else with the type of the error before it."""
     text = str(error).strip()
     return text if text and isinstance(error, UserError) else f"{type(error).__name__}: {text}"
 
@@ -198,7 +197,7 @@ def run_lane(payload: dict[str, Any]) -> None:
             num_workers=order.plan.workers,
             use_gpu=on_gpus,
             resources_per_worker=order.resources,
-            # GPUs of a gang talk least far within a node; on CPUs every node has a memory of its own
+            # GPUs of a gang are fastest within one node; CPU workers go to several nodes for their memory
             placement_strategy="PACK" if on_gpus else "SPREAD",
         ),
         run_config=RunConfig(
@@ -218,7 +217,7 @@ def run_lane(payload: dict[str, Any]) -> None:
 
 
 def _process_group(workers: int) -> "TorchConfig | None":
-    """How the workers of a gang find each other. One alone needs nobody, and torch's store would listen everywhere."""
+    """The process group of a gang; None for a single worker, for which torch's store would listen on all interfaces."""
     if workers == 1:
         return None
     import torch

@@ -77,14 +77,14 @@ class Lanes:
             )
             mine = -(-self._free() // (len(profiles) - turn)) // pack.workers
             if not self._lanes and self._allowed is None:
-                mine = max(1, mine)  # a gang of more than all seats: there are devices for it
+                mine = max(1, mine)  # a gang needs more devices than there are seats; `_devices` says that they exist
             while waiting > coming and mine > 0:
                 slots = min(pack.slots, -(-(waiting - coming) // mine))
                 self._open(profile, with_slots(pack, slots))
                 coming, mine = coming + slots, mine - 1
 
     def share(self, view: View) -> None:
-        """Gives devices back that other runs have a right to: those it only waits for first, then the latest."""
+        """Gives devices back that are other runs' share: lanes that only wait first, then the latest."""
         if self._sharing is None:
             return
         working = {lane.lane for lane in view.lanes}
@@ -122,7 +122,7 @@ class Lanes:
                 self._failed(index, lane, _cause(error))
 
     def wait(self, seconds: float) -> None:
-        """Until all lanes have ended, but no longer."""
+        """Waits until all lanes have ended, for at most so many seconds."""
         import ray
 
         futures = [lane.future for lane in self._lanes.values()]
@@ -155,8 +155,8 @@ class Lanes:
 
         reason = in_words(cause)[:MOST_WORDS]
         # the workers of this lane have tried several times; on another node another lane may do better
-        hopeless = self._cluster.local and isinstance(cause, UserError)
-        self._failures[lane.profile] += LANE_FAILURES if hopeless else 1
+        permanent = self._cluster.local and isinstance(cause, UserError)
+        self._failures[lane.profile] += LANE_FAILURES if permanent else 1
         self._say(f"lane {index} failed: {reason}")
         ray.get(self._queue.leave.remote(index, f"its lane failed: {reason}", "lost"))
         alone = all(other.profile != lane.profile for other in self._lanes.values())

@@ -34,7 +34,7 @@ class RunMetrics:
         self._known: dict[str, SubjectRecord] = {}
 
     def say(self, text: str) -> None:
-        """Words are for people."""
+        """Does nothing: text is no metric."""
 
     def see(self, view: View, records: Mapping[str, SubjectRecord]) -> None:
         """Sets the gauges and counters to how everything stands."""

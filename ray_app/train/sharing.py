@@ -25,7 +25,7 @@ class ShareKeeper:
 
 
 class Sharing:
-    """One run's word with the keeper of its cluster."""
+    """A run's link to the keeper of its cluster."""
 
     def __init__(self, run: str, tenant: str, priority: int, quota: int | None) -> None:
         self._about = {"run": run, "tenant": tenant, "priority": priority, "quota": quota}
@@ -43,7 +43,7 @@ class Sharing:
                 claim = Claim.model_validate({**self._about, "working": working, "pending": pending})
                 self._allowed = ray.get(self._actor().claim.remote(claim.model_dump()), timeout=10)
             except ray.exceptions.RayError:
-                self._keeper = None  # the run that had started it is over; the next question starts another
+                self._keeper = None  # the run that started the keeper is over; the next call starts another
         return self._allowed
 
     def leave(self) -> None:

@@ -31,11 +31,11 @@ from training.manifest.subject import SubjectSpec
 from training.photos.photos import Photo
 from training.sampling.render import BARE, Look, Shot, adapter_bank, render
 from training.storage.storage import open_storage
+from training.trainer.fitting import precision
 from training.trainer.latents import LatentSet, encode_photos
 from training.trainer.member import Subject as Learner
 from training.trainer.pack import Pack, training_bank
 from training.trainer.prior import prepare_prior
-from training.trainer.worker.worker import precision
 
 log = logging.getLogger(__name__)
 

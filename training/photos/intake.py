@@ -6,20 +6,23 @@ uploaded to the run's own storage.
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from threading import Lock
-from typing import Any
+from typing import Any, NamedTuple
 
 from training.errors import UserError
 from training.manifest.subject import SubjectSpec
-from training.photos.photos import Photo, PhotoFile, list_photo_files, subfolders
+from training.photos.photos import Photo, PhotoFile, Photos, list_photo_files, photos, subfolders
 from training.storage.file_hash import hash_file
 from training.storage.interface import Storage, masked
 from training.storage.storage import open_storage
 
 UPLOADED = "storage:"
 CACHE_BYTES = 512 * 2**20
-# these decide what is kept or shown, not what is learned
+# photos with one of these warnings are no good references
+_UNFIT = {"small", "blurry", "dark", "overexposed", "identical", "near-duplicate"}
+# settings that decide what is kept or shown, not what is learned
 _NO_EFFECT: dict[str, Any] = {
     "id": True,
     "images": True,
@@ -85,10 +88,60 @@ class FileCache:
             return files
 
 
-def check_words(subject: SubjectSpec, photos: Sequence[Photo]) -> None:
-    """Raises UserError for textual-inversion words that would not train: the captions leave them out, all of them."""
-    prompts = {photo.caption or subject.filled_instance_prompt for photo in photos}
-    if subject.train.backgrounds and any(photo.mask is not None for photo in photos):
+class Taken(NamedTuple):
+    """A subject's photos: those to train on, and those kept out of training to judge by."""
+
+    photos: Photos
+    held_out: tuple[Photo, ...]
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What is not used, and what could be better, a sentence each."""
+        warned = (f"{', '.join(warning.names)}: {warning.message}" for warning in self.photos.warnings)
+        return (*self.photos.refusals, *warned)
+
+
+def take_in(subject: SubjectSpec, files: Sequence[PhotoFile], resolution: int) -> Taken:
+    """Reads a subject's files as its settings ask. `resolution` in px is the base's, for a subject that names none.
+
+    Raises UserError for files that cannot be trained on: too few photos, too many, words that no photo trains.
+    """
+    train = subject.train
+    found = photos(
+        files,
+        resolution=train.resolution or resolution,
+        min_photos=subject.min_images,
+        crop=train.cropping,
+        backgrounds=train.backgrounds,
+    )
+    taken = hold_out(subject, found)
+    check_words(subject, taken.photos.good)
+    return taken
+
+
+def hold_out(subject: SubjectSpec, found: Photos) -> Taken:
+    """Keeps `evaluate.hold_out` photos out of training: sound ones, drawn by their content, the same in every attempt.
+
+    They are fewer than asked for, or none, if fewer than `min_images` would be left to train on.
+    """
+    asked = subject.evaluate.hold_out if subject.evaluate.enabled else 0
+    unfit = {name for warning in found.warnings if warning.kind in _UNFIT for name in warning.names}
+    fit = [photo for photo in found.good if photo.name not in unfit]
+    count = max(0, min(asked, len(found.good) - subject.min_images, len(fit)))
+    drawn = sorted(fit, key=lambda photo: _draw(subject, photo))[:count]
+    names = {photo.name for photo in drawn}
+    kept = replace(found, good=tuple(photo for photo in found.good if photo.name not in names))
+    return Taken(kept, tuple(drawn))
+
+
+def _draw(subject: SubjectSpec, photo: Photo) -> str:
+    return hashlib.sha256(f"{subject.evaluate.seed} {photo.sha256}".encode()).hexdigest()
+
+
+def check_words(subject: SubjectSpec, found: Sequence[Photo]) -> None:
+    """Raises UserError for textual-inversion words that no photo's caption contains: nothing would train them."""
+    prompts = {photo.caption or subject.filled_instance_prompt for photo in found}
+    if subject.train.backgrounds and any(photo.mask is not None for photo in found):
         prompts.add(subject.filled_instance_prompt)  # where the background is replaced, the caption is not used
     lost = [word for word in subject.words.tokens if not any(word in prompt for prompt in prompts)]
     if lost:
@@ -117,12 +170,13 @@ def class_folder(subject: SubjectSpec, root: str = ".") -> Path:
 def fingerprint(subject: SubjectSpec, base_hash: str, files: Sequence[PhotoFile], root: str = ".") -> str:
     """What the adapter depends on, as sha256 hex: base, settings, and every file of its own and of its class folder.
 
-    Two equal ones are one training. `root` is where relative folders start. Raises UserError without the class folder.
+    Trainings with equal fingerprints give the same adapter. `root` is where relative folders start. Raises UserError
+    without the class folder.
     """
     digest = hashlib.sha256()
     digest.update(f"dreamfleet-subject-1\n{base_hash}\n".encode())
     digest.update(subject.model_dump_json(by_alias=True, exclude=_NO_EFFECT).encode())
-    readable = [file for file in files if not file.problem]  # the others are not learned from, nor uploaded
+    readable = [file for file in files if not file.problem]  # unreadable files are neither trained on nor uploaded
     for file in sorted(readable, key=lambda file: file.name):
         digest.update(f"\n{file.name} {hashlib.sha256(file.data).hexdigest()}".encode())
     if subject.prior.enabled and subject.prior.source == "folder":

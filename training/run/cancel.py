@@ -1,4 +1,4 @@
-"""Cancelling a run from any machine: a wish on the storage that its driver reads."""
+"""Cancelling a run from any machine: a request on the storage that the driver of the run reads."""
 
 import json
 import time
@@ -11,7 +11,7 @@ REASON = "cancelled by the user"
 
 
 def wanted(store: RunStore) -> list[str] | None:
-    """The subjects that somebody wants cancelled; empty means all of them, None nobody."""
+    """The subjects whose cancellation is requested: empty means all of them, None that there is no request."""
     try:
         subjects: list[str] = json.loads(store.storage.get(_key(store)))["subjects"]
     except NotFound:
@@ -20,12 +20,15 @@ def wanted(store: RunStore) -> list[str] | None:
 
 
 def forget(store: RunStore) -> None:
-    """Takes the wish to cancel back, once it has been passed on."""
+    """Deletes the request, once it has been passed on."""
     store.storage.delete(_key(store))
 
 
 def cancel_run(store: RunStore, record: RunRecord, subjects: Sequence[str], *, driven: bool) -> bool:
-    """Leaves the wish for the driver; where no driver lives, cancels at once. Whether the run has ended now."""
+    """Leaves the request for the driver; where no driver lives (`driven` is false), cancels at once.
+
+    Returns whether the whole run has ended by this.
+    """
     store.storage.put(_key(store), json.dumps({"subjects": list(subjects)}).encode())
     if driven:
         return False

@@ -5,7 +5,7 @@ Knows no torch. A broken gang is no subject's fault: `GangBroken` is raised on, 
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from training.errors import GangBroken, SubjectFailed, TooLarge, UserError
 from training.run.source import Kind
@@ -16,8 +16,15 @@ Made = TypeVar("Made")
 Failed = Callable[[str, Exception], None]
 
 
+class Failure(NamedTuple):
+    """Why a subject ends without an adapter."""
+
+    kind: Kind
+    reason: str
+
+
 def apart(ids: Sequence[str], work: Callable[[str], Made], failed: Failed) -> dict[str, Made]:
-    """What `work` makes of each subject; `failed` is told those that it fails for, and the others go on."""
+    """Does `work` for each subject; returns the results by id. `failed` is called with id and error of a failure."""
     made: dict[str, Made] = {}
     for id in ids:
         try:
@@ -37,7 +44,7 @@ def apart(ids: Sequence[str], work: Callable[[str], Made], failed: Failed) -> di
 def together(
     ids: Sequence[str], work: Callable[[Sequence[str]], Mapping[str, Made]], failed: Failed
 ) -> dict[str, Made]:
-    """The same of work that is done for all of them at once. Where it fails, it is done for each alone."""
+    """As `apart`, for work that is done for all subjects at once. Where that fails, it is done for each alone."""
     if len(ids) > 1:
         try:
             return dict(work(ids))
@@ -48,8 +55,14 @@ def together(
     return apart(ids, lambda id: work([id])[id], failed)
 
 
+def failure_of(error: Exception, what: str) -> Failure:
+    """The failure of a subject with `error`. `what` could not be done: it goes before errors that no code expects."""
+    kind, reason = kind_of(error), reason_of(error)
+    return Failure(kind, f"{what}: {reason}" if kind == "unknown" else reason)
+
+
 def kind_of(error: Exception) -> Kind:
-    """How a subject ends that failed with `error`: what trying again would not mend is a bad subject."""
+    """How a subject that failed with `error` ends: "bad subject" where a second attempt would fail in the same way."""
     if isinstance(error, TooLarge):
         return "too large"
     expected = isinstance(error, UserError | SubjectFailed) and not isinstance(error, StorageError)
@@ -57,7 +70,7 @@ def kind_of(error: Exception) -> Kind:
 
 
 def reason_of(error: Exception) -> str:
-    """The message of an error that is meant to be read; the type, too, of any other."""
+    """The message of an error that is meant for users; type and message of any other."""
     if isinstance(error, UserError | SubjectFailed | TooLarge):
         return str(error)
     return f"{type(error).__name__}: {error}"

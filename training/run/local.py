@@ -1,67 +1,99 @@
-"""A subject queue in this process: one machine without Ray. Every change of a subject is written to the storage."""
+"""A run that one process works off by itself: its subject queue, its lead and its states, without Ray.
+
+What trains is handed in, so that this knows no torch.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from training.manifest.plan import PackPlan
-from training.run.run import RunStore, SubjectRecord
+from training.manifest.plan import PackPlan, plan_run
+from training.run import cancel
+from training.run.lead import Lead, Lost
+from training.run.run import SubjectRecord
 from training.run.source import Beat, Orders, Outcome, Task
-from training.run.subject_queue import Entry, Lease, SubjectQueue, View
-from training.run.submission import Submission
+from training.run.states import States
+from training.run.subject_queue import SubjectQueue, View, entries
+from training.run.submission import Submission, settle
+
+STOPPED = "the run was stopped"
 
 
-def entries(
-    submission: Submission,
-    records: Sequence[SubjectRecord],
-    packs: Sequence[PackPlan],
-    reserve: Sequence[PackPlan] = (),
-) -> list[Entry]:
-    """The subjects of a run as its queue takes them, in manifest order. A pack's index is its profile; those in reserve
-    come after the others."""
-    place = {id: index for index, pack in enumerate(packs) for id in pack.subjects}
-    spare = {id: index for index, pack in enumerate(reserve, len(packs)) for id in pack.subjects}
-    by_id = {record.id: record for record in records}
-    ids = [subject.id for subject in submission.record.manifest.subjects]
-    return [Entry(record=by_id[id], profile=place[id], reserve=spare.get(id)) for id in ids]
+class LocalRun:
+    """A submission that this process leads. It is the `Source` of the worker of one pack after another.
 
+    `watch(view, beat)` sees what has changed and, after a sign of life, what the worker is doing.
+    """
 
-class LocalSource:
-    """One lane of a queue in this process. `see` is told what has changed, after it is on the storage."""
-
-    def __init__(self, queue: SubjectQueue, lane: int, submission: Submission, see: Callable[[View], None]) -> None:
-        self._queue = queue
-        self._lane = lane
-        self._store: RunStore = submission.store
+    def __init__(self, submission: Submission, lead: Lead, watch: Callable[[View, Beat | None], None]) -> None:
+        self.submission = submission
+        self._lead = lead
+        self._watch = watch
+        self._states = States(submission.store, settle(submission))
+        self._packs = plan_run(submission.record.manifest, submission.base).packs
+        self._queue = SubjectQueue(entries(self._states.records.values(), self._packs))
         self._specs = {subject.id: subject for subject in submission.manifest.subjects}
-        self._files = submission.files
-        self._see = see
-        self._seen = queue.view().seq
+        self._lane = 0  # of the queue: the place of the pack that trains
+        self._seen = -1
+
+    def train(self, work: Callable[["LocalRun", PackPlan], None]) -> list[SubjectRecord]:
+        """Has `work` train every pack in which a subject waits. Returns how each subject ended, in manifest order.
+
+        Raises Lost if another process has taken the run over. Whatever ends it, the states are on the storage.
+        """
+        try:
+            for lane, pack in enumerate(self._packs):
+                self._lane = lane
+                self._train(work, pack)
+        except Lost:
+            raise  # from here on the other process writes the states
+        except BaseException:
+            self._queue.release(self._lane, STOPPED, "stopped")
+            self._look()
+            self._states.stop()
+            raise
+        self._states.save()
+        return list(self._states.records.values())
+
+    def _train(self, work: Callable[["LocalRun", PackPlan], None], pack: PackPlan) -> None:
+        if pack.workers > 1:
+            self._queue.give_up(self._lane, "`strategy: zero` takes several devices: `dreamfleet train` starts on them")
+        elif self._queue.view().waiting.get(self._lane):
+            self._queue.enter(self._lane, self._lane)
+            work(self, pack)
+            self._queue.release(self._lane, STOPPED, "stopped")
+        self._look()
+
+    # -- the worker's source --
 
     def lease(self, count: int) -> Sequence[Task]:
-        """See `Source`."""
-        leases: list[Lease] = self._queue.lease(self._lane, count)
-        self._write()
-        return [replace(lease.task(self._specs[lease.id]), files=self._files.pop(lease.id)) for lease in leases]
+        """Up to `count` subjects of the pack."""
+        leases = self._queue.lease(self._lane, count)
+        self._look()
+        read = self.submission.files
+        return [replace(lease.task(self._specs[lease.id]), files=read.pop(lease.id)) for lease in leases]
 
     def beat(self, beat: Beat) -> Orders:
-        """See `Source`."""
+        """Takes in a sign of life; returns what is to be dropped. All stop where another process has taken over."""
+        wanted = cancel.wanted(self.submission.store)
+        if wanted is not None:
+            self._queue.cancel(wanted or None)
+            cancel.forget(self.submission.store)
         orders = self._queue.beat(self._lane, beat)
-        self._write()
+        try:
+            self._look(beat)
+        except Lost:
+            return Orders(stop=True)
         return orders
 
     def ended(self, outcome: Outcome) -> None:
-        """See `Source`."""
+        """Takes in how a subject ended: the queue decides whether it is tried again."""
         self._queue.ended(self._lane, outcome)
-        self._write()
+        self._look()
 
-    def leave(self, reason: str) -> None:
-        """Gives back what is still held."""
-        self._queue.release(self._lane, reason, "stopped")
-        self._write()
-
-    def _write(self) -> None:
+    def _look(self, beat: Beat | None = None) -> None:
+        """Writes down and shows what is new. Raises Lost if another process has taken the run over."""
+        self._lead.renew()
         view = self._queue.view(self._seen)
         self._seen = view.seq
-        for record in view.changed:
-            self._store.save_subject(record)
-        self._see(view)
+        self._states.take_in(view)
+        self._watch(view, beat)

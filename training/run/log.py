@@ -1,4 +1,4 @@
-"""A run's log on the storage: who did what when, one JSON object a line.
+"""A run's log on the storage: what happened when, one JSON object a line.
 
 A storage cannot append, so a driver writes a part of its own and rewrites it while it is short.
 """

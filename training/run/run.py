@@ -1,4 +1,4 @@
-"""A run: one submitted manifest, on the storage. What is written here is the truth; drivers and heads may die.
+"""A run: one submitted manifest, on the storage, which is the only source of truth: drivers and Ray heads may die.
 
 runs/<run>/manifest.yaml                                what was submitted, word for word
 runs/<run>/run.json                                     RunRecord
@@ -17,6 +17,7 @@ from pydantic import Field
 
 from training.errors import UserError
 from training.manifest.manifest import Manifest
+from training.run.source import Why
 from training.storage.closed import Closed
 from training.storage.interface import NotFound, Storage
 
@@ -31,11 +32,11 @@ class Attempt(Closed):
     started: float
     ended: float
     reason: str
-    kind: str
+    kind: Why
 
 
 class SubjectRecord(Closed):
-    """Where a subject stands. `step` of `max_steps` optimizer steps are done; `seconds` it has been worked on."""
+    """How a subject stands. `step` of `max_steps` optimizer steps are done; it has been worked on for `seconds`."""
 
     id: str
     state: State = "queued"

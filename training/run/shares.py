@@ -2,7 +2,7 @@
 
 Ray gives a free device to a task that waits, and never takes one away. So runs that have more than their share give
 devices back, at a step border, when another run has waited for its own long enough that no new node can be expected.
-All runs ask one keeper; it holds nothing that the next question would not tell it again. `Shares` knows no Ray.
+All runs ask one keeper. It keeps no state of its own: every claim says all that it has to know. `Shares` knows no Ray.
 """
 
 import time
@@ -16,8 +16,8 @@ from training.errors import UserError
 from training.storage.closed import Closed
 from training.storage.storage import NotFound, Storage
 
-PATIENCE_SECONDS = 60.0  # an autoscaler's node is there by then, or will not come
-FORGET_SECONDS = 30.0  # after so long without a word a run is gone
+PATIENCE_SECONDS = 60.0  # an autoscaler has added a node by then, or never will
+FORGET_SECONDS = 30.0  # a run without a claim for so long is over
 CAPACITY_SECONDS = 120.0  # devices that change hands are missed for a moment: capacity is the most within so long
 QUOTAS = "quotas.yaml"
 
@@ -70,7 +70,7 @@ class Shares:
         self._pending_since.pop(run, None)
 
     def _bound(self, claim: Claim) -> int | None:
-        """What the tenant's quota leaves to the run, however much it wants."""
+        """The devices that the tenant's quota leaves to the run; None: the tenant has no quota."""
         if claim.quota is None:
             return None
         greedy = claim.model_copy(update={"pending": claim.quota})

@@ -3,7 +3,7 @@
 `training.trainer.worker.worker` calls a `Source`; Ray's subject queue, a local list or a test stands behind it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Literal, Protocol
@@ -11,10 +11,20 @@ from typing import Literal, Protocol
 from training.manifest.subject import SubjectSpec
 from training.photos.photos import PhotoFile
 
+Kind = Literal["done", "bad subject", "diverged", "out of memory", "too large", "cancelled", "unknown"]
+# how a worker lets go of a subject that has not ended
+Release = Literal["lost", "preempted", "stopped"]
+# why an attempt ended
+Why = Kind | Release | Literal["no lane"]
+
 
 class Phase(StrEnum):
-    """What a worker is doing with a subject."""
+    """What is being done with a subject; the value is what a person reads.
 
+    `PREPARING` covers the three after it, where no more is known.
+    """
+
+    PREPARING = "preparing"
     READING = "reading photos"
     ENCODING = "encoding photos"
     CLASS_IMAGES = "class images"
@@ -25,17 +35,14 @@ class Phase(StrEnum):
 
 @dataclass(frozen=True)
 class Doing:
-    """A phase, and how far it is: `done` of `wanted`, where that can be counted."""
+    """A phase and, where it is counted, how much of it is done: `done` of `wanted`."""
 
     phase: Phase
     done: int = 0
-    wanted: int = 0
+    wanted: int | None = None
 
     def __str__(self) -> str:
-        return f"{self.phase} {self.done}/{self.wanted}" if self.wanted else str(self.phase)
-
-
-Kind = Literal["done", "bad subject", "diverged", "out of memory", "too large", "cancelled", "unknown"]
+        return self.phase if self.wanted is None else f"{self.phase} {self.done}/{self.wanted}"
 
 
 @dataclass(frozen=True)
@@ -59,9 +66,13 @@ class Task:
         return self.spec.calmed(self.rate_factor)
 
 
+Say = Callable[[Sequence[str], Doing], None]  # what is being done with these subjects
+
+
 @dataclass
 class Beat:
-    """A sign of life: what every subject of this worker is doing. Step and loss of those that train."""
+    """A sign of life, by subject id: what is being done with each subject of this worker; step and loss of those that
+    train. `notes` are for a person to read."""
 
     phase: dict[str, Doing] = field(default_factory=dict)
     steps: dict[str, int] = field(default_factory=dict)

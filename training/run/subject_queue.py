@@ -1,21 +1,22 @@
 """The subject queue of a run: who works on which subject, and how each stands. Plain Python; it knows no Ray.
 
 A lane leases subjects, beats while it holds them and says how they ended. A lease that is not renewed, or whose lane
-died, goes back to the queue with the reason kept as an attempt. Nothing here is durable: the storage is, and a queue is
-made again from the records that lie there.
+died, goes back to the queue with the reason kept as an attempt. Nothing here is durable: the storage is, and after a
+restart the queue is made from the records there.
 """
 
 import bisect
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from pydantic import Field
 
+from training.manifest.plan import PackPlan
 from training.manifest.subject import SubjectSpec
 from training.run.run import ENDED, Attempt, State, SubjectRecord
-from training.run.source import Beat, Orders, Outcome, Phase, Task
+from training.run.source import Beat, Doing, Kind, Orders, Outcome, Phase, Release, Task, Why
 from training.storage.closed import Closed
 
 LEASE_SECONDS = 300.0
@@ -24,18 +25,20 @@ SUSPECT_ATTEMPTS = 2  # after so many lost workers a subject trains alone: so th
 CALMER = 0.1  # what the learning rates of a subject are multiplied by after it has diverged, once
 KEPT_NOTES = 1000
 
-Release = Literal["lost", "preempted", "stopped"]
-# how an outcome's kind is kept; kinds that are not named here are tried again
-_STATES: dict[str, State] = {
+# the state in which an outcome of a kind ends; kinds that are not here are tried again
+_STATES: dict[Kind, State] = {
     "done": "published",
     "bad subject": "failed",
     "out of memory": "failed",
     "cancelled": "cancelled",
 }
-# one device was too small: what may go to a gang of them does
-_TOO_SMALL = ("too large", "out of memory")
-# every other phase is preparation
-_PHASES: dict[Phase, State] = {
+# one device was too small: where the entry has a reserve profile, a gang of devices tries it
+_TOO_SMALL: tuple[Kind, ...] = ("too large", "out of memory")
+_STATE_IN: dict[Phase, State] = {
+    Phase.PREPARING: "preparing",
+    Phase.READING: "preparing",
+    Phase.ENCODING: "preparing",
+    Phase.CLASS_IMAGES: "preparing",
     Phase.TRAINING: "training",
     Phase.EVALUATING: "evaluating",
     Phase.PUBLISHING: "evaluating",
@@ -54,6 +57,15 @@ class Entry(Closed):
     reserve: int | None = None
 
 
+def entries(
+    subjects: Iterable[SubjectRecord], packs: Sequence[PackPlan], reserve: Sequence[PackPlan] = ()
+) -> list[Entry]:
+    """The entries of a run's subjects. A profile is the place of a pack among `packs`, then `reserve`."""
+    place = {id: index for index, pack in enumerate(packs) for id in pack.subjects}
+    spare = {id: index for index, pack in enumerate(reserve, len(packs)) for id in pack.subjects}
+    return [Entry(record=one, profile=place[one.id], reserve=spare.get(one.id)) for one in subjects]
+
+
 class Lease(Closed):
     """A subject a lane may work on."""
 
@@ -63,7 +75,7 @@ class Lease(Closed):
     may_spread: bool = Field(False, description="a gang takes it if one device is too small for it")
 
     def task(self, spec: SubjectSpec) -> Task:
-        """What a worker is given; `spec` as the subject was submitted."""
+        """The leased subject with its settings, as they were submitted."""
         return Task(spec, self.fingerprint, self.may_spread, self.rate_factor)
 
 
@@ -73,7 +85,7 @@ class LaneView(Closed):
     lane: int
     profile: int
     held: tuple[str, ...]
-    phases: dict[str, str]
+    phases: dict[str, Doing]
     images_per_second: float
 
 
@@ -89,17 +101,20 @@ class View(Closed):
 
     @classmethod
     def of_records(cls, records: Sequence[SubjectRecord]) -> "View":
-        """What records alone tell: lanes are known by the packs of those that train."""
-        packs: dict[int, list[str]] = {}
+        """A view made of records alone, without a queue: a lane for every pack that holds subjects."""
+        packs: dict[int, list[SubjectRecord]] = {}
         for record in records:
             if record.state not in ENDED and record.state != "queued" and record.pack is not None:
-                packs.setdefault(record.pack, []).append(record.id)
-        phases = {record.id: record.state for record in records}
+                packs.setdefault(record.pack, []).append(record)
         lanes = tuple(
             LaneView(
-                lane=pack, profile=0, held=tuple(ids), phases={id: phases[id] for id in ids}, images_per_second=0.0
+                lane=pack,
+                profile=0,
+                held=tuple(record.id for record in held),
+                phases={record.id: Doing(Phase(record.state)) for record in held},
+                images_per_second=0.0,
             )
-            for pack, ids in sorted(packs.items())
+            for pack, held in sorted(packs.items())
         )
         unfinished = sum(record.state not in ENDED for record in records)
         return cls(seq=0, changed=tuple(records), lanes=lanes, waiting={}, unfinished=unfinished, notes=())
@@ -116,7 +131,7 @@ class _Item:
     until: float = 0.0
     since: float = 0.0
     cancel: bool = False
-    losses: int = 0  # attempts that count, in this queue's life
+    losses: int = 0  # counted attempts since this queue was made
     seq: int = 0
 
 
@@ -124,7 +139,7 @@ class _Item:
 class _Lane:
     profile: int
     held: set[str] = field(default_factory=set)
-    phases: dict[str, str] = field(default_factory=dict)
+    phases: dict[str, Doing] = field(default_factory=dict)
     images_per_second: float = 0.0
 
 
@@ -194,8 +209,7 @@ class SubjectQueue:
     def beat(self, lane: int, beat: Beat) -> Orders:
         """Renews the lane's leases and takes in its news. Returns what it must drop."""
         here = self._lane(lane)
-        here.phases = {id: str(doing) for id, doing in beat.phase.items()}
-        here.images_per_second = beat.images_per_second
+        here.phases, here.images_per_second = dict(beat.phase), beat.images_per_second
         for note in beat.notes:
             self._note(note)
         for id in here.held:  # also those that wait for their turn: their lane lives
@@ -211,11 +225,7 @@ class SubjectQueue:
     def ended(self, lane: int, outcome: Outcome) -> None:
         """A subject's end, as its lane saw it. A lane that lost the subject is heard only if it has published it."""
         item = self._items.get(outcome.id)
-        if (
-            item is None
-            or item.record.state in ENDED
-            or (item.holder != lane and outcome.kind not in ("done", "reused"))
-        ):
+        if item is None or item.record.state in ENDED or (item.holder != lane and outcome.kind != "done"):
             return
         seconds = item.record.seconds + outcome.seconds
         self._let_go(outcome.id)
@@ -243,8 +253,10 @@ class SubjectQueue:
             self._end(outcome.id, state, reason=outcome.reason, version=outcome.version)
 
     def release(self, lane: int, reason: str, kind: Release = "lost") -> None:
-        """Everything the lane holds goes back to the queue; the lane is forgotten. One that is forgotten already has
-        given its reason: what follows from that (Ray ends the worker) is none."""
+        """Everything the lane holds goes back to the queue; the lane is forgotten.
+
+        Of a lane only the first reason counts: that Ray then ends its worker is a consequence.
+        """
         gone = self._lanes.pop(lane, None)
         if gone is None:
             return
@@ -289,7 +301,7 @@ class SubjectQueue:
             self._end(id, "failed", reason=reason)
 
     def dismiss(self, lane: int) -> None:
-        """Tells one lane to checkpoint and end. Its subjects go back, free of charge."""
+        """Tells one lane to checkpoint and end. Its subjects go back; no attempt is counted."""
         self._dismissed.add(lane)
 
     def stop(self) -> None:
@@ -334,11 +346,11 @@ class SubjectQueue:
         )
 
     def _lane(self, lane: int) -> _Lane:
-        """The lane's own entry. A queue that was made again learns of its lanes from their calls."""
+        """The lane's own entry. After a restart the queue learns of its lanes from their calls."""
         return self._lanes.setdefault(lane, _Lane(profile=-1))
 
     def _choose(self, here: _Lane, count: int) -> list[str]:
-        """The first `count` waiting subjects of the profile; a suspect only alone, into an empty lane."""
+        """The first `count` waiting subjects of the profile. One that may have killed its workers is leased alone."""
         waiting = self._waiting.get(here.profile, [])
         calm = [id for id in waiting if self._items[id].losses < SUSPECT_ATTEMPTS][:count]
         return calm if calm or here.held else waiting[:1]
@@ -358,13 +370,13 @@ class SubjectQueue:
         return True
 
     def _take_in(self, id: str, beat: Beat) -> None:
-        news: dict[str, object] = {"state": _PHASES.get(beat.phase[id].phase, "preparing")}
+        news: dict[str, object] = {"state": _STATE_IN[beat.phase[id].phase]}
         if id in beat.steps:
             news |= {"step": beat.steps[id], "loss": beat.losses[id]}
         self._change(id, **news)
 
-    def _again(self, id: str, reason: str, kind: str) -> None:
-        """Back into the queue with an attempt more, unless those that count are used up."""
+    def _again(self, id: str, reason: str, kind: Kind | Release) -> None:
+        """Back into the queue with one attempt more; fails where the counted attempts are used up."""
         if kind != "stopped":
             self._attempt(id, reason, kind)
         item = self._items[id]
@@ -376,7 +388,7 @@ class SubjectQueue:
             self._change(id, state="queued")
             self._wait(id)
 
-    def _attempt(self, id: str, reason: str, kind: str) -> None:
+    def _attempt(self, id: str, reason: str, kind: Why) -> None:
         item = self._items[id]
         attempt = Attempt(started=item.since, ended=time.time(), reason=reason, kind=kind)
         item.losses += kind in ("lost", "unknown")
@@ -395,7 +407,7 @@ class SubjectQueue:
         item.holder = None
 
     def _wait(self, id: str) -> None:
-        """Queued by priority, then in manifest order: what was begun first goes on first."""
+        """Queued by priority, then in manifest order: a subject that comes back does not go to the end."""
         item = self._items[id]
         waiting = self._waiting.setdefault(item.profile, [])
         bisect.insort(waiting, id, key=lambda other: (-self._items[other].priority, self._items[other].order))

@@ -1,4 +1,4 @@
-"""A submission: what a manifest comes to on a storage. Checks it and finds or creates its run.
+"""Submission of a manifest: checks it, and finds or creates its run on a storage.
 
 Everything a run needs to go on without the manifest's file is on the storage afterwards. Imports neither Ray nor torch.
 """
@@ -15,8 +15,8 @@ from training.errors import UserError
 from training.manifest.manifest import Manifest, load_manifest
 from training.manifest.plan import unmatched_targets
 from training.manifest.subject import SubjectSpec
-from training.photos.intake import UPLOADED, FileCache, check_words, fingerprint
-from training.photos.photos import PhotoFile, list_photo_files, photos
+from training.photos.intake import UPLOADED, FileCache, fingerprint, take_in
+from training.photos.photos import PhotoFile, list_photo_files
 from training.run.run import ENDED, RunRecord, RunStore, SubjectRecord, digest_of, find_unfinished, new_run_id
 from training.storage.registry import Registry
 from training.storage.storage import Storage
@@ -27,7 +27,7 @@ _DONE = ("published", "reused")
 
 @dataclass(frozen=True)
 class Submission:
-    """A run that is on the storage. `manifest` is what photos are read by here: its folders may be local.
+    """A run that is on the storage. `manifest` is what this process reads photos by; its folders may be local.
 
     `files` keeps those that this process has read for it.
     """
@@ -41,7 +41,7 @@ class Submission:
 
 
 class Found(NamedTuple):
-    """What lies where a subject's `images` points: the fingerprint of the training, or why it cannot be had."""
+    """The fingerprint of a subject's training with its files as they are, or the problem with them."""
 
     fingerprint: str | None
     problem: str | None
@@ -128,15 +128,7 @@ def photo_report(manifest: Manifest, base: Outline) -> tuple[dict[str, str], dic
     def look(subject: SubjectSpec) -> tuple[str, str | None, list[str]]:
         try:
             files = list_photo_files(Path(manifest.root, subject.images).expanduser())
-            train = subject.train
-            found = photos(
-                files,
-                resolution=train.resolution or base.facts.resolution,
-                min_photos=subject.min_images,
-                crop=train.cropping,
-                backgrounds=train.backgrounds,
-            )
-            check_words(subject, found.good)
+            found = take_in(subject, files, base.facts.resolution).photos
         except UserError as error:
             return subject.id, str(error), []
         warned = [f"{warning.message} {warning.advice}" for warning in found.warnings]

@@ -5,6 +5,7 @@ safetensors file is one checkpoint, so it is there as a whole or not at all.
 """
 
 import json
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from training.adapters.adapter import Adapter, LowRank
 from training.errors import UserError
+from training.run.run import RunStore
 
 FORMAT = "dreamfleet-checkpoint-1"
 HISTORY = ("step", "loss", "instance_loss", "prior_loss", "learning_rate", "grad_norm")
@@ -69,6 +71,19 @@ def load_state(data: bytes) -> SubjectState:
         loss_scale=float(numbers["loss_scale"]),
         history=tensors["history"],
     )
+
+
+def read_states(
+    run: RunStore, id: str, torn: Callable[[int, UserError], None] = lambda step, error: None
+) -> Iterator[tuple[int, SubjectState]]:
+    """Step and state of each whole checkpoint of a subject, the latest first; `torn` is told of the others."""
+    for step, data in run.load_checkpoints(id):
+        try:
+            state = load_state(data)
+        except UserError as error:
+            torn(step, error)
+        else:
+            yield step, state
 
 
 def _named(group: str, adapter: Adapter) -> dict[str, Tensor]:

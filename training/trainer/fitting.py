@@ -1,10 +1,13 @@
-"""From a plan to a pack over a loaded base: how many subjects fit, and whether this device can hold a given one.
+"""From a plan to a pack over a loaded base: in which precision, how many subjects fit, and whether this device can hold
+a given one.
 
 Knows no queue and no storage. Every process of a gang opens its own part of the pack with the same call.
 """
 
 from dataclasses import dataclass
 from math import ceil
+
+import torch
 
 from training.base.base import Base
 from training.errors import TooLarge
@@ -71,3 +74,17 @@ def _measure(base: Base, plan: PackPlan) -> Fit:
         resolution=profile.resolution,
         checkpointing=profile.gradient_checkpointing,
     )
+
+
+def precision(name: str, device: torch.device) -> torch.dtype:
+    """The dtype that `mixed_precision` means on a device: `auto` is bf16 where the device computes in it, else fp32."""
+    if name == "auto":
+        has_bf16 = torch.cuda.is_bf16_supported() if device.type == "cuda" else _cpu_has_bf16()
+        name = "bf16" if has_bf16 else "no"
+    return {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[name]
+
+
+def _cpu_has_bf16() -> bool:
+    """Whether the CPU multiplies in bf16 itself; emulated, it would be slower than fp32."""
+    found = torch.cpu.get_capabilities()
+    return bool(found.get("avx512_bf16") or found.get("amx_bf16"))

@@ -6,7 +6,7 @@ storage under the hash of everything they depend on.
 
 import hashlib
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -32,7 +32,7 @@ class Posterior(NamedTuple):
 
 
 def posteriors(mean_VCHW: Tensor, std_VCHW: Tensor) -> tuple[Posterior, ...]:
-    """V images of one size, one by one."""
+    """Splits V images of one size into one posterior each."""
     return tuple(map(Posterior, mean_VCHW.unbind(), std_VCHW.unbind()))
 
 
@@ -62,8 +62,30 @@ def same_sizes(latents: Sequence[Tensor]) -> list[list[int]]:
     return list(places.values())
 
 
+def photo_latents(
+    base: Base,
+    storage: Storage,
+    photos: Sequence[Photo],
+    spec: TrainSpec,
+    prompt: str,
+    encoding: Callable[[], None] = lambda: None,
+) -> LatentSet:
+    """The latents of every variant of every photo, from the cache on the storage if they are there.
+
+    `prompt` is that of photos without a caption. `encoding` is called before they are encoded, which may take minutes.
+    """
+    key = photos_key(base, photos, spec)
+    cached = load_latents(storage, key)
+    if cached is not None:
+        return LatentSet(cached, photo_prompts(photos, spec, prompt, len(cached)))
+    encoding()
+    made = encode_photos(base, photos, spec, prompt)
+    save_latents(storage, key, made.images)
+    return made
+
+
 def encode_photos(base: Base, photos: Sequence[Photo], spec: TrainSpec, prompt: str) -> LatentSet:
-    """Encodes every variant of every photo."""
+    """Encodes every variant of every photo; the variants of one photo stand together."""
     resolution = spec.resolution or base.facts.resolution
     pixels: list[Pixels] = []
     for photo in photos:
@@ -72,7 +94,7 @@ def encode_photos(base: Base, photos: Sequence[Photo], spec: TrainSpec, prompt: 
 
 
 def _photo_variants(photo: Photo, spec: TrainSpec, resolution: int) -> list[Pixels]:
-    """As many of each photo, whatever it is like, so that every photo of a subject weighs the same."""
+    """The variants of one photo. Their number depends on the settings alone, so every photo has the same weight."""
     images = [photo.image] * (1 + spec.backgrounds)
     if photo.mask is not None:
         images[1:] = on_backgrounds(photo.image, photo.mask, spec.backgrounds, spec.seed)
@@ -113,7 +135,7 @@ def encode_pixels(base: Base, pixels: Sequence[Pixels]) -> tuple[Posterior, ...]
         for start in range(0, len(images), BATCH):
             batch = torch.from_numpy(np.stack(images[start : start + BATCH])).permute(0, 3, 1, 2)
             mean, std = base.to_latents(batch.float() / 127.5 - 1)
-            # as they come back from a file: another memory format would be another rounding in every step
+            # in the memory format of tensors read from a file: another format rounds differently in every step
             made += posteriors(mean.float().contiguous(), std.float().contiguous())
     return tuple(made)
 
@@ -132,7 +154,7 @@ def content_key(kind: str, *parts: object) -> str:
 
 
 def load_latents(storage: Storage, key: str) -> tuple[Posterior, ...] | None:
-    """The images cached under `key`, or None."""
+    """The images cached under `key`; None if there are none."""
     if not storage.exists(key):
         return None
     tensors = load(storage.get(key))
@@ -140,7 +162,7 @@ def load_latents(storage: Storage, key: str) -> tuple[Posterior, ...] | None:
 
 
 def save_latents(storage: Storage, key: str, images: Sequence[Posterior]) -> None:
-    """Writes images' posteriors under `key`, as `load_latents` reads them. Raises StorageError."""
+    """Caches images under `key`, in fp32; `load_latents` returns them to the bit."""
     means = {f"{index}.mean": image.mean_CHW for index, image in enumerate(images)}
     stds = {f"{index}.std": image.std_CHW for index, image in enumerate(images)}
     # cloned: safetensors refuses views of one memory

@@ -29,13 +29,13 @@ class Learner(Protocol):
         """Forgets a slot."""
 
     def weights(self) -> Tensor:
-        """[S, P], differentiable towards what is trained."""
+        """The weights [S, P]; gradients flow from them to what is trained."""
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Adds the gradients of a loss; `last` of the optimizer step's micro-batches."""
 
     def total(self, values: Sequence[float]) -> list[float]:
-        """Of each value, the sum over all processes."""
+        """The sum of each value over all processes."""
 
     def step(self, due: Sequence[Member], rates: Mapping[int, Rates]) -> list[float]:
         """Clips and applies the gradients of the members and forgets them; returns each one's norm before clipping.
@@ -110,7 +110,7 @@ class LocalLearner:
         return self._optimizer(spec).state(slot)
 
     def show(self) -> None:
-        """It is there already."""
+        """Nothing to do: the bank's slots are what is trained."""
 
     def _optimizer(self, spec: TrainSpec) -> SlotOptimizer:
         if spec.optimizer not in self._optimizers:

@@ -104,7 +104,7 @@ def _join(pack: Pack, waiting: deque[Subject], room: int) -> tuple[tuple[str, ..
             continue
         joined.append(id)
         if subject.state is not None and subject.state.step >= subject.spec.train.max_steps:
-            ended.append(Ended(id))  # its last checkpoint was its end
+            ended.append(Ended(id))  # its last checkpoint is that of its last step
     return tuple(joined), ended
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from training.base.base import Base
 
-# of the free memory; the rest is for what one layer needs while it runs, fragmentation and decoding samples
+# the share of free memory that is used; the rest is for temporaries of a layer, fragmentation and decoding samples
 SHARE = 0.75
 
 

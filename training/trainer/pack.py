@@ -24,7 +24,7 @@ from training.trainer.step import Step
 
 
 def training_bank(base: Base, *, slots: int, rank: int, targets: Mapping[str, Sequence[str]], words: int = 0) -> Bank:
-    """A bank to train in, at least in fp32. `targets` per component is what it covers; subjects may wear less.
+    """A bank to train in, at least in fp32. `targets` per component is what it covers; a subject may use fewer.
 
     `words`: textual-inversion vectors a subject may train.
     """
@@ -77,7 +77,7 @@ class Pack:
 
     @property
     def free(self) -> int:
-        """Slots that nobody is in."""
+        """The number of slots without a subject."""
         return self.bank.slots - len(self._members)
 
     def join(self, subject: Subject) -> None:

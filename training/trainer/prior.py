@@ -17,25 +17,16 @@ from training.photos.photos import list_photo_files, photos
 from training.run.lead import Lead, Lost
 from training.sampling.sampler import sample
 from training.storage.interface import Storage
-from training.trainer.latents import (
-    LatentSet,
-    content_key,
-    encode_photos,
-    load_latents,
-    photo_prompts,
-    photos_key,
-    posteriors,
-    save_latents,
-)
+from training.trainer.latents import LatentSet, content_key, load_latents, photo_latents, posteriors, save_latents
 
 BATCH = 16
-LOOK_SECONDS = 0.5  # how often it is looked whether another worker has made what is wanted
+LOOK_SECONDS = 0.5  # how often to look whether another worker has made the prior
 
 
 def class_prompts(subject: SubjectSpec, captions: Sequence[str] = ()) -> tuple[str, ...]:
     """What class images show: the class prompt, and `captions` without the words that only the subject has, each once.
 
-    Where captions name places and class images do not, the places come to call the subject as much as its own words.
+    Without this, places that only captions name would become words for the subject, as its own words are.
     """
     own = set(subject.filled_instance_prompt.split()) - set(subject.filled_class_prompt.split())
     bare = (" ".join(word for word in caption.split() if word not in own) for caption in captions)
@@ -55,8 +46,8 @@ def prepare_prior(
 ) -> Iterator[tuple[int, int, LatentSet | None]]:
     """Makes or finds the prior of a subject. Yields (images done, images wanted, the set once it is there).
 
-    `captions`: of the subject's photos, if class images are to be made under them, too. Of all workers that want it at
-    once, wherever they are, one makes it.
+    `captions`: of the subject's photos, if class images are to be made under them, too. If several workers want it
+    at once, one makes it and the others wait.
     """
     prior = subject.prior
     if prior.source == "folder":
@@ -116,10 +107,4 @@ def _from_folder(base: Base, storage: Storage, subject: SubjectSpec, root: str) 
     resolution = subject.train.resolution or base.facts.resolution
     files = list_photo_files(class_folder(subject, root))[: subject.prior.images]
     found = photos(files, resolution=resolution, min_photos=1, max_photos=len(files), with_report=False).good
-    key = photos_key(base, found, subject.train)
-    cached = load_latents(storage, key)
-    if cached is None:
-        made = encode_photos(base, found, subject.train, subject.filled_class_prompt)
-        save_latents(storage, key, made.images)
-        return made
-    return LatentSet(cached, photo_prompts(found, subject.train, subject.filled_class_prompt, len(cached)))
+    return photo_latents(base, storage, found, subject.train, subject.filled_class_prompt)

@@ -71,7 +71,7 @@ class Gang:
         return summed.tolist()
 
     def any(self, flag: bool) -> bool:
-        """Whether it is so in any process."""
+        """Whether `flag` is true in any process."""
         return self.total([float(flag)])[0] > 0
 
 
@@ -103,7 +103,7 @@ class GangPack(Pack):
             "settle": self._settle,
             "denoise": self._denoise,
         }
-        self._at_it = gang.rank > 0  # in the middle of what all do
+        self._at_it = gang.rank > 0  # whether an order is being carried out
         self._broken = False
 
     # -- the leader's calls --
@@ -134,11 +134,11 @@ class GangPack(Pack):
             try:
                 self._deeds[order.deed](*order.values)
             except (SubjectFailed, UserError):
-                continue  # the leader has met the same, and deals with it
+                continue  # the leader got the same error and handles it
         super().close()
 
     def _all(self, order: _Order) -> Any:
-        """Has every process carry out an order. While one is being carried out, what it calls is done at once."""
+        """Has every process carry out an order. Calls made while carrying one out run in this process directly."""
         if self._at_it:
             return self._deeds[order.deed](*order.values)
         if self._broken:
@@ -307,14 +307,14 @@ class ShardedLearner:
         return self._parts.cut([safe_get_full_fp32_param(part) for part in self._parts.parts])
 
     def _remember(self, state: OptimizerState) -> None:
-        """Puts moments and step into DeepSpeed's shards, also where they are those of a beginning."""
+        """Puts moments and step into DeepSpeed's shards; zeros for a subject that begins."""
         from deepspeed.utils import safe_set_full_optimizer_state
 
         inner = self._engine.basic_optimizer
         for group in self._groups():
             for shard in group["params"]:
                 inner.state[shard] = {name: torch.zeros_like(shard) for name in MOMENTS} | {"step": torch.zeros(())}
-        # DeepSpeed finds the moments in the first step: one of nothing, at a learning rate of nothing
+        # DeepSpeed links the moments in the first step: here one with zero gradient and zero learning rate
         self._engine.set_gradient_accumulation_boundary(True)
         self._engine.backward(self.weights().sum() * 0.0, scale_wrt_gas=False)
         self._engine.step()

@@ -6,7 +6,7 @@ import pytest
 from ray.exceptions import RayTaskError
 
 from ray_app.train.cluster import Cluster, Limits
-from ray_app.train.lane import QueueSource, in_words
+from ray_app.train.lane import in_words
 from ray_app.train.lanes import Lanes, _cause, _Lane
 from tests.training.subjects import spec
 from training.errors import UserError
@@ -87,8 +87,6 @@ def rates(settings: Closed, path: str = "") -> dict[str, float]:
 
 def test_after_a_divergence_every_learning_rate_is_lower() -> None:
     one = spec("a", words={"tokens": ["<s1>"]}, instance_prompt="a photo of <s1> dog")
-    source = QueueSource(None, 0)
-    source.specs = {"a": one}
     task = Lease(id="a", fingerprint="f", rate_factor=CALMER, may_spread=False).task(one)
     before, after = rates(task.spec), rates(task.trained)
     assert set(before) == {"train.learning_rate", "train.text_encoder_learning_rate", "words.learning_rate"}

@@ -31,7 +31,7 @@ from training.evaluation.reference import limit_above
 from training.manifest.manifest import parse_manifest
 from training.manifest.plan import plan_run
 from training.manifest.subject import SubjectSpec
-from training.photos.intake import current_fingerprint
+from training.photos.intake import current_fingerprint, hold_out
 from training.photos.photos import Photos, list_photo_files, photos
 from training.run.run import RunStore
 from training.run.source import Beat, Orders, Outcome, Phase, Task
@@ -41,7 +41,7 @@ from training.storage.registry import Registry
 from training.storage.storage import open_storage
 from training.trainer.pack import Pack, training_bank
 from training.trainer.worker.early_stop import EVERY, Watch
-from training.trainer.worker.judging import gate_failure, hold_out
+from training.trainer.worker.finishing import gate_failure
 from training.trainer.worker.worker import work
 
 FAST = {"steps": 2, "candidates": 2, "likeness_model": "base", "fidelity_model": "base"}
@@ -299,7 +299,7 @@ def _prefer(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_chosen_step_is_what_is_published(tiny: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _prefer(4, monkeypatch)
-    monkeypatch.setattr("training.trainer.worker.pulse.BEAT_SECONDS", 0.0)
+    monkeypatch.setattr("training.trainer.worker.worker.BEAT_SECONDS", 0.0)
     source = Source(tmp_path, tiny)
     outcome = source.work()
     assert outcome.kind == "done", outcome.reason

@@ -2,9 +2,9 @@
 
 import pytest
 
-from training.run.run import SubjectRecord
+from training.run.run import State, SubjectRecord
 from training.run.source import Beat, Doing, Kind, Outcome, Phase
-from training.run.subject_queue import CALMER, LEASE_SECONDS, Entry, SubjectQueue
+from training.run.subject_queue import CALMER, LEASE_SECONDS, Entry, SubjectQueue, View
 
 
 class Clock:
@@ -281,3 +281,35 @@ def test_a_dismissed_lane_ends_and_its_subjects_go_to_another() -> None:
     assert ids(one, 1) == ["a", "b"]
     assert not record(one, "a").attempts and record(one, "a").step == 5
     assert not one.enter(0, 0)
+
+
+@pytest.mark.parametrize(
+    ("doing", "state", "words"),
+    [
+        (Doing(Phase.READING), "preparing", "reading photos"),
+        (Doing(Phase.CLASS_IMAGES, 3, 200), "preparing", "class images 3/200"),
+        (Doing(Phase.TRAINING), "training", "training"),
+        (Doing(Phase.PUBLISHING), "evaluating", "publishing"),
+    ],
+)
+def test_a_phase_decides_the_state_and_is_read_in_words(doing: Doing, state: State, words: str) -> None:
+    made = queue(entry("a"))
+    ids(made)
+    made.beat(0, Beat(phase={"a": doing}))
+    assert record(made, "a").state == state
+    view = View.model_validate(made.view().model_dump())  # as it crosses Ray's border
+    assert view.lanes[0].phases == {"a": doing} and str(doing) == words
+
+
+def test_what_the_records_tell_is_a_phase_too() -> None:
+    records = [SubjectRecord(id="a", state="training", pack=1), SubjectRecord(id="b", state="queued")]
+    (lane,) = View.of_records(records).lanes
+    assert (lane.lane, lane.held, lane.phases) == (1, ("a",), {"a": Doing(Phase.TRAINING)})
+
+
+def test_every_phase_has_a_state() -> None:
+    made = queue(entry("a"))
+    ids(made)
+    for phase in Phase:
+        made.beat(0, Beat(phase={"a": Doing(phase)}))
+        assert record(made, "a").state in ("preparing", "training", "evaluating")

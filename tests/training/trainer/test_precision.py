@@ -14,8 +14,8 @@ from tests.training.trainer.test_pack import distance, plain_loop, run
 from training.base.base import Base, load_base
 from training.base.noise.ddpm import Ddpm
 from training.errors import UserError
+from training.trainer.fitting import precision
 from training.trainer.member import FP16_SCALE
-from training.trainer.worker.worker import precision
 
 
 @pytest.fixture(scope="module")

@@ -88,7 +88,7 @@ class Fleet:
 
 @pytest.fixture(autouse=True)
 def _every_beat(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("training.trainer.worker.pulse.BEAT_SECONDS", 0.0)
+    monkeypatch.setattr("training.trainer.worker.worker.BEAT_SECONDS", 0.0)
 
 
 @pytest.fixture
@@ -188,11 +188,11 @@ def test_any_error_of_one_subject_is_its_result_alone(
     """Law 8: the others, in the same pack and at the same step, are published as if nothing had been."""
     faults: dict[str, tuple[str, Callable[..., str]]] = {
         "joining": ("training.trainer.pack.initial_adapter", lambda base, components, spec: spec.id),
-        "judging": ("training.trainer.worker.judging.Judging._exam", lambda judging, subject: subject.spec.id),
+        "judging": ("training.trainer.worker.finishing.Finishing._exam", lambda finishing, one: one.spec.id),
         "gate": ("training.trainer.worker.finishing.gate_failure", lambda spec, evaluation: spec.id),
         "publishing": (
             "training.trainer.worker.finishing.publish_subject",
-            lambda registry, base, publication: publication.spec.id,
+            lambda run, tenant, base, publication: publication.finished.spec.id,
         ),
     }
     refuse(monkeypatch, faults)

@@ -1,7 +1,7 @@
 """When a subject may stop: its loss on one fixed batch no longer varies (DVAR, Voronov et al., NeurIPS 2023).
 
 The loss of a training step says little, because its images, noise and timesteps are drawn anew; on a batch that never
-changes the learning itself is what is left. All subjects that are looked at share forwards.
+changes, only what the subject has learned changes it. All subjects that are looked at share forwards.
 """
 
 from collections.abc import Mapping, Sequence
@@ -42,9 +42,7 @@ class Watch:
         self._fixed: dict[str, _Fixed] = {}
 
     def join(self, spec: SubjectSpec, images: LatentSet) -> None:
-        """Draws the subject's fixed batch; nothing happens for one that did not ask."""
-        if not spec.evaluate.early_stop:
-            return
+        """Begins to look at a subject: draws its fixed batch."""
         generator = stream(spec.train.seed, "fixed")
         picked = shuffled(spec.train.seed, "fixed", len(images), 0, ROWS)
         latents = images.draw(picked, generator)

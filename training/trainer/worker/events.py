@@ -11,7 +11,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from training.trainer.checkpoint import HISTORY
 
-NAME = "events.out.tfevents.0.dreamfleet"  # the usual name carries the machine's; these files travel
+NAME = "events.out.tfevents.0.dreamfleet"  # the usual name holds the name of the machine; these files are published
 
 
 def event_file(

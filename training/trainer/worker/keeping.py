@@ -1,62 +1,130 @@
-"""Keeping what a subject has learned while it trains: checkpoints, TensorBoard events, sample pictures."""
+"""While a subject trains: its checkpoints, events and sample pictures are kept with the run."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from PIL import Image
 
+from training.base.base import Base
 from training.evaluation.exam import candidate_steps
 from training.manifest.subject import SubjectSpec
+from training.photos.intake import Taken
+from training.run.fault import apart, together
 from training.run.run import RunStore
 from training.sampling.samples import Worn, draw_samples
 from training.trainer.checkpoint import dump_state
+from training.trainer.member import Report, Subject
 from training.trainer.pack import Pack
 from training.trainer.worker.events import NAME as EVENTS, event_file
-from training.trainer.worker.held import Held
-from training.trainer.worker.publish import png_bytes
+from training.trainer.worker.publish import Finished, png_bytes
+
+Missed = Callable[[str, str, Exception], None]  # what is missing, subject id, error
+
+
+@dataclass
+class Kept:
+    """A subject, and what was kept of it: the step of its last checkpoint (-1: none), images/s and pictures by step."""
+
+    spec: SubjectSpec
+    fingerprint: str
+    taken: Taken
+    step: int = -1
+    rates: dict[int, float] = field(default_factory=dict)
+    samples: dict[int, list[Image.Image]] = field(default_factory=dict)
 
 
 class Keeping:
-    """Writes to one run what the subjects of one pack have learned."""
+    """Keeps the subjects of one pack. A subject goes on without what cannot be kept; `missed` is called with
+    what it is, the id and the error.
+    """
 
-    def __init__(self, run: RunStore, pack: Pack) -> None:
-        self._run = run
+    def __init__(self, base: Base, pack: Pack, run: RunStore, missed: Missed) -> None:
+        self._base = base
         self._pack = pack
+        self._run = run
+        self._missed = missed
+        self._kept: dict[str, Kept] = {}
 
-    def is_due(self, held: Held, step: int) -> bool:
-        """Whether a checkpoint is to be made after this step."""
-        return step % held.spec.train.checkpoint_every == 0 or step in kept_steps(held.spec)
+    def join(self, fingerprint: str, taken: Taken, subject: Subject) -> None:
+        """Begins to keep a subject, from the step of its state on."""
+        step = subject.state.step if subject.state else -1
+        self._kept[subject.spec.id] = Kept(subject.spec, fingerprint, taken, step)
 
-    def samples_due(self, held: Held, step: int) -> bool:
-        """Whether sample pictures are to be drawn after this step."""
-        every = held.spec.train.sample_every
-        return every is not None and step % every == 0
+    def leave(self, id: str) -> Kept | None:
+        """Forgets a subject; returns what was kept of it, None if it never joined."""
+        return self._kept.pop(id, None)
 
-    def checkpoint(self, held: Held) -> None:
-        """Writes the subject's state and events, unless a checkpoint of this step is there. Raises StorageError."""
-        state = self._pack.state(held.spec.id)
-        if state.step <= max(held.saved_step, 0):
+    def finished(self, id: str) -> Finished:
+        """A subject as it stands in its slot, with all that was kept of it."""
+        kept = self._kept[id]
+        state = self._pack.state(id)
+        return Finished(kept.spec, kept.fingerprint, state, *kept.taken, kept.rates, kept.samples)
+
+    def follow(self, reports: Sequence[Report], images_per_second: float) -> None:
+        """Keeps what is due after a step of these subjects: samples first, so that the events hold them."""
+        sound = [report for report in reports if report.failure is None]
+        self._sample([report for report in sound if self._samples_are_due(report)])
+        for report in sound:
+            self._kept[report.id].rates[report.step] = images_per_second
+            if self._checkpoint_is_due(report):
+                self.checkpoint([report.id], f"no checkpoint of step {report.step}")
+
+    def checkpoint(self, ids: Sequence[str], otherwise: str) -> None:
+        """Writes checkpoint and events of subjects as they stand; `otherwise` is said of those that cannot be."""
+        apart(ids, self._checkpoint, lambda id, error: self._missed(otherwise, id, error))
+
+    def checkpoint_all(self) -> None:
+        """Checkpoints all subjects of the pack. Raises the first error after every subject has been tried."""
+        errors: list[Exception] = []
+        apart(
+            [id for id in self._pack.ids if id in self._kept], self._checkpoint, lambda _, error: errors.append(error)
+        )
+        if errors:
+            raise errors[0]
+
+    def pictures(self, ids: Sequence[str]) -> dict[str, list[Image.Image]]:
+        """Sample pictures of subjects as they are in their slots, drawn together; without those that fail."""
+
+        def draw(ids: Sequence[str]) -> Mapping[str, list[Image.Image]]:
+            worn = [Worn(self._kept[id].spec, *self._pack.slot(id)) for id in ids]
+            return dict(zip(ids, draw_samples(self._base, self._pack.bank, worn), strict=True))
+
+        return together(ids, draw, lambda id, error: self._missed("no sample pictures", id, error))
+
+    # -- pieces --
+
+    def _samples_are_due(self, report: Report) -> bool:
+        every = self._kept[report.id].spec.train.sample_every
+        return every is not None and report.step % every == 0
+
+    def _checkpoint_is_due(self, report: Report) -> bool:
+        spec = self._kept[report.id].spec
+        return report.step % spec.train.checkpoint_every == 0 or report.step in _spared_steps(spec)
+
+    def _sample(self, due: Sequence[Report]) -> None:
+        steps = {report.id: report.step for report in due}
+        drawn = self.pictures(list(steps))
+
+        def keep(id: str) -> None:
+            self._kept[id].samples[steps[id]] = drawn[id]
+            for index, image in enumerate(drawn[id]):
+                key = self._run.subject_key(id, "samples", f"{steps[id]:08d}-{index}.png")
+                self._run.storage.put(key, png_bytes(image))
+
+        apart(list(drawn), keep, lambda id, error: self._missed("its samples could not be kept", id, error))
+
+    def _checkpoint(self, id: str) -> None:
+        state, kept = self._pack.state(id), self._kept[id]
+        if state.step <= max(kept.step, 0):
             return
-        spec = held.spec
-        self._run.save_checkpoint(spec.id, state.step, dump_state(state), spec.train.keep_checkpoints, kept_steps(spec))
-        events = event_file(state.history, held.rates, held.samples)
-        self._run.storage.put(self._run.subject_key(spec.id, "events", EVENTS), events)
-        held.saved_step = state.step
-
-    def draw(self, subjects: Sequence[Held]) -> dict[str, list[Image.Image]]:
-        """Sample pictures of subjects as they are in their slots, by id; drawn together."""
-        worn = [Worn(held.spec, *self._pack.slot(held.spec.id)) for held in subjects]
-        drawn = draw_samples(self._pack.base, self._pack.bank, worn)
-        return {held.spec.id: pictures for held, pictures in zip(subjects, drawn, strict=True)}
-
-    def keep_samples(self, held: Held, step: int, pictures: list[Image.Image]) -> None:
-        """Writes the sample pictures of a step to the run. Raises StorageError."""
-        held.samples[step] = pictures
-        for index, image in enumerate(pictures):
-            key = self._run.subject_key(held.spec.id, "samples", f"{step:08d}-{index}.png")
-            self._run.storage.put(key, png_bytes(image))
+        spec = kept.spec
+        self._run.save_checkpoint(id, state.step, dump_state(state), spec.train.keep_checkpoints, _spared_steps(spec))
+        events = event_file(state.history, kept.rates, kept.samples)
+        self._run.storage.put(self._run.subject_key(id, "events", EVENTS), events)
+        kept.step = state.step
 
 
-def kept_steps(spec: SubjectSpec) -> frozenset[int]:
-    """Steps whose checkpoints are made and kept whatever the settings say: the last, and those that are compared."""
+def _spared_steps(spec: SubjectSpec) -> frozenset[int]:
+    """Steps whose checkpoints are always made and kept: the last, and those that are compared."""
     compared = candidate_steps(spec.train.max_steps, spec.evaluate.candidates) if spec.evaluate.enabled else ()
     return frozenset({*compared, spec.train.max_steps})

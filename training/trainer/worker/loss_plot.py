@@ -1,4 +1,4 @@
-"""`loss.png`: how a subject's losses went. A picture, because that is where people look first."""
+"""`loss.png`: a subject's losses over its steps."""
 
 import io
 

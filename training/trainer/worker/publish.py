@@ -12,47 +12,56 @@ from training.base.base import Base
 from training.base.files.folder import public_name
 from training.evaluation.evaluate import Evaluation
 from training.manifest.subject import SubjectSpec
-from training.photos.photos import Photos
+from training.photos.photos import Photo, Photos
+from training.run.run import RunStore
 from training.storage.card import Card, Chosen
 from training.storage.registry import Registry
 from training.trainer.checkpoint import HISTORY, SubjectState
 from training.trainer.worker.events import NAME as EVENTS, event_file
 from training.trainer.worker.loss_plot import plot_losses
 
-# what decides nothing about the weights, or names a place on one machine
+# no settings of the training, or paths of one machine
 _NOT_SETTINGS = {"id", "images", "public", "min_images"}
 
 
 @dataclass(frozen=True)
-class Publication:
-    """A finished subject, with all that its card tells. `adapter` is the chosen step's, its scale folded in.
+class Finished:
+    """A subject after its last step. `state` is as trained; its last step is the state's.
 
-    `pictures` are its samples; `samples` those that were drawn while it trained, by step.
+    `photos` are those it was trained on, `held_out` those kept out of training. `rates` are images/s by step, `samples`
+    the pictures that were drawn while it trained, by step.
     """
 
     spec: SubjectSpec
     fingerprint: str
     state: SubjectState
-    adapter: Adapter
     photos: Photos
-    run: str
-    tenant: str
+    held_out: tuple[Photo, ...] = ()
     rates: Mapping[int, float] = field(default_factory=dict)
     samples: Mapping[int, Sequence[Image.Image]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Publication:
+    """What is published of a finished subject: the chosen step's adapter, its scale folded in, and its pictures."""
+
+    finished: Finished
+    adapter: Adapter
     evaluation: Evaluation | None = None
     pictures: Sequence[Image.Image] = ()
 
     @property
     def chosen(self) -> Chosen:
-        """The step that is published, and why."""
+        """The step that was chosen, and why."""
         if self.evaluation is None:
-            return Chosen(step=self.state.step, reason="the last step")
+            return Chosen(step=self.finished.state.step, reason="the last step")
         return Chosen(step=self.evaluation.choice.step, reason=self.evaluation.choice.reason)
 
 
-def publish_subject(registry: Registry, base: Base, publication: Publication) -> str:
-    """Publishes a subject and returns its version."""
-    spec, history = publication.spec, publication.state.history
+def publish_subject(run: RunStore, tenant: str, base: Base, publication: Publication) -> str:
+    """Publishes a subject in the registry of the run's storage. Returns its version."""
+    finished = publication.finished
+    spec, history = finished.spec, finished.state.history
     named = Adapter(
         modules=publication.adapter.modules,
         embeddings=publication.adapter.embeddings,
@@ -66,9 +75,9 @@ def publish_subject(registry: Registry, base: Base, publication: Publication) ->
     weights = save_adapter(named)
     extras = {f"samples/{index}.png": png_bytes(image) for index, image in enumerate(publication.pictures)}
     extras["loss.png"] = plot_losses(history, spec.id)
-    extras[f"events/{EVENTS}"] = event_file(history, publication.rates, publication.samples)
-    card = make_card(base, publication, weights)
-    return registry.publish(publication.tenant, spec.id, weights, card, extras).version
+    extras[f"events/{EVENTS}"] = event_file(history, finished.rates, finished.samples)
+    card = make_card(run.run, base, publication, weights)
+    return Registry(run.storage).publish(tenant, spec.id, weights, card, extras).version
 
 
 def png_bytes(image: Image.Image) -> bytes:
@@ -78,16 +87,17 @@ def png_bytes(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def make_card(base: Base, publication: Publication, weights: bytes) -> Card:
-    """The card of a publication whose file is `weights`."""
-    spec, state = publication.spec, publication.state
+def make_card(run: str, base: Base, publication: Publication, weights: bytes) -> Card:
+    """The card of an adapter file. Its loss is the mean over the last tenth of the steps."""
+    finished = publication.finished
+    spec, state = finished.spec, finished.state
     loss = state.history[-max(1, state.step // 10) :, HISTORY.index("loss")].mean().item() if state.step else None
     return Card.model_validate(
         {
             "sha256": version_of(weights),
             "size": len(weights),
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
-            "fingerprint": publication.fingerprint,
+            "fingerprint": finished.fingerprint,
             "base": public_name(base.name),
             "base_hash": base.hash,
             "rank": spec.lora.rank,
@@ -98,8 +108,8 @@ def make_card(base: Base, publication: Publication, weights: bytes) -> Card:
             "class_prompt": spec.filled_class_prompt,
             "class": spec.class_,
             "trigger": trigger(spec),
-            "image_hashes": tuple(photo.sha256 for photo in publication.photos.good),
-            "run": publication.run,
+            "image_hashes": tuple(photo.sha256 for photo in finished.photos.good),
+            "run": run,
             "settings": spec.model_dump(mode="json", by_alias=True, exclude=_NOT_SETTINGS),
             "steps": publication.chosen.step,
             "loss": loss,
@@ -111,7 +121,7 @@ def make_card(base: Base, publication: Publication, weights: bytes) -> Card:
 
 
 def trigger(spec: SubjectSpec) -> str:
-    """The words that call the subject: what the instance prompt says beyond the class prompt, and the class."""
+    """The words that call the subject: those of the instance prompt that the class prompt lacks, and the class."""
     usual = set(spec.filled_class_prompt.split()) - set((spec.class_ or "").split())
     words = [word for word in spec.filled_instance_prompt.split() if word not in usual]
     return " ".join(words)

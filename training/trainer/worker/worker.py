@@ -1,125 +1,121 @@
-"""The subject loop: lease subjects, prepare them, keep a pack full, keep what is learned, finish. It knows no Ray.
+"""The subject loop: leases subjects, keeps a pack full, and says how each stands and ends. It knows no Ray.
 
-Ray's lanes, the local main and tests call `work` with a `Source` of their own. A subject's failure is an `Outcome` with
-a reason; it never raises here and never costs another subject a step (`training.run.fault`).
+Ray's lanes, the local main and tests call `work` with a `Source` of their own. What is done with a subject before,
+during and after its training is in `preparing`, `keeping` and `finishing`. A subject's failure is an `Outcome` with a
+reason; it never raises here and never costs another subject a step.
 """
 
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass
 from functools import partial
 
-import torch
-from PIL import Image
-
 from training.base.base import Base
-from training.evaluation.evaluate import Evaluation
 from training.manifest.plan import PackPlan
-from training.run.fault import apart, kind_of, reason_of, together
+from training.run.fault import Failure, apart, failure_of, reason_of, together
 from training.run.run import RunStore
-from training.run.source import Doing, Kind, Outcome, Phase, Source
+from training.run.source import Beat, Doing, Kind, Orders, Outcome, Phase, Source, Task
 from training.trainer.fitting import open_pack
 from training.trainer.loop import Ended, Progress, train
-from training.trainer.member import Report, Subject
+from training.trainer.member import Subject
 from training.trainer.worker.early_stop import Watch
 from training.trainer.worker.finishing import Finishing
-from training.trainer.worker.held import Held
-from training.trainer.worker.judging import Judging
 from training.trainer.worker.keeping import Keeping
 from training.trainer.worker.preparing import Preparing
-from training.trainer.worker.pulse import Pulse
+
+BEAT_SECONDS = 1.0
+RATE_STEPS = 20  # images/s are told as the mean over so many steps
+
+
+@dataclass
+class _Held:
+    """A leased subject while it is here: when it came, and what is to be said about its photos."""
+
+    since: float
+    warnings: tuple[str, ...] = ()
 
 
 class Worker:
-    """One device's worth of work. `work` is the way in."""
+    """The work of one device. `work` is the entry point."""
 
     def __init__(
         self, base: Base, plan: PackPlan, source: Source, run: RunStore, *, tenant: str, root: str = "."
     ) -> None:
-        self.source = source
+        self._source = source
+        self._held: dict[str, _Held] = {}
+        self._beat = Beat()
+        self._beaten = 0.0
+        self._stop = False
+        self._rate: list[tuple[float, int]] = []
         self._opened = open_pack(base, plan)
-        self.pack = self._opened.pack
-        self._judging = Judging(base, run)
+        self._pack = self._opened.pack
+        self._beat.notes += self._opened.notes
         self._watch = Watch(base)
-        self._pulse = Pulse(source)
-        self._preparing = Preparing(base, run, root, self._pulse.say)
-        self._keeping = Keeping(run, self.pack)
-        self._finishing = Finishing(run, self.pack, self._judging, tenant)
-        self._held: dict[str, Held] = {}
-        for note in self._opened.notes:
-            self._pulse.note(note)
+        self._preparing = Preparing(base, run, root, self._say, self._beat.notes.append)
+        self._keeping = Keeping(base, self._pack, run, self._miss)
+        self._finishing = Finishing(base, self._pack, run, tenant, self._keeping.pictures, self._say)
 
     def work(self) -> None:
         """Until the source has nothing more, or says stop."""
         try:
-            for progress in train(self.pack, self._feed, limit=self._opened.limit):
+            for progress in train(self._pack, self._feed, limit=self._opened.limit):
                 self._follow(progress)
-                if self._pulse.stop:
+                if self._stop:
                     break
         finally:
             try:
-                self._checkpoint_all()
+                self._keeping.checkpoint_all()
             finally:
-                self.pack.close()
+                self._pack.close()
 
-    # -- in --
+    # -- before --
 
     def _feed(self, count: int) -> list[Subject]:
         """Leases up to `count` subjects and prepares them; those that cannot be prepared end here."""
         ready: list[Subject] = []
-        while len(ready) < count and not self._pulse.stop:
-            tasks = self.source.lease(count - len(ready))
+        while len(ready) < count and not self._stop:
+            tasks = self._source.lease(count - len(ready))
             if not tasks:
                 break
-            self._held |= {task.spec.id: Held(task, task.trained) for task in tasks}
-            ids = [task.spec.id for task in tasks]
-            ready += apart(ids, self._prepare, partial(self._fail, "it could not be prepared")).values()
+            by_id = {task.spec.id: task for task in tasks}
+            self._held |= {id: _Held(time.time()) for id in by_id}
+            prepare = partial(self._prepare, by_id)
+            ready += apart(list(by_id), prepare, partial(self._fail, "it could not be prepared")).values()
         return ready
 
-    def _prepare(self, id: str) -> Subject:
-        held = self._held[id]
-        if held.task.may_spread:
-            self._opened.check(held.spec)
-        self._judging.check(held.spec)
-        prepared = self._preparing.prepare(held.task, held.spec)
-        held.task = replace(held.task, files=None)  # not needed while it trains
-        held.found, held.held_out = prepared.photos, prepared.held_out
-        for note in prepared.notes:
-            self._pulse.note(note)
-        self._watch.join(held.spec, prepared.subject.instance)
-        state = prepared.subject.state
-        held.saved_step = state.step if state else -1
-        return prepared.subject
+    def _prepare(self, tasks: dict[str, Task], id: str) -> Subject:
+        task = tasks.pop(id)  # its files need not be held while it trains
+        spec = task.trained
+        if task.may_spread:
+            self._opened.check(spec)
+        self._finishing.check(spec)
+        taken = self._preparing.photos(task)
+        self._held[id].warnings = taken.warnings
+        subject = self._preparing.subject(spec, taken.photos)
+        if spec.evaluate.early_stop:
+            self._watch.join(spec, subject.instance)
+        self._keeping.join(task.fingerprint, taken, subject)
+        return subject
 
-    # -- on --
+    # -- meanwhile --
 
     def _follow(self, progress: Progress) -> None:
         """What one fused step means for storage, registry and source."""
         for id in progress.joined:
-            self._pulse.say(id, Doing(Phase.TRAINING))
-        self._sample(progress.reports)
+            self._say([id], Doing(Phase.TRAINING))
         for report in progress.reports:
-            self._take_in(report)
+            self._beat.steps[report.id], self._beat.losses[report.id] = report.step, report.loss
+        self._keeping.follow(progress.reports, self._beat.images_per_second)
         self._finish(progress.ended)
         self._stop_early(progress)
-        for note in progress.notes:
-            self._pulse.note(note)
-        self._pulse.measure(progress.seconds, progress.rows)
-        orders = self._pulse.send()
+        self._beat.notes += progress.notes
+        self._measure(progress)
+        orders = self._send()
         for id in orders.cancel & set(self._held):
-            if id in self.pack.ids:
-                self.pack.leave(id)
+            if id in self._pack.ids:
+                self._pack.leave(id)
             self._end(id, "cancelled", "cancelled by the user")
-
-    def _take_in(self, report: Report) -> None:
-        held = self._held[report.id]
-        self._pulse.trained(report.id, report.step, report.loss)
-        if report.failure is not None:
-            return
-        held.rates[report.step] = self._pulse.beat.images_per_second
-        if self._keeping.is_due(held, report.step):
-            # the one before is whole; the next may succeed
-            apart([report.id], self._checkpoint, partial(self._miss, f"no checkpoint of step {report.step}"))
+        self._stop = self._stop or orders.stop
 
     def _stop_early(self, progress: Progress) -> None:
         """Ends the subjects whose learning has settled, where they asked for it."""
@@ -128,114 +124,79 @@ class Worker:
         looked = together(due, self._look, partial(self._miss, "its loss could not be looked at"))
         settled = [id for id, has_settled in looked.items() if has_settled]
         for id in settled:
-            self._pulse.note(f"{id}: stopped at step {self._pulse.beat.steps[id]}: its loss no longer changes")
-        apart(settled, self._checkpoint, partial(self._miss, "no checkpoint of its last step"))
+            self._beat.notes.append(f"{id}: stopped at step {self._beat.steps[id]}: its loss no longer changes")
+        self._keeping.checkpoint(settled, "no checkpoint of its last step")
         self._finish([Ended(id) for id in settled])
         for id in settled:
-            self.pack.leave(id)
+            self._pack.leave(id)
 
     def _look(self, ids: Sequence[str]) -> dict[str, bool]:
-        settled = self._watch.settled(self.pack.bank, {id: self.pack.slot(id) for id in ids})
+        settled = self._watch.settled(self._pack.bank, {id: self._pack.slot(id) for id in ids})
         return {id: id in settled for id in ids}
 
-    def _sample(self, reports: Sequence[Report]) -> None:
-        """Sample pictures of subjects that are still training, kept with the run."""
-        steps = {r.id: r.step for r in reports if r.failure is None}
-        drawn = self._draw([id for id, step in steps.items() if self._keeping.samples_due(self._held[id], step)])
-
-        def keep(id: str) -> None:
-            self._keeping.keep_samples(self._held[id], steps[id], drawn[id])
-
-        apart(list(drawn), keep, partial(self._miss, "its samples could not be kept"))
-
-    def _draw(self, ids: Sequence[str]) -> dict[str, list[Image.Image]]:
-        """Sample pictures of subjects, without those for which drawing fails."""
-        return together(ids, lambda ids: self._keeping.draw(self._of(ids)), partial(self._miss, "no sample pictures"))
-
-    def _checkpoint(self, id: str) -> None:
-        self._keeping.checkpoint(self._held[id])
-
-    def _checkpoint_all(self) -> None:
-        """On the way out nothing that was learned is lost. Raises the first error once all have had their turn."""
-        missed: list[Exception] = []
-        apart([id for id in self.pack.ids if id in self._held], self._checkpoint, lambda _, error: missed.append(error))
-        if missed:
-            raise missed[0]
-
-    # -- out --
+    # -- after --
 
     def _finish(self, ended: Sequence[Ended]) -> None:
-        """Ends those that failed; judges the others together, and publishes them."""
+        """Ends those that failed; finishes the others together."""
         for one in ended:
             if one.reason is not None:
                 self._end(one.id, one.kind, one.reason)
         done = [one.id for one in ended if one.reason is None]
-        unpublished = partial(self._fail, "it could not be published")  # its last checkpoint is whole
-        evaluations = together(done, self._judge, partial(self._fail, "it could not be judged"))
-        chosen = list(apart(list(evaluations), partial(self._choose, evaluations), unpublished))
-        pictures = self._draw(chosen)
-        versions = apart(chosen, partial(self._publish, evaluations, pictures), unpublished)
-        for id, version in versions.items():
-            self._end(id, "done", version=version)
-
-    def _judge(self, ids: Sequence[str]) -> dict[str, Evaluation | None]:
-        def alive(_drawn: int, _wanted: int) -> None:
-            for id in ids:
-                self._pulse.say(id, Doing(Phase.EVALUATING))
-
-        return self._finishing.judge(self._of(ids), alive)
-
-    def _choose(self, evaluations: dict[str, Evaluation | None], id: str) -> None:
-        self._finishing.choose(self._held[id], evaluations[id])
-
-    def _publish(
-        self, evaluations: dict[str, Evaluation | None], pictures: dict[str, list[Image.Image]], id: str
-    ) -> str:
-        self._pulse.say(id, Doing(Phase.PUBLISHING))
-        return self._finishing.publish(self._held[id], evaluations[id], pictures.get(id, []))
-
-    def _of(self, ids: Sequence[str]) -> list[Held]:
-        return [self._held[id] for id in ids]
+        finished = apart(done, self._keeping.finished, partial(self._fail, "it could not be judged"))
+        for id, end in self._finishing.finish(list(finished.values())).items():
+            if isinstance(end, Failure):
+                self._end(id, *end)
+            else:
+                self._end(id, "done", version=end)
 
     def _fail(self, what: str, id: str, error: Exception) -> None:
-        """A subject that cannot go on: its result. An expected error says it all; of others `what` says where."""
-        kind = kind_of(error)
-        self._end(id, kind, f"{what}: {reason_of(error)}" if kind == "unknown" else reason_of(error))
+        """Ends a subject that cannot go on."""
+        self._end(id, *failure_of(error, what))
 
     def _miss(self, what: str, id: str, error: Exception) -> None:
-        """Something that a subject goes on without."""
-        self._pulse.note(f"{id}: {what}: {reason_of(error)}")
+        """Notes what a subject goes on without."""
+        self._beat.notes.append(f"{id}: {what}: {reason_of(error)}")
 
     def _end(self, id: str, kind: Kind, reason: str | None = None, version: str | None = None) -> None:
-        held = self._held.pop(id)
+        held, kept = self._held.pop(id), self._keeping.leave(id)
         self._watch.leave(id)
         outcome = Outcome(
             id=id,
             kind=kind,
             reason=reason,
             version=version,
-            step=self._pulse.beat.steps.get(id, max(held.saved_step, 0)),
-            loss=self._pulse.beat.losses.get(id),
+            step=self._beat.steps.get(id, max(kept.step, 0) if kept else 0),
+            loss=self._beat.losses.get(id),
             seconds=time.time() - held.since,
             warnings=held.warnings,
         )
-        self._pulse.ended(outcome)
+        for about in (self._beat.phase, self._beat.steps, self._beat.losses):
+            about.pop(id, None)
+        self._source.ended(outcome)
+
+    # -- signs of life --
+
+    def _say(self, ids: Sequence[str], doing: Doing) -> None:
+        """A change of phase is sent at once if the last beat is old enough; long preparation keeps the lease alive."""
+        self._beat.phase.update(dict.fromkeys(ids, doing))
+        orders = self._send()
+        self._stop = self._stop or orders.stop
+
+    def _send(self) -> Orders:
+        if time.monotonic() - self._beaten < BEAT_SECONDS:
+            return Orders()
+        self._beaten = time.monotonic()
+        orders = self._source.beat(self._beat)
+        self._beat.notes.clear()
+        return orders
+
+    def _measure(self, progress: Progress) -> None:
+        """Images a second over the last steps."""
+        self._rate = [*self._rate[1 - RATE_STEPS :], (progress.seconds, progress.rows)]
+        seconds = sum(seconds for seconds, _ in self._rate)
+        self._beat.images_per_second = sum(rows for _, rows in self._rate) / seconds if seconds else 0.0
 
 
 def work(base: Base, plan: PackPlan, source: Source, run: RunStore, *, tenant: str, root: str = ".") -> None:
     """Trains what `source` leases, in one pack, until it has nothing more or says stop. See the module's docstring."""
     Worker(base, plan, source, run, tenant=tenant, root=root).work()
-
-
-def precision(name: str, device: torch.device) -> torch.dtype:
-    """The dtype that `mixed_precision` means on a device: `auto` is bf16 where the device computes in it, else fp32."""
-    if name == "auto":
-        has_bf16 = torch.cuda.is_bf16_supported() if device.type == "cuda" else _cpu_has_bf16()
-        name = "bf16" if has_bf16 else "no"
-    return {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[name]
-
-
-def _cpu_has_bf16() -> bool:
-    """Whether the CPU multiplies in bf16 itself; emulated, it would be slower than fp32."""
-    found = torch.cpu.get_capabilities()
-    return bool(found.get("avx512_bf16") or found.get("amx_bf16"))
