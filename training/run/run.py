@@ -183,9 +183,10 @@ def find_unfinished(storage: Storage, name: str, digest: str) -> RunRecord | Non
 
 
 def read_runs(storage: Storage, prefix: str = "") -> tuple[list[RunRecord], list[str]]:
-    """The records of all runs whose id begins with `prefix`, the earliest first, and what is wrong with those that cannot be read, a sentence each.
+    """The records of all runs whose id begins with `prefix`, the earliest first.
 
-    A run whose driver died before it wrote the record is none yet.
+    With them, what is wrong with those that cannot be read, a sentence each. A run whose driver died before it wrote
+    the record is none yet.
     """
     records, problems = [], []
     for run in list_runs(storage):
