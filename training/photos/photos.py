@@ -17,7 +17,7 @@ from training.photos.photo_report import Rejected, Seen, TooFewPhotos, report
 from training.photos.variants import Crop
 from training.photos.warning import PhotoWarning, shown
 from training.storage.image_file import ImageError, ImageLimits, open_image
-from training.storage.images import decode, shrunk
+from training.storage.images import decode_image, shrunk
 
 MAX_PHOTOS = 200
 # Photos are kept at twice the resolution at most: no crop needs more, and 200 camera originals would need 24 GB.
@@ -88,7 +88,7 @@ def photos(
             if file.problem:
                 raise ImageError(file.name, file.problem)
             opened = open_image(file.data, file.name, limits)
-            read = decode(opened)
+            read = decode_image(opened)
         except ImageError as error:
             rejected.append(Rejected(file.name, error.reason))
             continue

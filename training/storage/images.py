@@ -41,10 +41,10 @@ def read_image(
 ) -> Image.Image:
     """The image in a file's bytes as upright RGB, alpha laid on white; `about_px` as of `open_image`. Raises
     `ImageError`."""
-    return decode(open_image(data, name, limits, about_px)).image
+    return decode_image(open_image(data, name, limits, about_px)).image
 
 
-def decode(opened: OpenImage) -> MaskedImage:
+def decode_image(opened: OpenImage) -> MaskedImage:
     """The pixels of an open file, with the mask of files that have transparency. Raises `ImageError`."""
     image, factor = opened.image, opened.factor
     with warnings.catch_warnings():

@@ -25,7 +25,7 @@ from training.storage.image_file import (
     declared_size,
     open_image,
 )
-from training.storage.images import ORIENTATION_TAG, MaskedImage, decode, read_image, thumbnail
+from training.storage.images import ORIENTATION_TAG, MaskedImage, decode_image, read_image, thumbnail
 
 Pixels = NDArray[np.uint8]
 
@@ -37,7 +37,7 @@ def encoded(image: Image.Image, form: str = "PNG", **options: object) -> bytes:
 
 
 def read_picture(data: bytes, name: str, limits: ImageLimits = DEFAULT_LIMITS) -> MaskedImage:
-    return decode(open_image(data, name, limits))
+    return decode_image(open_image(data, name, limits))
 
 
 def picture(width: int = 48, height: int = 32) -> Image.Image:
