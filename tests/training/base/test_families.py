@@ -1,0 +1,184 @@
+"""The laws that every family keeps, each stated once and tested on a tiny base of each (`tests/families.py`)."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor
+
+from serving.engine.engine import Engine
+from tests.families import FAMILIES, write_family
+from tests.serving.company import Shelf, ask, finished, ref, small
+from training.adapters.adapter import Adapter, LowRank
+from training.adapters.bank import Bank, Site, find_sites
+from training.base.base import Base, load_base
+from training.base.family import RowFacts
+
+CLOSE = 1e-4
+VISIBLE = 1e-3  # the least that an adapter of these tests changes
+PROMPTS = ("a photo of sks dog", "a cat on the beach", "red toy")
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_family(request.param, tmp_path_factory.mktemp("families"))
+
+
+@pytest.fixture(scope="module")
+def base(folder: Path) -> Base:
+    return load_base(str(folder), device="cpu")
+
+
+@pytest.fixture(scope="module")
+def pipeline(folder: Path) -> Any:
+    """The family's diffusers pipeline, as everybody loads it. Unload what you load."""
+    pipeline: Any = DiffusionPipeline.from_pretrained(folder, local_files_only=True)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def sites_of(base: Base) -> dict[str, tuple[Site, ...]]:
+    """Every layer that an adapter of the family may change."""
+    ends = dict.fromkeys(base.facts.text_encoders, base.facts.text_layers) | {base.facts.denoiser: base.facts.layers}
+    return {component: find_sites(component, model, ends[component]) for component, model in base.models.items()}
+
+
+def default_sites(base: Base) -> list[Site]:
+    """The layers that are trained by default."""
+    ends = dict.fromkeys(base.facts.text_encoders, base.facts.text_targets) | {base.facts.denoiser: base.facts.targets}
+    return [site for name, model in base.models.items() for site in find_sites(name, model, ends[name])]
+
+
+def adapter_over(sites: Iterable[Site], seed: int, size: float = 0.1) -> Adapter:
+    """Noise in each of these layers, such as float16 can hold."""
+    generator = torch.Generator().manual_seed(seed)
+    modules = {}
+    for site in sites:
+        down = torch.randn(2, *site.down, generator=generator) / site.size(1) ** 0.5
+        up = torch.randn(site.out, 2, *(1,) * (len(site.down) - 1), generator=generator) * size
+        modules[site.key] = LowRank(down.half().float(), up.half().float())
+    return Adapter(modules)
+
+
+def distance(one: Tensor, other: Tensor) -> float:
+    assert one.shape == other.shape
+    return float((one.float() - other.float()).abs().max())
+
+
+# -- 1 and 2: rows alone and together, with different adapters
+
+
+def drawn(base: Base, bank: Bank, worn: Sequence[int]) -> Tensor:
+    """What rows say that wear `worn`, from prompt to prediction; prompt, time, noise and sizes depend on the slot."""
+    slots = torch.tensor(worn)[:, None]
+    with bank.using(*(bank.route(component, slots) for component in bank.sites)):
+        conds = base.encode([PROMPTS[slot] for slot in worn])
+        times = torch.tensor([100.0 + 300 * slot for slot in worn])
+        rows = [RowFacts((20 + slot, 30), (slot, 2)) for slot in worn]
+        shape = (base.facts.channels, 8, 8)
+        noise = [torch.randn(shape, generator=torch.Generator().manual_seed(slot)) for slot in worn]
+        return base.predict(torch.stack(noise), times, conds, rows)
+
+
+@torch.no_grad()
+def test_rows_with_different_adapters_at_every_layer_do_not_see_each_other(base: Base) -> None:
+    sites = sites_of(base)
+    bank = Bank(sites, slots=3, rank=2)
+    plain = drawn(base, bank, [0, 1, 2])
+    for slot in range(3):
+        every = [site for found in sites.values() for site in found]
+        bank.put(slot, bank.pack(adapter_over(every, slot)))
+    bank.inject()
+    together = drawn(base, bank, [0, 1, 2])
+    alone = [drawn(base, bank, [slot]) for slot in range(3)]
+    bank.eject()
+    for slot in range(3):
+        assert distance(together[slot], alone[slot][0]) < CLOSE
+        assert distance(together[slot], plain[slot]) > VISIBLE
+    assert torch.equal(drawn(base, bank, [0, 1, 2]), plain)
+
+
+@torch.no_grad()
+def test_every_layer_of_the_denoiser_moves_its_own_row_alone(base: Base) -> None:
+    name, x = base.facts.denoiser, torch.randn(2, base.facts.channels, 8, 8)
+    conds, times = base.encode(PROMPTS[:2]), torch.tensor([500.0, 500.0])
+    plain = base.predict(x, times, conds)
+    for site in sites_of(base)[name]:
+        bank = Bank({name: [site]}, slots=1, rank=2)
+        bank.put(0, bank.pack(adapter_over([site], 0, size=1.0)))
+        bank.inject()
+        with bank.using(bank.route(name, torch.tensor([[0], [-1]]))):
+            changed = base.predict(x, times, conds)
+        bank.eject()
+        assert distance(changed[0], plain[0]) > 1e-5, site.key
+        assert distance(changed[1], plain[1]) < 1e-5, site.key
+
+
+# -- 3: sampling is the pipeline's
+
+
+def drawn_by(pipeline: Any, base: Base, **settings: Any) -> Tensor:
+    """A picture [1, 3, H, W] of the pipeline, in [0, 1]."""
+    made: Tensor = pipeline(
+        PROMPTS[0], num_inference_steps=5, guidance_scale=3.0, output_type="pt",
+        height=base.facts.resolution, generator=torch.Generator().manual_seed(1), **settings,
+    ).images  # fmt: skip
+    return made
+
+
+def served(base: Base, adapters: dict[str, Adapter], *worn: str, **settings: Any) -> Tensor:
+    """The same of the serving engine, beside two other requests."""
+    side = base.facts.resolution
+    asked = {
+        "prompt": PROMPTS[0],
+        "steps": 5,
+        "scheduler": base.facts.sampler,
+        "width": side,
+        "height": side,
+        **settings,
+    }
+    engine = Engine(base, small(), Shelf({ref(name): adapter for name, adapter in adapters.items()}))
+    others = [ask(prompt=PROMPTS[1], steps=3), ask(seed=7, steps=4, scheduler="dpm++_2m")]
+    latents, *_ = finished(engine, [ask(*worn, **(asked | settings)), *others])
+    engine.close()
+    return (base.to_pixels(latents) / 2 + 0.5).clamp(0, 1)
+
+
+@pytest.mark.parametrize("negative", ["", "red water"])
+def test_a_picture_is_the_pipelines(base: Base, pipeline: Any, negative: str) -> None:
+    expected = drawn_by(pipeline, base, width=base.facts.resolution, negative_prompt=negative or None)
+    assert distance(served(base, {}, negative_prompt=negative), expected) < CLOSE
+
+
+def test_a_picture_that_is_not_square_is_the_pipelines(base: Base, pipeline: Any) -> None:
+    wide = base.facts.resolution + 2 * base.facts.multiple_px
+    assert distance(served(base, {}, width=wide), drawn_by(pipeline, base, width=wide)) < CLOSE
+
+
+# -- 4: latents there and back
+
+
+@torch.no_grad()
+def test_latents_are_decoded_as_the_pipeline_decodes_them(base: Base, pipeline: Any) -> None:
+    latents = torch.randn(1, base.facts.channels, 8, 8)
+
+    def end(_pipeline: Any, _step: int, _time: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
+        return {"latents": latents}
+
+    expected = pipeline("a", num_inference_steps=1, height=16, width=16, output_type="pt", callback_on_step_end=end)
+    assert distance((base.to_pixels(latents) / 2 + 0.5).clamp(0, 1), expected.images) < CLOSE
+
+
+@torch.no_grad()
+def test_latents_go_there_and_back(base: Base) -> None:
+    """What the encoder says is what the decoder is given, whatever space noise is added in."""
+    vae: Any = base.parts.models["vae"]
+    pixels = torch.rand(2, 3, 16, 16) * 2 - 1
+    mean, std = base.to_latents(pixels)
+    posterior = vae.encode(pixels).latent_dist
+    assert distance(base.to_pixels(mean), vae.decode(posterior.mean).sample.clamp(-1, 1)) < CLOSE
+    more = base.to_pixels(mean + std)
+    assert distance(more, vae.decode(posterior.mean + posterior.std).sample.clamp(-1, 1)) < CLOSE

@@ -1,0 +1,133 @@
+"""What Stable Diffusion XL has beside the laws of all families: sizes, two encoders, zeros, a VAE that overflows."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.families import write_family
+from training.base.base import Base, load_base
+from training.base.family import RowFacts
+from training.base.files.check import check_base
+from training.base.words import first_vector
+from training.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_family("sdxl", tmp_path_factory.mktemp("xl"))
+
+
+@pytest.fixture
+def folder(whole: Path, tmp_path: Path) -> Path:
+    """A base of one's own to change."""
+    return Path(shutil.copytree(whole, tmp_path / "base"))
+
+
+@pytest.fixture(scope="module")
+def xl(whole: Path) -> Base:
+    return load_base(str(whole), device="cpu")
+
+
+def edit(file: Path, **news: Any) -> None:
+    file.write_text(json.dumps({**json.loads(file.read_text()), **news}))
+
+
+def test_facts_of_two_encoders(xl: Base) -> None:
+    facts = xl.facts
+    assert (facts.text_encoders, facts.word_widths, facts.word_width) == (
+        ("text_encoder", "text_encoder_2"),
+        (32, 24),
+        56,
+    )
+    assert (facts.cell_px, facts.multiple_px, facts.resolution, facts.sampler) == (2, 4, 16, "euler")
+
+
+@torch.no_grad()
+def test_sizes_and_crop_move_the_output_and_drawn_pictures_have_their_own(xl: Base) -> None:
+    conds, x, times = xl.encode(["a dog"]), torch.randn(1, 4, 8, 12), torch.tensor([500.0])
+    drawn = xl.predict(x, times, conds)
+    assert torch.equal(xl.predict(x, times, conds, [RowFacts((16, 24), (0, 0))]), drawn)
+    seen = [xl.predict(x, times, conds, [RowFacts(*of)]) for of in (((40, 24), (0, 0)), ((16, 40), (0, 0)))]
+    seen += [xl.predict(x, times, conds, [RowFacts((16, 24), crop)]) for crop in ((5, 0), (0, 5))]
+    for index, one in enumerate([drawn, *seen]):
+        assert all((one - other).abs().max() > 1e-4 for other in [drawn, *seen][:index])
+
+
+@torch.no_grad()
+def test_no_prompt_is_zeros_where_the_base_asks_for_it(folder: Path) -> None:
+    for asked in (True, False):
+        edit(folder / "model_index.json", force_zeros_for_empty_prompt=asked)
+        (empty,) = load_base(str(folder), device="cpu").encode([""])
+        assert [bool(part.any()) for part in empty.values()] == [not asked] * 2
+
+
+@torch.no_grad()
+def test_a_word_has_a_vector_of_each_encoder(xl: Base) -> None:
+    """`<s1>` with the vectors of `dog` is `dog`, for the pooled prompt too, which is read at the mark of the end."""
+    vector = torch.cat([
+        first_vector(xl.parts.tokenizers[name], xl.parts.models[name].get_input_embeddings(), "dog")  # type: ignore[operator]
+        for name in xl.facts.text_encoders
+    ])  # fmt: skip
+    assert torch.equal(xl.word_start("dog"), vector)
+    (word,) = xl.encode(["a photo of <s1> on the beach"], [{"<s1>": vector[None]}])
+    (plain,) = xl.encode(["a photo of dog on the beach"])
+    assert all(torch.equal(word[name], plain[name]) for name in plain)
+
+
+@torch.no_grad()
+def test_a_long_prompt_keeps_the_pooled_prompt_of_its_first_chunk(xl: Base) -> None:
+    short, long = "a dog on the beach in the snow on the grass on the water in", " of the red toy"
+    (one,), (two,) = xl.encode([short], chunks=2), xl.encode([short + long], chunks=2)
+    assert two["states"].shape == (32, 56)
+    assert torch.equal(one["pooled"], two["pooled"]) and torch.equal(one["states"][:16], two["states"][:16])
+    assert not torch.equal(one["states"][16:], two["states"][16:])
+
+
+def test_the_vae_is_in_fp32_where_fp16_would_overflow(folder: Path) -> None:
+    for upcast, dtype in ((True, torch.float32), (False, torch.float16)):
+        edit(folder / "vae/config.json", force_upcast=upcast)
+        base = load_base(str(folder), device="cpu", dtype=torch.float16)
+        assert {p.dtype for p in base.parts.models["vae"].parameters()} == {dtype}
+        assert {p.dtype for p in base.denoiser.parameters()} == {torch.float16}
+        mean, std = base.to_latents(torch.zeros(1, 3, 16, 16))
+        assert mean.dtype == dtype and torch.isfinite(base.to_pixels(mean + std)).all()
+
+
+def test_a_schedule_without_an_offset_is_sampled_without_one(folder: Path) -> None:
+    """Only the pipeline of 1.x and 2.x sets the offset of schedulers that say none."""
+    edit(folder / "scheduler/scheduler_config.json", steps_offset=0)
+    assert check_base("mine", folder).process.schedule("euler", 4).table_TK[-1, 0] == 0
+
+
+CANNOT: list[tuple[Callable[[Path], object], str]] = [
+    (lambda folder: edit(folder / "unet/config.json", addition_embed_type="image"), r"addition_embed_type: image"),
+    (lambda folder: edit(folder / "unet/config.json", addition_embed_type=None), r"addition_embed_type: None"),
+    (lambda folder: edit(folder / "unet/config.json", addition_time_embed_dim=9), r"takes 68 values.*would get 74"),
+    (lambda folder: edit(folder / "unet/config.json", encoder_hid_dim_type="text_proj"), r"encoder_hid_dim_type"),
+    (lambda folder: edit(folder / "unet/config.json", in_channels=9), r"is an inpainting model"),
+    (lambda folder: edit(folder / "text_encoder_2/config.json", hidden_size=32), r"width 56.*writes 64"),
+    (
+        lambda folder: edit(folder / "text_encoder_2/config.json", architectures=["CLIPTextModel"]),
+        r"text_encoder_2 is a CLIPTextModel; supported is CLIPTextModelWithProjection",
+    ),
+    (lambda folder: shutil.rmtree(folder / "tokenizer_2"), r"has no tokenizer_2"),
+    (lambda folder: shutil.rmtree(folder / "text_encoder_2"), r"no text_encoder_2/config.json"),
+    (lambda folder: (folder / "text_encoder_2/model.safetensors").unlink(), r"text_encoder_2/ has no weights"),
+    (lambda folder: (folder / "scheduler/scheduler_config.json").unlink(), r"has no scheduler"),
+    (
+        lambda folder: edit(folder / "model_index.json", _class_name="StableDiffusionXLImg2ImgPipeline"),
+        r"is a StableDiffusionXLImg2ImgPipeline, which cannot be trained.*Stable Diffusion XL",
+    ),
+]
+
+
+@pytest.mark.parametrize(("damage", "reason"), CANNOT)
+def test_a_base_that_cannot_be_trained_says_why(damage: Callable[[Path], object], reason: str, folder: Path) -> None:
+    damage(folder)
+    with pytest.raises(UserError, match=reason):
+        check_base("mine", folder)
