@@ -6,16 +6,21 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DDPMScheduler, DiffusionPipeline, StableDiffusionXLPipeline
 from torch import Tensor
 
 from serving.engine.engine import Engine
 from tests.families import FAMILIES, write_family
 from tests.serving.company import Shelf, ask, finished, ref, small
+from tests.training.subjects import subject
+from tests.training.trainer.test_pack import distance as apart, run
 from training.adapters.adapter import Adapter, LowRank
 from training.adapters.bank import Bank, Site, find_sites
 from training.base.base import Base, load_base
 from training.base.family import RowFacts
+from training.trainer.batch import Batch, Turn, make_batch
+from training.trainer.checkpoint import dump_state, load_state
+from training.trainer.member import Subject
 
 CLOSE = 1e-4
 VISIBLE = 1e-3  # the least that an adapter of these tests changes
@@ -182,3 +187,73 @@ def test_latents_go_there_and_back(base: Base) -> None:
     assert distance(base.to_pixels(mean), vae.decode(posterior.mean).sample.clamp(-1, 1)) < CLOSE
     more = base.to_pixels(mean + std)
     assert distance(more, vae.decode(posterior.mean + posterior.std).sample.clamp(-1, 1)) < CLOSE
+
+
+# -- 5: the loss is the usual script's
+
+
+def script_loss(pipeline: Any, batch: Batch, row: int) -> float:
+    """The loss of one row by diffusers' train_dreambooth_lora.py and train_dreambooth_lora_sdxl.py."""
+    scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
+    clean, noise, prompt = batch.latents[row][None], batch.noise[row][None], batch.prompts[row]
+    time = torch.tensor([int(batch.places[row])])
+    found = pipeline.encode_prompt(
+        prompt=prompt, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False
+    )
+    given: dict[str, Any] = {"encoder_hidden_states": found[0]}
+    if isinstance(pipeline, StableDiffusionXLPipeline):
+        original, crop = batch.rows[row].original_px, batch.rows[row].crop_px
+        assert original is not None and crop is not None
+        target = [side * pipeline.vae_scale_factor for side in clean.shape[2:]]
+        given["added_cond_kwargs"] = {"text_embeds": found[2], "time_ids": torch.tensor([[*original, *crop, *target]])}
+    said = pipeline.unet(scheduler.add_noise(clean, noise, time), time, **given).sample
+    learns_noise = scheduler.config.prediction_type == "epsilon"
+    goal = noise if learns_noise else scheduler.get_velocity(clean, noise, time)
+    return float(torch.nn.functional.mse_loss(said.float(), goal.float()))
+
+
+@torch.no_grad()
+def test_the_first_loss_is_the_scripts(base: Base, pipeline: Any) -> None:
+    one = subject("one", seed=3, train={"crop": "bucket", "batch_size": 4}, lora={"text_encoder": False})
+    batch = make_batch([Turn(one.spec, one.instance, one.prior, 0, 0)], base.process)
+    losses = [script_loss(pipeline, batch, row) for row in range(8)]
+    with torch.enable_grad():
+        (report,) = run(base, [one], stop=1).reports["one"]
+    assert len({latent.shape for latent in batch.latents}) > 1
+    assert report.instance_loss == pytest.approx(sum(losses[:4]) / 4, rel=CLOSE)
+    assert report.prior_loss == pytest.approx(sum(losses[4:]) / 4, rel=CLOSE)
+
+
+# -- 7 and 8: a subject in a pack is the subject alone, and goes on where it stopped
+
+SUBJECTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "bucket": {"train": {"crop": "bucket", "batch_size": 2}, "prior": {"enabled": False}},
+    "prediction": {"prior": {"source": "prediction"}, "lora": {"rank": 4, "text_encoder": False}},
+    "words": {"words": {"tokens": ["<s1>"]}, "instance_prompt": "a photo of <s1> dog"},
+}
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_subject_in_a_pack_is_the_subject_alone(folder: Path, recompute: bool) -> None:
+    base = load_base(str(folder), device="cpu", dtype=torch.float64)
+    subjects = [subject(id, seed=seed, **settings) for seed, (id, settings) in enumerate(SUBJECTS.items())]
+    packed = run(base, subjects, slots=3, gradient_checkpointing=recompute).adapters
+    for one in subjects:
+        alone = run(base, [one]).adapters[one.spec.id]
+        assert apart(packed[one.spec.id], alone) < 1e-5, one.spec.id
+    moved = {key.partition(".")[0] for key, low in packed["plain"].modules.items() if low.up.any()}
+    assert moved == set(base.facts.components)
+    start = base.word_start("dog")
+    for vectors in packed["words"].embeddings["<s1>"].sub(start).split(base.facts.word_widths, dim=-1):
+        assert vectors.abs().max() > 1e-3
+
+
+def test_stopped_and_resumed_is_never_stopped_bit_for_bit(base: Base) -> None:
+    subjects = [subject(id, seed=seed, **settings) for seed, (id, settings) in enumerate(SUBJECTS.items())]
+    through = run(base, subjects, slots=4)
+    stopped = run(base, subjects, slots=4, stop=2).states
+    resumed = [Subject(s.spec, s.instance, s.prior, load_state(dump_state(stopped[s.spec.id]))) for s in subjects]
+    again = run(base, resumed, slots=4)
+    for id, state in through.states.items():
+        assert dump_state(state) == dump_state(again.states[id])

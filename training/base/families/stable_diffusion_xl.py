@@ -214,7 +214,7 @@ def _check(name: str, folder: Path, unet: dict[str, Any], vae: dict[str, Any], t
     embedding = unet.get("addition_embed_type")
     if embedding != "text_time":
         raise UserError(
-            f"Base '{name}': its UNet has `addition_embed_type: {embedding}`, and Stable Diffusion XL's is 'text_time'. "
+            f"Base '{name}': its UNet has `addition_embed_type: {embedding}`, and SDXL's is 'text_time'. "
             "Take a text-to-image base of that kind."
         )
     pooled, each = texts[1].get("projection_dim", 1280), unet.get("addition_time_embed_dim") or 0
