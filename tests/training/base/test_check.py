@@ -179,7 +179,7 @@ def test_a_hub_id_is_refused_before_its_weights_are_fetched(folder: Path, monkey
 @pytest.mark.parametrize(
     ("keys", "reason"),
     [
-        ({"conditioner.embedders.0.x": (2,)}, "it is Stable Diffusion XL"),
+        ({"conditioner.embedders.0.x": (2,)}, "it is a refiner of Stable Diffusion XL"),
         ({"lora_unet_a.lora_down.weight": (2,)}, "an adapter, not a base"),
         (
             {

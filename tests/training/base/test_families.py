@@ -14,10 +14,13 @@ from tests.families import FAMILIES, write_family
 from tests.serving.company import Shelf, ask, finished, ref, small
 from tests.training.subjects import subject
 from tests.training.trainer.test_pack import distance as apart, run
-from training.adapters.adapter import Adapter, LowRank
+from training.adapters.adapter import Adapter, LowRank, load_adapter, save_adapter
 from training.adapters.bank import Bank, Site, find_sites
+from training.adapters.formats.formats import Format, export_adapter, import_adapter, label_of
+from training.adapters.fuse import fuse_base
 from training.base.base import Base, load_base
 from training.base.family import RowFacts
+from training.base.files.outline import outline
 from training.trainer.batch import Batch, Turn, make_batch
 from training.trainer.checkpoint import dump_state, load_state
 from training.trainer.member import Subject
@@ -257,3 +260,64 @@ def test_stopped_and_resumed_is_never_stopped_bit_for_bit(base: Base) -> None:
     again = run(base, resumed, slots=4)
     for id, state in through.states.items():
         assert dump_state(state) == dump_state(again.states[id])
+
+
+# -- 6: files that other programs read, and theirs
+
+
+@pytest.fixture
+def adapter(base: Base) -> Adapter:
+    return adapter_over(default_sites(base), 5, size=0.3)
+
+
+def drawn_with(pipeline: Any, base: Base, folder: Path, files: dict[str, bytes]) -> Tensor:
+    """The pipeline's picture with an adapter that it loads from a folder of files."""
+    (file,) = [name for name in files if not name.startswith("embeddings/")]
+    folder.mkdir()
+    (folder / file).write_bytes(files[file])
+    try:
+        pipeline.load_lora_weights(folder, weight_name=file)
+        return drawn_by(pipeline, base, width=base.facts.resolution)
+    finally:
+        pipeline.unload_lora_weights()
+
+
+def test_a_written_adapter_is_loaded_by_the_pipeline_and_draws_the_same(
+    base: Base, pipeline: Any, adapter: Adapter, tmp_path: Path
+) -> None:
+    label = label_of("rusty", base.folder, base.facts.resolution)
+    modules = outline(str(base.folder)).shapes.keys()
+    ours = served(base, {"a": adapter}, "a")
+    assert distance(ours, served(base, {})) > VISIBLE
+    formats: tuple[Format, ...] = ("diffusers", "kohya")
+    for format in formats:
+        files = export_adapter(adapter, format, modules, label)
+        assert distance(drawn_with(pipeline, base, tmp_path / format, files), ours) < CLOSE, format
+
+
+@pytest.mark.parametrize("format", ["diffusers", "kohya", "peft"])
+def test_an_adapter_over_every_layer_comes_back_from_every_format(base: Base, format: Format) -> None:
+    every = [site for found in sites_of(base).values() for site in found]
+    words = {"<s1>": torch.ones(base.facts.word_width), "<s-1>": torch.ones(2, base.facts.word_width)}
+    widths = base.facts.word_widths
+    noted = {"word_widths": ",".join(map(str, widths))} if len(widths) > 1 else {}
+    whole = Adapter(adapter_over(every, 6).modules, words, noted)
+    label = label_of("rusty", base.folder, base.facts.resolution)
+    modules = outline(str(base.folder)).shapes.keys()
+    files = export_adapter(whole, format, modules, label)
+    back = import_adapter(files, modules)
+    assert back.modules.keys() == whole.modules.keys() and back.metadata == noted
+    assert all(torch.equal(back.embeddings[word], vectors) for word, vectors in words.items())
+    for key, low in whole.modules.items():
+        assert distance(back.modules[key].delta(), low.delta()) < CLOSE, key
+    assert load_adapter(save_adapter(whole)).modules.keys() == whole.modules.keys()
+
+
+def test_an_adapter_fused_into_its_base_draws_the_same(base: Base, adapter: Adapter, tmp_path: Path) -> None:
+    words = {"<s1>": base.word_start("dog")[None] + 0.1}
+    fused = fuse_base(str(base.folder), [(Adapter(adapter.modules, words), 1.0)], tmp_path / "fused")
+    assert fused.words == {"<s1>": ["<s1>"]}
+    again = load_base(str(tmp_path / "fused"), device="cpu")
+    assert distance(served(again, {}), served(base, {"a": adapter}, "a")) < 1e-2  # weights of float16
+    worn = served(base, {"a": Adapter(adapter.modules, words)}, "a", prompt="a photo of <s1>")
+    assert distance(served(again, {}, prompt="a photo of <s1>"), worn) < 1e-2

@@ -7,12 +7,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
+from diffusers import StableDiffusionXLPipeline
 
 from tests.families import write_family
+from tests.original import original_unet
+from training.adapters.adapter import Adapter, LowRank, check_adapter
+from training.adapters.bank import find_sites
+from training.adapters.formats.formats import export_adapter, import_adapter, label_of
+from training.adapters.formats.kohya import write_kohya
+from training.adapters.formats.sgm import sgm_paths
+from training.adapters.tensor_file import read_tensors
 from training.base.base import Base, load_base
 from training.base.family import RowFacts
 from training.base.files.check import check_base
+from training.base.files.outline import outline
 from training.base.words import first_vector
 from training.errors import UserError
 
@@ -102,6 +112,79 @@ def test_a_schedule_without_an_offset_is_sampled_without_one(folder: Path) -> No
     """Only the pipeline of 1.x and 2.x sets the offset of schedulers that say none."""
     edit(folder / "scheduler/scheduler_config.json", steps_offset=0)
     assert check_base("mine", folder).process.schedule("euler", 4).table_TK[-1, 0] == 0
+
+
+# -- files
+
+
+def test_layers_are_named_as_in_the_original_checkpoint(xl: Base) -> None:
+    unet: Any = xl.denoiser
+    originals = dict(zip(unet.state_dict(), original_unet(unet), strict=True))
+    sites = find_sites("unet", unet, xl.facts.layers)
+    paths = [site.key.removeprefix("unet.") for site in sites]
+    named = sgm_paths(paths)
+    for path in paths:
+        assert originals[f"{path}.weight"] == f"model.diffusion_model.{named[path]}.weight"
+
+
+def test_a_kohya_file_of_another_program_is_read(xl: Base) -> None:
+    """Its names, and its alpha: half the rank halves the change."""
+    layers = "text_model.encoder.layers"
+    names = {
+        "lora_unet_input_blocks_3_1_proj_out": "unet.down_blocks.1.attentions.0.proj_out",
+        "lora_unet_middle_block_1_proj_in": "unet.mid_block.attentions.0.proj_in",
+        "lora_unet_output_blocks_1_2_conv": "unet.up_blocks.0.upsamplers.0.conv",
+        "lora_te1_text_model_encoder_layers_1_mlp_fc1": f"text_encoder.{layers}.1.mlp.fc1",
+        "lora_te2_text_model_encoder_layers_2_self_attn_q_proj": f"text_encoder_2.{layers}.2.self_attn.q_proj",
+        "lora_te2_text_projection": "text_encoder_2.text_projection",
+    }
+    shapes = outline(str(xl.folder)).shapes
+    tensors: dict[str, torch.Tensor] = {}
+    for name, module in names.items():
+        out, *down = shapes[module]
+        tensors[f"{name}.lora_down.weight"] = torch.ones(4, *down)
+        tensors[f"{name}.lora_up.weight"] = torch.ones(out, 4, *(1,) * (len(down) - 1))
+        tensors[f"{name}.alpha"] = torch.tensor(2.0)
+    adapter = import_adapter({"some.safetensors": safetensors.torch.save(tensors)}, shapes.keys())
+    assert adapter.modules.keys() == set(names.values())
+    check_adapter(adapter, shapes, 4)
+    assert all(torch.equal(low.delta(), torch.full_like(low.delta(), 2.0)) for low in adapter.modules.values())
+
+
+def test_a_kohya_file_says_what_it_is_for(xl: Base) -> None:
+    (site,) = find_sites("text_encoder", xl.models["text_encoder"], ["encoder.layers.0.mlp.fc1"])
+    adapter = Adapter({site.key: LowRank(torch.ones(1, 32), torch.ones(37, 1))})
+    label = label_of("rusty", xl.folder, 1024)
+    tensors, metadata = read_tensors(write_kohya(adapter, label, outline(str(xl.folder)).shapes))
+    assert {key.partition(".")[0] for key in tensors} == {"lora_te1_text_model_encoder_layers_0_mlp_fc1"}
+    assert metadata["modelspec.architecture"] == "stable-diffusion-xl-v1-base/lora"
+    assert metadata["ss_base_model_version"] == "sdxl_base_v1-0" and metadata["ss_v2"] == "False"
+
+
+@torch.no_grad()
+def test_a_words_file_is_read_by_diffusers(xl: Base) -> None:
+    vectors = torch.randn(2, 56).half()
+    files = export_adapter(Adapter({}, {"<s1>": vectors}, {"word_widths": "32,24"}), "peft")
+    assert list(files) == ["embeddings/s1.safetensors"]
+    tensors = read_tensors(files["embeddings/s1.safetensors"]).tensors
+    assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == {"clip_l": (2, 32), "clip_g": (2, 24)}
+    pipeline = StableDiffusionXLPipeline.from_pretrained(xl.folder, local_files_only=True)
+    for key, which in (("clip_l", ""), ("clip_g", "_2")):
+        encoder, tokenizer = (getattr(pipeline, part + which) for part in ("text_encoder", "tokenizer"))
+        pipeline.load_textual_inversion(tensors[key].float(), token="<s1>", text_encoder=encoder, tokenizer=tokenizer)
+    states, _, pooled, _ = pipeline.encode_prompt("a photo of <s1> dog", do_classifier_free_guidance=False)
+    (cond,) = xl.encode(["a photo of <s1> dog"], [{"<s1>": vectors.float()}])
+    assert torch.allclose(cond["states"], states[0], atol=1e-5) and torch.allclose(cond["pooled"], pooled[0], atol=1e-5)
+
+
+def test_a_words_file_of_another_program_is_named_by_its_file() -> None:
+    tensors = {"clip_g": torch.ones(1, 24), "clip_l": torch.zeros(1, 32)}
+    adapter = import_adapter({"words/easy.safetensors": safetensors.torch.save(tensors)}, ())
+    assert torch.equal(adapter.embeddings["easy"], torch.tensor([[0.0] * 32 + [1.0] * 24]))
+    assert adapter.metadata == {"word_widths": "32,24"}
+    tensors["clip_g"] = torch.ones(2, 24)
+    with pytest.raises(UserError, match="not as many vectors for each text encoder"):
+        import_adapter({"easy.safetensors": safetensors.torch.save(tensors)}, ())
 
 
 CANNOT: list[tuple[Callable[[Path], object], str]] = [

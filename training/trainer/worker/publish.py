@@ -52,6 +52,7 @@ class Publication:
 def publish_subject(registry: Registry, base: Base, publication: Publication) -> str:
     """Publishes a subject and returns its version."""
     spec, history = publication.spec, publication.state.history
+    widths = base.facts.word_widths
     named = Adapter(
         modules=publication.adapter.modules,
         embeddings=publication.adapter.embeddings,
@@ -60,6 +61,7 @@ def publish_subject(registry: Registry, base: Base, publication: Publication) ->
             "base_hash": base.hash,
             "class": spec.class_ or "",
             "trigger": trigger(spec),
+            "word_widths": ",".join(map(str, widths)) if publication.adapter.embeddings and len(widths) > 1 else "",
         },
     )
     weights = save_adapter(named)
