@@ -9,11 +9,14 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+import yaml
 from diffusers import StableDiffusionXLPipeline
 
 from tests.families import write_family
 from tests.original import original_unet
-from training.adapters.adapter import Adapter, LowRank, check_adapter
+from tests.tiny import tiny_images
+from training.__main__ import main
+from training.adapters.adapter import Adapter, LowRank, check_adapter, load_adapter
 from training.adapters.bank import find_sites
 from training.adapters.formats.formats import export_adapter, import_adapter, label_of
 from training.adapters.formats.kohya import write_kohya
@@ -25,6 +28,9 @@ from training.base.files.check import check_base
 from training.base.files.outline import outline
 from training.base.words import first_vector
 from training.errors import UserError
+from training.storage.registry import Registry
+from training.storage.storage import open_storage
+from training.trainer.latents import load_latents
 
 
 @pytest.fixture(scope="module")
@@ -185,6 +191,28 @@ def test_a_words_file_of_another_program_is_named_by_its_file() -> None:
     tensors["clip_g"] = torch.ones(2, 24)
     with pytest.raises(UserError, match="not as many vectors for each text encoder"):
         import_adapter({"easy.safetensors": safetensors.torch.save(tensors)}, ())
+
+
+def test_a_manifest_on_it_is_trained_and_published(xl: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From photos to an adapter of UNet, both text encoders and a word, which its file says how to part."""
+    tiny_images(tmp_path / "rusty", side=40)
+    subject = {
+        "id": "rusty", "images": "rusty", "class": "dog", "instance_prompt": "a photo of <s1> dog",
+        "words": {"tokens": ["<s1>"]}, "prior": {"images": 2, "steps": 2}, "samples": {"images": 1, "steps": 2},
+        "train": {"max_steps": 2, "learning_rate": 1e-2, "text_encoder_learning_rate": 1e-2, "crop": "bucket"},
+        "evaluate": {"enabled": False},
+    }  # fmt: skip
+    manifest = {"version": 1, "name": "pets", "base": str(xl.folder), "subjects": [subject]}
+    (tmp_path / "pets.yaml").write_text(yaml.safe_dump(manifest))
+    monkeypatch.setattr("sys.argv", ["training", str(tmp_path / "pets.yaml"), "--storage", str(tmp_path / "storage")])
+    assert main() == 0
+    registry = Registry(open_storage(str(tmp_path / "storage")))
+    adapter = load_adapter(registry.weights(registry.resolve("default/rusty")))
+    assert {key.partition(".")[0] for key, low in adapter.modules.items() if low.up.any()} == set(xl.facts.components)
+    assert adapter.embeddings["<s1>"].shape == (1, 56) and adapter.metadata["word_widths"] == "32,24"
+    (cached,) = (tmp_path / "storage/cache/latents").glob("*.safetensors")
+    images = load_latents(open_storage(str(cached.parent)), cached.name)
+    assert images is not None and {image.row.original_px for image in images} == {(40, 40)}
 
 
 CANNOT: list[tuple[Callable[[Path], object], str]] = [
