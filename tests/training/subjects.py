@@ -6,6 +6,7 @@ from typing import Any
 import torch
 import yaml
 
+from training.base.family import RowFacts
 from training.manifest.manifest import parse_manifest
 from training.manifest.subject import SubjectSpec
 from training.trainer.latents import LatentSet, Posterior, posteriors
@@ -20,12 +21,13 @@ def spec(id: str, **settings: Any) -> SubjectSpec:
 
 
 def latents(prompt: str, count: int, seed: int, sizes: Sequence[tuple[int, int]] = ((8, 8),)) -> LatentSet:
-    """Of `count` images, whose sizes take turns."""
+    """Of `count` images, whose sizes take turns; each was cropped from another place of another photo."""
     generator = torch.Generator().manual_seed(seed)
     images: list[Posterior] = []
     for index in range(count):
         mean = torch.randn(1, 4, *sizes[index % len(sizes)], generator=generator)
-        images += posteriors(mean, torch.full_like(mean, 0.1))
+        (image,) = posteriors(mean, torch.full_like(mean, 0.1))
+        images.append(image._replace(row=RowFacts((20 + index, 30), (index, 2))))
     return LatentSet(tuple(images), (prompt,) * count)
 
 

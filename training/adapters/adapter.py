@@ -20,7 +20,9 @@ from training.errors import UserError
 from training.storage.card import MAX_BYTES as MAX_BYTES
 from training.storage.storage import content_id
 
-METADATA = ("base", "base_hash", "class", "trigger")  # the file carries these and nothing else that is not a tensor
+# the file carries these and nothing else that is not a tensor; `word_widths` ("768,1280"): of the parts of a word's
+# vectors, where several text encoders read one each
+METADATA = ("base", "base_hash", "class", "trigger", "word_widths")
 _PADDED = "dreamfleet.padded"
 CANONICAL = "dreamfleet"  # the metadata key, with the version of the layout, that marks a canonical file
 _FORMAT = {"format": "pt", CANONICAL: "1"}

@@ -78,7 +78,7 @@ class Family(Protocol):
     ) -> list[Cond]:
         """The record of each prompt. `words[n]`: what prompt n may use; differentiable towards them and routes.
 
-        Prompts are cut after `chunks`, and filled up to it.
+        Prompts are cut after `chunks`, and filled up to it. The empty prompt is what the pipeline has without a prompt.
         """
 
     def to_latents(self, parts: Parts, pixels_N3HW: "Tensor") -> tuple["Tensor", "Tensor"]:

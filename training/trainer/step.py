@@ -46,7 +46,7 @@ class Step:
             with self._bank.using(route, *self._text_routes(order, members)):
                 conds = self._conds(batch, members, order)
                 goal = self._base_predictions(batch, goal, noisy, levels.times_N)
-                prediction = self._base.predict(noisy, levels.times_N, conds)
+                prediction = self._base.predict(noisy, levels.times_N, conds, batch.rows)
                 losses_N = row_losses(prediction, goal) * self._row_weights(batch, members, levels.snr_N)
                 instance_M, prior_M = _by_member(losses_N, batch, len(members))
                 factor_M = losses_N.new_tensor([m.spec.prior.weight for m in members])
@@ -113,7 +113,8 @@ class Step:
             return goal
         with torch.no_grad(), self._bank.using():
             plain = [self._frozen_cond(batch.prompts[row]) for row in rows]
-            goal[rows] = self._base.predict(noisy[rows], times_N[rows], plain).to(goal)
+            sizes = [batch.rows[row] for row in rows]
+            goal[rows] = self._base.predict(noisy[rows], times_N[rows], plain, sizes).to(goal)
         return goal
 
     def _row_weights(self, batch: Batch, members: Sequence[Member], snr_N: Tensor) -> Tensor:

@@ -44,7 +44,8 @@ def run(
     base: Base, subjects: Sequence[Subject], *, slots: int = 1, rank: int = 8, stop: int | None = None, **options: Any
 ) -> Outcome:
     """Trains subjects in one pack to their ends, or for `stop` fused steps."""
-    pack = Pack(base, training_bank(base, slots=slots, rank=rank, targets=TARGETS, words=2), **options)
+    targets = dict.fromkeys(base.facts.components, TARGETS["text_encoder"]) | {base.facts.denoiser: TARGETS["unet"]}
+    pack = Pack(base, training_bank(base, slots=slots, rank=rank, targets=targets, words=2), **options)
     todo, out = list(subjects), Outcome()
 
     def feed(count: int) -> list[Subject]:

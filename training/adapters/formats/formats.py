@@ -7,7 +7,7 @@ the rule that an import which attaches nothing, or leaves a key unused, is an er
 """
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import Literal, get_args
 
@@ -42,30 +42,37 @@ Format = Literal["diffusers", "kohya", "lora_diffusion", "peft"]
 
 # what lies beside weights in the folders of other programs, and is none
 _NO_WEIGHTS = (".json", ".md", ".txt", ".yaml", ".yml", ".png", ".jpg", ".jpeg", ".webp", ".gitattributes")
+TWO_CLIPS = ("clip_l", "clip_g")  # keys of the vectors of Stable Diffusion XL's text encoders
+TOKEN = "token"  # our metadata in such a file: what the file's name cannot hold
 _UNSAFE = re.compile(r"[^A-Za-z0-9_-]+")
 
 
 def export_adapter(
-    adapter: Adapter, format: Format, modules: Collection[str] = (), label: Label | None = None
+    adapter: Adapter,
+    format: Format,
+    modules: Collection[str] = (),
+    label: Label | None = None,
 ) -> dict[str, bytes]:
     """The files of `adapter` in `format`, by name: its weights in float16, and one file for each trained token.
 
-    `modules` are the canonical keys of all modules of the base; lora_diffusion needs them, as its keys are positions.
-    `label` is what kohya's readers show. Raises AdapterError if the format cannot hold the adapter.
+    `modules` are the canonical keys of all modules of the base; lora_diffusion needs them, as its keys are positions,
+    and kohya for Stable Diffusion XL. `label` is what kohya's readers show. Raises AdapterError if the format cannot
+    hold the adapter.
     """
     if format == "diffusers":
         files = {"pytorch_lora_weights.safetensors": save_adapter(adapter)}
     elif format == "kohya":
         name = label or Label()
-        files = {f"{_UNSAFE.sub('_', name.name)}.safetensors": write_kohya(adapter, name)}
+        files = {f"{_UNSAFE.sub('_', name.name)}.safetensors": write_kohya(adapter, name, modules)}
     elif format == "lora_diffusion":
         files = write_lora_diffusion(adapter, modules)
     elif format == "peft":
         files = write_peft(adapter)
     else:
         raise AdapterError(f"Unknown format {format!r}. Known: {', '.join(get_args(Format))}.")
+    widths = [int(width) for width in adapter.metadata.get("word_widths", "").split(",") if width]
     for token, vectors in adapter.embeddings.items():
-        files[_embedding_name(token, files)] = _write_embedding(token, vectors)
+        files[_embedding_name(token, files)] = _write_embedding(token, vectors, widths)
     return files
 
 
@@ -127,6 +134,8 @@ def _format_of(source: ImportedFile) -> str:
         return "kohya"
     if named := is_named(keys):
         return named
+    if set(keys) == set(TWO_CLIPS):
+        return "embedding"
     if len(keys) == 1 and source.tensors[keys[0]].ndim in (1, 2) and "lora" not in keys[0]:
         return "embedding"
     raise AdapterError(
@@ -142,9 +151,7 @@ def _read(source: ImportedFile, modules: frozenset[str], parts: ImportedParts) -
     elif format == "kohya":
         read_kohya(source, modules, parts)
     elif format == "embedding":
-        (key,) = source.tensors
-        stem = PurePosixPath(source.name).stem
-        parts.embed(check_token(stem if key == "emb_params" else key), source.tensors[key])
+        _read_embedding(source, parts)
     else:
         read_named(source, modules, parts)
     ours = CANONICAL in source.metadata
@@ -152,6 +159,19 @@ def _read(source: ImportedFile, modules: frozenset[str], parts: ImportedParts) -
         if key.startswith(OWN) or ours:
             parts.metadata[key.removeprefix(OWN)] = value
     parts.notes |= source.metadata
+
+
+def _read_embedding(source: ImportedFile, parts: ImportedParts) -> None:
+    """One token: its key is its name, or the file's where the keys say something else."""
+    key, *others = source.tensors
+    stem = source.metadata.get(OWN + TOKEN) or PurePosixPath(source.name).stem
+    token = stem if others or key == "emb_params" else key
+    vectors = [source.tensors[name] for name in (TWO_CLIPS if others else (key,))]
+    if len({tensor.shape[:-1] for tensor in vectors}) > 1:
+        raise AdapterError(f"{source.name} has not as many vectors for each text encoder: {' and '.join(TWO_CLIPS)}.")
+    if others:
+        parts.metadata["word_widths"] = ",".join(str(tensor.shape[-1]) for tensor in vectors)
+    parts.embed(check_token(token), torch.cat(vectors, dim=-1))
 
 
 def _low_rank(name: str, half: Mapping[str, torch.Tensor]) -> LowRank:
@@ -170,6 +190,13 @@ def _embedding_name(token: str, taken: Collection[str]) -> str:
     return next(name for name in names if name not in taken)
 
 
-def _write_embedding(token: str, vectors: torch.Tensor) -> bytes:
-    """The usual embedding file: one tensor named by its token, as A1111, ComfyUI and diffusers read it."""
-    return write_tensors({check_token(token): vectors.detach().to("cpu", torch.float16)}, {"format": "pt"})
+def _write_embedding(token: str, vectors: torch.Tensor, widths: Sequence[int]) -> bytes:
+    """The usual embedding file, as A1111, ComfyUI and diffusers read it: one tensor named by its token.
+
+    For two text encoders it is one tensor of each, and the file's name is the token's.
+    """
+    halves = vectors.detach().to("cpu", torch.float16)
+    if len(widths) != len(TWO_CLIPS):
+        return write_tensors({check_token(token): halves}, {"format": "pt"})
+    parts = zip(TWO_CLIPS, halves.split(tuple(widths), dim=-1), strict=True)
+    return write_tensors({name: part.contiguous() for name, part in parts}, {"format": "pt", OWN + TOKEN: token})

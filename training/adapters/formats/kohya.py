@@ -2,7 +2,8 @@
 
 Keys are `lora_unet_<path with underscores>.lora_down.weight`, `.lora_up.weight`, `.alpha`; `lora_te_` for the text
 encoder, `lora_te1_` and `lora_te2_` where there are two. A path cannot be told from its underscored form alone, so
-names are looked up among the base's modules.
+names are looked up among the base's modules. Files for Stable Diffusion XL name UNet layers as SGM does
+(`lora_unet_input_blocks_…`).
 """
 
 import hashlib
@@ -16,6 +17,7 @@ import torch
 
 from training.adapters.adapter import Adapter, AdapterError, padded, padding_note
 from training.adapters.formats.parts import ImportedFile, ImportedParts, halves, own_metadata
+from training.adapters.formats.sgm import sgm_paths
 from training.adapters.tensor_file import write_tensors
 from training.base.facts import read_config
 
@@ -23,12 +25,15 @@ _PREFIXES = ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_")
 _PARTS = {"lora_down.weight": "down", "lora_up.weight": "up", "alpha": "alpha"}
 _V2_WIDTH = 1024  # of the text encoder that Stable Diffusion 2.x reads; 1.x has 768
 
-Architecture = Literal["stable-diffusion-v1", "stable-diffusion-v2-512", "stable-diffusion-v2-768-v"]
+XL: Literal["stable-diffusion-xl-v1-base"] = "stable-diffusion-xl-v1-base"
+Architecture = Literal[
+    "stable-diffusion-v1", "stable-diffusion-v2-512", "stable-diffusion-v2-768-v", "stable-diffusion-xl-v1-base"
+]
 
 
 @dataclass(frozen=True)
 class Label:
-    """What user interfaces show about a file: nothing here changes an image."""
+    """What user interfaces show about a file. Only `architecture` changes more: how its layers are named."""
 
     name: str = "adapter"
     architecture: Architecture = "stable-diffusion-v1"
@@ -41,7 +46,10 @@ def label_of(name: str, folder: Path, resolution_px: int) -> Label:
     scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
     v_prediction = scheduler.get("prediction_type") == "v_prediction"
     architecture: Architecture = "stable-diffusion-v1"
-    if read_config(folder, "unet").get("cross_attention_dim") == _V2_WIDTH:
+    unet = read_config(folder, "unet")
+    if unet.get("addition_embed_type") is not None:
+        architecture = XL
+    elif unet.get("cross_attention_dim") == _V2_WIDTH:
         architecture = "stable-diffusion-v2-768-v" if v_prediction else "stable-diffusion-v2-512"
     return Label(name, architecture, resolution_px, v_prediction)
 
@@ -51,15 +59,16 @@ def is_kohya(keys: Sequence[str]) -> bool:
     return bool(keys) and all(key.startswith(_PREFIXES) for key in keys)
 
 
-def write_kohya(adapter: Adapter, label: Label) -> bytes:
+def write_kohya(adapter: Adapter, label: Label, modules: Collection[str]) -> bytes:
     """The file, alpha = rank. Tokens are no part of it: readers refuse a file with other keys.
 
-    The modules of a component get one rank, padded with zeros: diffusers gives them all the most frequent alpha.
+    `modules` are those of the base, by which Stable Diffusion XL's are named. The modules of a component get one rank,
+    padded with zeros: diffusers gives them all the most frequent alpha.
     """
-    two = any(name.startswith("text_encoder_2.") for name in adapter.modules)
+    original = _sgm_names(modules) if label.architecture == XL else {}
     tensors: dict[str, torch.Tensor] = {}
     for module, low in padded(adapter.modules).items():
-        name = kohya_name(module, two)
+        name = original.get(module) or kohya_name(module, two=label.architecture == XL)
         if f"{name}.alpha" in tensors:
             raise AdapterError(f"Two modules have the kohya name {name}; this format cannot hold both.")
         tensors[f"{name}.lora_down.weight"], tensors[f"{name}.lora_up.weight"] = low.down, low.up
@@ -95,15 +104,23 @@ def kohya_name(module: str, two: bool = False) -> str:
 def _names(modules: Collection[str]) -> dict[str, list[str]]:
     """All kohya names of `modules`, each with the modules that it may mean."""
     names: dict[str, list[str]] = {}
+    original = _sgm_names(modules)
     for module in sorted(modules):
-        for name in {kohya_name(module), kohya_name(module, two=True)}:
+        for name in {kohya_name(module), kohya_name(module, two=True), original.get(module, "")} - {""}:
             names.setdefault(name, []).append(module)
     return names
+
+
+def _sgm_names(modules: Collection[str]) -> dict[str, str]:
+    """The kohya name of each UNet module by the original programs' paths."""
+    paths = sgm_paths([module.removeprefix("unet.") for module in modules if module.startswith("unet.")])
+    return {f"unet.{path}": f"lora_unet_{original.replace('.', '_')}" for path, original in paths.items()}
 
 
 def _metadata(adapter: Adapter, label: Label, tensors: dict[str, torch.Tensor]) -> dict[str, str]:
     """kohya's `ss_` keys, the modelspec and our own; the hash is of the tensors alone, as kohya's is."""
     v2 = label.architecture.startswith("stable-diffusion-v2")
+    version = ("sd_v2" if v2 else "sd_v1") + ("_v" if label.v_prediction else "")
     plain = write_tensors(tensors, {})
     body = plain[8 + int.from_bytes(plain[:8], "little") :]
     made = (
@@ -111,7 +128,7 @@ def _metadata(adapter: Adapter, label: Label, tensors: dict[str, torch.Tensor]) 
         | padding_note(adapter.modules)
         | {
             "ss_v2": str(v2),
-            "ss_base_model_version": ("sd_v2" if v2 else "sd_v1") + ("_v" if label.v_prediction else ""),
+            "ss_base_model_version": "sdxl_base_v1-0" if label.architecture == XL else version,
             "ss_network_module": "networks.lora",
             "ss_network_dim": str(adapter.rank),
             "ss_network_alpha": str(float(adapter.rank)),
