@@ -15,6 +15,7 @@ import torch
 from training.base.base import load_base
 from training.evaluation.evaluate import Exam, evaluate_subjects
 from training.evaluation.judges.box import JudgeBox
+from training.manifest.defaults import fill_subject
 from training.manifest.manifest import SubjectSpec, load_manifest
 from training.photos.photos import Photo, list_photo_files, photos
 from training.trainer.latents import LatentSet, encode_photos
@@ -35,7 +36,9 @@ def main() -> None:
     asked = parser.parse_args()
     torch.set_num_threads(1)
     base, manifest = load_base("pocket", device="cpu"), load_manifest(DEMO)
-    specs = [_with_prompts(spec, asked.prompts) for spec in manifest.subjects[: asked.subjects]]
+    specs = [
+        fill_subject(_with_prompts(spec, asked.prompts), base.facts) for spec in manifest.subjects[: asked.subjects]
+    ]
     images = {spec.id: _images(spec, Path(manifest.root), base.facts.resolution) for spec in specs}
     pack = Pack(
         base,

@@ -16,6 +16,7 @@ from training.base.base import best_device, load_base
 from training.base.files.outline import outline
 from training.errors import UserError
 from training.evaluation.report import write_report
+from training.manifest.defaults import filled
 from training.manifest.manifest import Manifest, load_manifest
 from training.manifest.plan import PackPlan, plan_run
 from training.photos.intake import current_fingerprint
@@ -93,7 +94,9 @@ def main() -> int:
 
 
 def _run(manifest: Manifest, storage: Storage, path: str) -> int:
-    plan = plan_run(manifest, outline(manifest.base, manifest.root))
+    found = outline(manifest.base, manifest.root)
+    manifest = filled(manifest, found.facts)
+    plan = plan_run(manifest, found)
     failed, started = 0, time.time()
     for pack in plan.packs:
         dtype = precision(pack.profile.mixed_precision, best_device())

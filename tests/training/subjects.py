@@ -6,6 +6,7 @@ from typing import Any
 import torch
 import yaml
 
+from training.base.families.stable_diffusion import ATTENTION, CLIP_ATTENTION
 from training.manifest.manifest import SubjectSpec, parse_manifest
 from training.trainer.latents import LatentSet, Posterior, posteriors
 from training.trainer.member import Subject
@@ -14,7 +15,8 @@ from training.trainer.member import Subject
 def spec(id: str, **settings: Any) -> SubjectSpec:
     """A subject's settings; the learning rates are large enough to see an effect in a few steps."""
     train = {"max_steps": 4, "learning_rate": 1e-2, "text_encoder_learning_rate": 1e-3, **settings.pop("train", {})}
-    entry = {"id": id, "images": "x", "class": "dog", "train": train, **settings}
+    lora = {"targets": list(ATTENTION), "text_encoder_targets": list(CLIP_ATTENTION), **settings.pop("lora", {})}
+    entry = {"id": id, "images": "x", "class": "dog", "train": train, "lora": lora, **settings}
     return parse_manifest(yaml.safe_dump({"version": 1, "name": "test", "subjects": [entry]})).subjects[0]
 
 

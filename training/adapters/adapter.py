@@ -27,6 +27,7 @@ _FORMAT = {"format": "pt", CANONICAL: "1"}
 _EMBEDDING = "lora_embeddings."  # diffusers refuses a file with a key that lacks `lora`, and ignores this prefix
 _SUFFIXES = {
     "unet": (".lora.down.weight", ".lora.up.weight"),
+    "transformer": (".lora_A.weight", ".lora_B.weight"),
     "text_encoder": (".lora_linear_layer.down.weight", ".lora_linear_layer.up.weight"),
     "text_encoder_2": (".lora_linear_layer.down.weight", ".lora_linear_layer.up.weight"),
 }
@@ -193,7 +194,7 @@ def _component(name: str) -> str:
     component, _, path = name.partition(".")
     if component not in _SUFFIXES or not path:
         raise AdapterError(f"Module {name!r} belongs to no known component: {', '.join(_SUFFIXES)}.")
-    if component != "unet" and not path.startswith("text_model.") and path != "text_projection":
+    if component.startswith("text_encoder") and not path.startswith("text_model.") and path != "text_projection":
         raise AdapterError(f"Module {name!r} is not canonical: expected {component}.text_model.{path}.")
     return component
 

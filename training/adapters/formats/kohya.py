@@ -1,8 +1,8 @@
 """kohya's format, which AUTOMATIC1111, ComfyUI and most others read.
 
 Keys are `lora_unet_<path with underscores>.lora_down.weight`, `.lora_up.weight`, `.alpha`; `lora_te_` for the text
-encoder, `lora_te1_` and `lora_te2_` where there are two. A path cannot be told from its underscored form alone, so
-names are looked up among the base's modules.
+encoder, `lora_te1_` and `lora_te2_` where there are two; `lora_transformer_` for a transformer, as OneTrainer has it. A
+path cannot be told from its underscored form alone, so names are looked up among the base's modules.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ from training.adapters.formats.parts import Parts, Source, halves, own_metadata
 from training.adapters.tensor_file import write_tensors
 from training.base.facts import read_config
 
-_PREFIXES = ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_")
+_PREFIXES = ("lora_unet_", "lora_transformer_", "lora_te_", "lora_te1_", "lora_te2_")
 _PARTS = {"lora_down.weight": "down", "lora_up.weight": "up", "alpha": "alpha"}
 _V2_WIDTH = 1024  # of the text encoder that Stable Diffusion 2.x reads; 1.x has 768
 
@@ -88,8 +88,13 @@ def kohya_name(module: str, two: bool = False) -> str:
     """The name of a canonical module key; `two`: the base has two text encoders."""
     component, _, path = module.partition(".")
     first = "lora_te1_" if two else "lora_te_"
-    prefix = {"unet": "lora_unet_", "text_encoder": first, "text_encoder_2": "lora_te2_"}[component]
-    return prefix + path.replace(".", "_")
+    prefixes = {
+        "unet": "lora_unet_",
+        "transformer": "lora_transformer_",
+        "text_encoder": first,
+        "text_encoder_2": "lora_te2_",
+    }
+    return prefixes[component] + path.replace(".", "_")
 
 
 def _names(modules: Collection[str]) -> dict[str, list[str]]:

@@ -4,10 +4,11 @@ import json
 from pathlib import Path
 
 from training.base.families.stable_diffusion import StableDiffusion
+from training.base.families.z_image import ZImage
 from training.base.family import Family
 from training.errors import UserError
 
-FAMILIES: tuple[type[Family], ...] = (StableDiffusion,)
+FAMILIES: tuple[type[Family], ...] = (StableDiffusion, ZImage)
 
 
 def open_family(folder: Path, name: str) -> Family:

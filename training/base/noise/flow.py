@@ -37,6 +37,20 @@ from training.errors import UserError
 
 Mu = Callable[[Size, int], float]  # the exponent of the shift of a run: of the latent's size and the number of steps
 
+USUAL_STEPS = 50  # where training takes the shift of a run whose shift depends on its steps
+
+
+def linear_mu(config: dict[str, Any], patch: int) -> Mu:
+    """The exponent as FLUX.1's pipeline takes it: linear in the number of tokens, of `patch` x `patch` cells each."""
+    low, high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+    least, most = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+
+    def mu(size: Size, steps: int) -> float:
+        tokens = (size[0] // patch) * (size[1] // patch)
+        return float(least + (tokens - low) * (most - least) / (high - low))
+
+    return mu
+
 
 class Flow:
     """The process of a flow-matching scheduler's config.
@@ -67,8 +81,8 @@ class Flow:
 
     def _shift(self, size: Size) -> float:
         """The shift that the base samples with at this size."""
-        if self._mu is not None:
-            return math.exp(self._mu(size, 50))
+        if self._mu is not None and self._config.get("use_dynamic_shifting"):
+            return math.exp(self._mu(size, USUAL_STEPS))
         return float(self._config.get("shift", 1.0))
 
     def spread(self, count: int) -> list[float]:
