@@ -86,9 +86,10 @@ class ServeSpec(Closed):
     )
     engine: EngineSpec = EngineSpec.model_construct()
     limits: Limits = Limits.model_construct()
-    steps: int = Field(default=25, ge=1, le=1000, description="default of a request")
-    guidance_scale: float = Field(default=5.0, ge=0, le=50, description="default of a request")
-    scheduler: SamplerName = "ddim"
+    # defaults of a request; the base's own where they are not set
+    steps: int | None = Field(default=None, ge=1, le=1000)
+    guidance_scale: float | None = Field(default=None, ge=0, le=50)
+    scheduler: SamplerName | None = None
     picture_parameters: bool = Field(
         default=True, description="PNG files hold prompt, seed and settings, as AUTOMATIC1111 writes and reads them"
     )

@@ -23,6 +23,7 @@ class Job:
     schedule: Schedule
     pixels_CHW: Tensor | None  # image-to-image: the picture, uint8: many may wait
     arrived_s: float  # time.monotonic
+    takes_negative: bool = True  # whether the base is guided by a second row, with the negative prompt
     loads: Loads = field(default_factory=dict)
     samples: list["Sample"] = field(default_factory=list)
     conds: tuple[Cond, Cond | None] | None = None  # of the prompt and, with guidance, of the negative prompt
@@ -45,7 +46,8 @@ class Job:
 
     @property
     def guided(self) -> bool:
-        return self.request.guidance_scale > 1.0
+        """Whether a negative prompt takes part, as a row of its own."""
+        return self.takes_negative and self.request.guidance_scale > 1.0
 
 
 @dataclass(eq=False, slots=True)

@@ -16,7 +16,7 @@ from serving.errors import Refused
 from serving.http.library import Library
 from serving.http.problems import ApiError
 from serving.http.wire import ImagesBody, TokenDetails, Usage, UsedAdapter, WornAdapter
-from training.base.facts import Facts
+from training.base.facts import Facts, SamplerName
 from training.storage.registry import Resolved, UnknownAdapter
 
 
@@ -30,6 +30,21 @@ class Intake:
     @property
     def facts(self) -> Facts:
         return self.library.outline.facts
+
+    @property
+    def steps(self) -> int:
+        """Of a request that names none."""
+        return self.spec.steps or self.facts.steps
+
+    @property
+    def guidance_scale(self) -> float:
+        """Of a request that names none."""
+        return self.facts.guidance_scale if self.spec.guidance_scale is None else self.spec.guidance_scale
+
+    @property
+    def sampler(self) -> SamplerName:
+        """Of a request that names none."""
+        return self.spec.scheduler or self.facts.sampler
 
     def images(self, tenant: str, body: ImagesBody, request_id: str) -> GenerateRequest:
         """The request of an OpenAI images body."""
@@ -54,9 +69,9 @@ class Intake:
                 height=height,
                 count=body.n or 1,
                 seed=any_seed() if body.seed is None else body.seed,
-                steps=body.steps or self.spec.steps,
-                guidance_scale=self.spec.guidance_scale if body.guidance_scale is None else body.guidance_scale,
-                scheduler=body.scheduler or self.spec.scheduler,
+                steps=body.steps or self.steps,
+                guidance_scale=self.guidance_scale if body.guidance_scale is None else body.guidance_scale,
+                scheduler=body.scheduler or self.sampler,
                 image=None if body.image is None else read_picture_field(body.image, "image", width, height),
                 strength=body.strength or 0.8,
                 previews=body.partial_images or 0,
@@ -67,7 +82,10 @@ class Intake:
         )
 
     def checked(self, request: GenerateRequest) -> GenerateRequest:
-        """`request`, if it is within the limits. Raises ApiError."""
+        """`request`, if it is within the limits and has a meaning on the base. Raises ApiError.
+
+        Where a base draws without guidance the request's is 1, which is off.
+        """
         limits = self.spec.limits
         _at_most(request.count, limits.images, "n")
         _at_most(request.steps, limits.steps, "steps")
@@ -81,6 +99,13 @@ class Intake:
                     param="size",
                 )
         _at_most(request.width * request.height * request.count, limits.pixels, "size", "pixels in a request")
+        if request.negative_prompt and not self.facts.negative:
+            raise ApiError(
+                400,
+                f"'negative_prompt' is {request.negative_prompt[:40]!r}, but base '{self.library.base}' draws without "
+                "one. Leave it out.",
+                param="negative_prompt",
+            )
         for use in request.adapters:
             if abs(use.weight) > limits.weight:
                 raise ApiError(
@@ -88,7 +113,7 @@ class Intake:
                     f"The weight of '{use.ref.id}' is {use.weight}; allowed is -{limits.weight} to {limits.weight}.",
                     param="adapters",
                 )
-        return request
+        return request if self.facts.guidance != "none" else request.model_copy(update={"guidance_scale": 1.0})
 
     def adapters(self, tenant: str, model: str | None, worn: Sequence[WornAdapter]) -> tuple[AdapterUse, ...]:
         """The versions that a model name and a mix mean now."""

@@ -38,13 +38,14 @@ class Facts:
     drawn_bytes: float
     pixel_bytes: float
     prompt_tokens: int  # that the text encoder takes at once
+    chunked: bool = True  # whether it takes a longer prompt piece by piece
     word_widths: tuple[int, ...] = ()  # of a textual-inversion vector, one for each of `text_encoders`
     frozen_encoders: tuple[str, ...] = ()
     guidance: Guidance = "cfg"
     negative: bool = True  # whether a negative prompt has a meaning
     min_snr: bool = True  # whether min-SNR weights have a meaning
-    steps: int = 30
-    guidance_scale: float = 7.5
+    steps: int = 25
+    guidance_scale: float = 5.0
     sampler: SamplerName = "ddim"
     judge: str | None = None  # a model that is made for this base's pictures
 

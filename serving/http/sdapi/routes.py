@@ -129,9 +129,9 @@ def _wanted(service: Service, tenant: str, body: Txt2ImgBody, name: str) -> Gene
     intake = service.intake
     prompt, worn = split_prompt(intake.prompt(body.prompt, "prompt"))
     negative_prompt = refuse_tags(intake.prompt(body.negative_prompt, "negative_prompt"))
-    sampler = read_sampler(body.sampler_name or body.sampler_index, body.scheduler, intake.spec.scheduler)
+    sampler = read_sampler(body.sampler_name or body.sampler_index, body.scheduler, intake.sampler)
     refuse_undone(body.model_extra or {}, sampler, intake.library.base)
-    steps = body.steps or intake.spec.steps
+    steps = body.steps or intake.steps
     side = intake.facts.resolution
     width, height = body.width or side, body.height or side
     image, strength = None, 1.0
@@ -150,7 +150,7 @@ def _wanted(service: Service, tenant: str, body: Txt2ImgBody, name: str) -> Gene
             count=body.batch_size * body.n_iter,
             seed=any_seed() if body.seed < 0 else body.seed,
             steps=steps,
-            guidance_scale=intake.spec.guidance_scale if body.cfg_scale is None else body.cfg_scale,
+            guidance_scale=intake.guidance_scale if body.cfg_scale is None else body.cfg_scale,
             scheduler=sampler,
             image=image,
             strength=strength,

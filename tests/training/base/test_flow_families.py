@@ -13,7 +13,7 @@ from torch import Tensor
 
 from serving.engine.engine import Engine
 from serving.engine.request import GenerateRequest
-from tests.flow_families import CALLS, PIPELINES, tiny_flow_base
+from tests.flow_families import as_noise, call, script_velocity, takes_negative, tiny_flow_base
 from tests.serving.company import Shelf, finished, ref, small
 from tests.training.subjects import spec
 from training.adapters.adapter import Adapter, LowRank, load_adapter, save_adapter
@@ -37,7 +37,7 @@ TIGHT = 1e-5
 PROMPTS = ("a photo of a dog", "a cat on the snow and the beach", "water")
 
 
-@pytest.fixture(scope="module", params=sorted(PIPELINES))
+@pytest.fixture(scope="module", params=["z-image", "klein", "flux"])
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_flow_base(request.param, tmp_path_factory.mktemp("flow"))
 
@@ -121,14 +121,6 @@ def _names(base: Base) -> list[str]:
 # -- pictures --
 
 
-def call(pipeline: Any, folder: Path, prompt: str, seed: int, negative: str, **changes: Any) -> Any:
-    settings: dict[str, Any] = {
-        "prompt": prompt, "negative_prompt": negative, "num_inference_steps": 4, "height": 32, "width": 32,
-        "generator": torch.Generator().manual_seed(seed), "output_type": "latent",
-    }  # fmt: skip
-    return pipeline(**{**settings, **CALLS[folder.name], **changes}).images
-
-
 def request(prompt: str, seed: int, negative: str, **changes: Any) -> GenerateRequest:
     fields: dict[str, Any] = {
         "prompt": prompt, "negative_prompt": negative, "seed": seed, "steps": 4, "guidance_scale": 3.0,
@@ -137,37 +129,65 @@ def request(prompt: str, seed: int, negative: str, **changes: Any) -> GenerateRe
     return GenerateRequest.model_validate({**fields, **changes})
 
 
-def test_served_rows_equal_the_pipeline(base: Base, pipeline: Any, folder: Path) -> None:
-    """Requests of other prompts, seeds and steps in the same forwards; and `sample`, which training draws with."""
+def test_served_rows_equal_the_pipeline(base: Base, pipeline: Any) -> None:
+    """Requests of other prompts, seeds, guidance and steps in the same forwards."""
+    negative = "a cat" if takes_negative(pipeline) else ""
+    asked = [(PROMPTS[0], 1, negative, 4, 3.0), (PROMPTS[1], 2, "", 6, 1.7), (PROMPTS[2], 3, "", 4, 5.0)]
     engine = Engine(base, small(), Shelf({}))
-    asked = [(PROMPTS[0], 1, "a cat", 4), (PROMPTS[1], 2, "", 6)]
     try:
-        found = finished(engine, [request(text, seed, negative, steps=steps) for text, seed, negative, steps in asked])
+        found = finished(
+            engine,
+            [
+                request(text, seed, bad, steps=steps, guidance_scale=guidance)
+                for text, seed, bad, steps, guidance in asked
+            ],
+        )
     finally:
         engine.close()
-    for latents, (text, seed, negative, steps) in zip(found, asked, strict=True):
-        expected = call(pipeline, folder, text, seed, negative, num_inference_steps=steps)
+    for latents, (text, seed, bad, steps, guidance) in zip(found, asked, strict=True):
+        generator = torch.Generator().manual_seed(seed)
+        expected = call(pipeline, text, bad, guidance, num_inference_steps=steps, generator=generator)
         assert (latents - expected).abs().max() <= 1e-4 * max(1.0, float(expected.abs().max()))
-    side = base.latent_size(32, 32)
-    noise = torch.randn(base.facts.channels, *side, generator=stream(7, "sample"))[None]
-    drawn = sample(base, [PROMPTS[0]], seeds=[7], steps=4, guidance_scale=3.0, negative_prompt="red", resolution=32)
-    expected = call(pipeline, folder, PROMPTS[0], 0, "red", latents=noise)
+
+
+@pytest.mark.parametrize("sister", ["klein-distilled", "flux-schnell"])
+def test_a_few_step_sister_draws_without_guidance(sister: str, tmp_path: Path) -> None:
+    """A request's guidance and negative prompt take no part."""
+    found = load_base(str(tiny_flow_base(sister, tmp_path)), device="cpu")
+    assert (found.facts.guidance, found.facts.negative, found.facts.steps) == ("none", False, 4)
+    engine = Engine(found, small(), Shelf({}))
+    try:
+        (latents,) = finished(engine, [request(PROMPTS[0], 1, "red")])
+    finally:
+        engine.close()
+    pipeline = DiffusionPipeline.from_pretrained(tmp_path / sister, local_files_only=True)
+    pipeline.set_progress_bar_config(disable=True)
+    expected = call(pipeline, PROMPTS[0], generator=torch.Generator().manual_seed(1))
+    assert (latents - expected).abs().max() <= 1e-4 * max(1.0, float(expected.abs().max()))
+
+
+def test_pictures_that_training_draws_equal_the_pipeline(base: Base, pipeline: Any) -> None:
+    negative = "red" if takes_negative(pipeline) else ""
+    noise = torch.randn(base.facts.channels, *base.latent_size(32, 32), generator=stream(7, "sample"))[None]
+    drawn = sample(base, [PROMPTS[0]], seeds=[7], steps=4, guidance_scale=3.0, negative_prompt=negative, resolution=32)
+    expected = call(pipeline, PROMPTS[0], negative, latents=as_noise(pipeline, noise))
     assert (drawn - expected).abs().max() <= 1e-4 * max(1.0, float(expected.abs().max()))
 
 
-def test_latents_there_and_back(base: Base, pipeline: Any, folder: Path) -> None:
+def test_latents_there_and_back(base: Base, pipeline: Any) -> None:
     """Pixels of latents are the pipeline's; latents of pixels are their inverse map."""
-    latents = call(pipeline, folder, PROMPTS[0], 1, "")
-    pictures = call(pipeline, folder, PROMPTS[0], 1, "", output_type="pt")
+    latents, pictures = (
+        call(pipeline, PROMPTS[0], output_type=kind, generator=torch.Generator().manual_seed(1))
+        for kind in ("latent", "pt")
+    )
     assert (base.to_pixels(latents) / 2 + 0.5 - pictures).abs().max() < 1e-5
     pixels = torch.rand(2, 3, 32, 32) * 2 - 1
     mean, std = base.to_latents(pixels)
     assert mean.shape == std.shape == (2, base.facts.channels, *base.latent_size(32, 32))
     with torch.no_grad():
-        posterior = pipeline.vae.encode(pixels).latent_dist
-    scale, shift = pipeline.vae.config.scaling_factor, pipeline.vae.config.shift_factor
-    assert torch.allclose(mean / scale + shift, posterior.mean, atol=1e-5)
-    assert torch.allclose(std / scale, posterior.std, atol=1e-5)
+        mode = pipeline.vae.encode(pixels).latent_dist.mode()
+        expected = pipeline.vae.decode(mode).sample.clamp(-1, 1)
+    assert torch.allclose(base.to_pixels(mean), expected, atol=1e-5)
 
 
 # -- training --
@@ -243,17 +263,14 @@ def test_resume_in_the_same_company_is_bit_exact(base: Base) -> None:
     assert all(dump_state(state) == dump_state(again[id]) for id, state in through.items())
 
 
-def script_prediction(base: Base, transformer: Any, noisy: Tensor, sigmas: Tensor, conds: Sequence[Cond]) -> Tensor:
-    """What diffusers' DreamBooth script of the family asks its transformer for."""
-    made = transformer(list(noisy.unsqueeze(2).unbind()), 1 - sigmas, [cond["states"] for cond in conds]).sample
-    return -torch.stack(made).squeeze(2)
-
-
-def by_script(base: Base, one: Subject) -> Adapter:
+def by_script(family: str, base: Base, one: Subject) -> Adapter:
     """The usual script's loop, on the draws that the subject's seed stands for."""
     loop = one.spec.train
     transformer = copy.deepcopy(base.denoiser)
-    inject_adapter_in_model(LoraConfig(r=4, lora_alpha=4, target_modules=list(base.facts.targets)), transformer)
+    names = [
+        site.key.removeprefix("transformer.") for site in find_sites("transformer", transformer, base.facts.targets)
+    ]
+    inject_adapter_in_model(LoraConfig(r=4, lora_alpha=4, target_modules=names), transformer)
     layers = {name: p for name, p in transformer.named_parameters() if "lora" in name}
     for name, parameter in layers.items():
         if "lora_A" in name:
@@ -269,7 +286,7 @@ def by_script(base: Base, one: Subject) -> Adapter:
         sigmas = torch.rand(loop.batch_size, generator=generator).double()
         s = sigmas.view(-1, 1, 1, 1)
         noisy = (1 - s) * clean.double() + s * noise
-        prediction = script_prediction(base, transformer, noisy, sigmas, conds)
+        prediction = script_velocity(family, transformer, noisy, sigmas, conds)
         torch.nn.functional.mse_loss(prediction, noise - clean.double()).backward()
         torch.nn.utils.clip_grad_norm_(layers.values(), loop.max_grad_norm or 1.0)
         optimizer.step()
@@ -285,9 +302,9 @@ def by_script(base: Base, one: Subject) -> Adapter:
     )
 
 
-def test_training_is_the_usual_scripts(base64: Base) -> None:
+def test_training_is_the_usual_scripts(base64: Base, folder: Path) -> None:
     one = subject(base64, "a", 3, prior={"enabled": False}, train={"batch_size": 2})
-    assert distance(trained(base64, [one])["a"].adapter, by_script(base64, one)) <= TIGHT
+    assert distance(trained(base64, [one])["a"].adapter, by_script(folder.name, base64, one)) <= TIGHT
 
 
 # -- files --
@@ -307,7 +324,7 @@ def test_an_adapter_is_read_by_the_pipeline_and_draws_the_same_picture(
         with_it, without = finished(engine, [request(PROMPTS[0], 1, "", adapters=worn), request(PROMPTS[0], 1, "")])
     finally:
         engine.close()
-    expected = call(theirs, folder, PROMPTS[0], 1, "")
+    expected = call(theirs, PROMPTS[0], generator=torch.Generator().manual_seed(1))
     assert (with_it - expected).abs().max() <= 1e-4 * max(1.0, float(expected.abs().max()))
     assert (with_it - without).abs().max() > 1e-2
     back = import_adapter({"x.safetensors": save_adapter(adapter)}, routable(base))

@@ -67,6 +67,7 @@ class ZImage:
             drawn_bytes=TOKEN_DRAWN_BYTES * width / PATCH**2,
             pixel_bytes=PIXEL_BYTES * vae["block_out_channels"][0],
             prompt_tokens=self._prompt_tokens,
+            chunked=False,
             min_snr=False,
             guidance_scale=5.0,
             sampler="euler",
@@ -97,16 +98,10 @@ class ZImage:
         return AutoTokenizer.from_pretrained(self.folder / "tokenizer")
 
     def count_chunks(self, parts: Parts, prompt: str, words: Words) -> int:
-        """One, or two for a prompt that is longer than the transformer has positions for."""
-        tokens = parts.tokenizers["text_encoder"](self._asked(parts, prompt)).input_ids
-        return 1 if len(tokens) <= self._prompt_tokens else 2
+        """See `Family`."""
+        from training.base.chat import count_chunks
 
-    def _asked(self, parts: Parts, prompt: str) -> str:
-        """The prompt in the base's chat template."""
-        asked: str = parts.tokenizers["text_encoder"].apply_chat_template(
-            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True, enable_thinking=True
-        )
-        return asked
+        return count_chunks(parts.tokenizers["text_encoder"], prompt, thinking=True, length=self._prompt_tokens)
 
     def encode(
         self, parts: Parts, prompts: Sequence[str], words: Sequence[Words] | None = None, chunks: int = 1
@@ -114,15 +109,11 @@ class ZImage:
         """`states` [L, C]: Qwen3's hidden states before its last layer, of as many tokens as the prompt has."""
         import torch
 
+        from training.base.chat import tokenise
+
         encoder: Any = parts.models["text_encoder"]
-        tokens = parts.tokenizers["text_encoder"](
-            [self._asked(parts, prompt) for prompt in prompts],
-            padding=True,
-            padding_side="right",
-            max_length=self._prompt_tokens,
-            truncation=True,
-            return_tensors="pt",
-        )
+        tokenizer = parts.tokenizers["text_encoder"]
+        tokens = tokenise(tokenizer, prompts, thinking=True, length=self._prompt_tokens, fill=False)
         with torch.no_grad():
             mask_NL = tokens.attention_mask.to(parts.device).bool()
             states_NLC = encoder(
@@ -131,10 +122,11 @@ class ZImage:
         return [{"states": states_LC[mask_L]} for states_LC, mask_L in zip(states_NLC, mask_NL, strict=True)]
 
     def to_latents(self, parts: Parts, pixels_N3HW: "Tensor") -> tuple["Tensor", "Tensor"]:
-        """See `Family`; shifted and scaled by the VAE's factors."""
+        """See `Family`; shifted and scaled by the VAE's factors. The mode is taken, as the usual script does."""
         from training.base.latent_space import encode
 
-        return encode(parts.models["vae"], pixels_N3HW)
+        mean_NCHW, std_NCHW = encode(parts.models["vae"], pixels_N3HW)
+        return mean_NCHW, std_NCHW * 0
 
     def to_pixels(self, parts: Parts, latents_NCHW: "Tensor") -> "Tensor":
         """See `Family`."""
@@ -161,16 +153,13 @@ class ZImage:
         self, parts: Parts, x_NCHW: "Tensor", times_N: "Tensor", conds: Sequence[Cond], rows: Sequence[RowFacts]
     ) -> "Tensor":
         """The picture's tokens after the layer in the middle (see Tang et al. 2023 for UNets)."""
+        from training.base.held import output_of
+
         transformer: Any = parts.models["transformer"]
-        held: list[Tensor] = []
         block = transformer.layers[len(transformer.layers) // 2]
-        hook = block.register_forward_hook(lambda _module, _inputs, output: held.append(output))
-        try:
-            self.predict(parts, x_NCHW, times_N, conds, rows)
-        finally:
-            hook.remove()
+        held: Tensor = output_of(block, lambda: self.predict(parts, x_NCHW, times_N, conds, rows))
         height, width = (side // PATCH for side in x_NCHW.shape[-2:])
-        return held[0][:, : height * width].transpose(1, 2).unflatten(2, (height, width))
+        return held[:, : height * width].transpose(1, 2).unflatten(2, (height, width))
 
 
 def _check(name: str, transformer: dict[str, Any], vae: dict[str, Any], text: dict[str, Any]) -> None:
