@@ -12,9 +12,6 @@ STATE_BYTES = 16
 TRAINED_BYTES = 326e6 / (320 * 32**2)
 DRAWN_BYTES = 54e6 / (320 * 32**2)
 PIXEL_BYTES = 90e6 / (128 * 256**2)
-# of a transformer, per width and token: a row that trains, for each layer, and one that draws
-TOKEN_TRAINED_BYTES = 62.0
-TOKEN_DRAWN_BYTES = 40.0
 RECOMPUTED = 0.15  # of a row's activations stays where they are recomputed
 
 MOST_PICTURES = 32
