@@ -18,7 +18,8 @@ from tests.serving.company import Shelf, finished, ref, small
 from tests.training.subjects import spec
 from training.adapters.adapter import Adapter, LowRank, load_adapter, save_adapter
 from training.adapters.bank import find_sites
-from training.adapters.formats.formats import import_adapter
+from training.adapters.formats.formats import export_adapter, import_adapter, label_of
+from training.adapters.tensor_file import read_tensors
 from training.base.base import Base, load_base
 from training.base.family import Cond, RowFacts
 from training.base.files.outline import outline
@@ -329,6 +330,15 @@ def test_an_adapter_is_read_by_the_pipeline_and_draws_the_same_picture(
     assert (with_it - without).abs().max() > 1e-2
     back = import_adapter({"x.safetensors": save_adapter(adapter)}, routable(base))
     assert distance(back, adapter) == 0
+
+
+def test_a_kohya_file_names_the_family_and_comes_back(base: Base, folder: Path) -> None:
+    adapter = load_adapter(save_adapter(random_adapter(base, 1, base.facts.targets)))
+    label = label_of("rusty", folder, 32)
+    files = export_adapter(adapter, "kohya", label=label)
+    assert label.architecture == base.facts.family
+    assert read_tensors(files["rusty.safetensors"], "x", 2**30).metadata["ss_base_model_version"] == base.facts.family
+    assert distance(import_adapter(files, routable(base)), adapter) == 0
 
 
 # -- planning --

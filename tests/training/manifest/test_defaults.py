@@ -78,6 +78,11 @@ def test_what_has_no_meaning_on_a_flow_base_is_said(
         read(tmp_path, flow_base, **subject)
 
 
+def test_a_negative_prompt_has_no_meaning_on_a_guidance_distilled_base(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="`negative_prompt` is 'red', and this base draws without one"):
+        read(tmp_path, tiny_flow_base("flux", tmp_path), negative_prompt="red")
+
+
 def test_timesteps_have_no_meaning_on_a_ddpm_base(tiny_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="`train.timesteps` is for bases that are trained by flow matching"):
         read(tmp_path, tiny_folder, train={"timesteps": {"shift": 2}})

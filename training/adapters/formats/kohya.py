@@ -10,7 +10,6 @@ import json
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 
@@ -18,29 +17,33 @@ from training.adapters.adapter import Adapter, AdapterError, padded, padding_not
 from training.adapters.formats.parts import Parts, Source, halves, own_metadata
 from training.adapters.tensor_file import write_tensors
 from training.base.facts import read_config
+from training.base.families import open_family
 
 _PREFIXES = ("lora_unet_", "lora_transformer_", "lora_te_", "lora_te1_", "lora_te2_")
 _PARTS = {"lora_down.weight": "down", "lora_up.weight": "up", "alpha": "alpha"}
 _V2_WIDTH = 1024  # of the text encoder that Stable Diffusion 2.x reads; 1.x has 768
 
-Architecture = Literal["stable-diffusion-v1", "stable-diffusion-v2-512", "stable-diffusion-v2-768-v"]
-
 
 @dataclass(frozen=True)
 class Label:
-    """What user interfaces show about a file: nothing here changes an image."""
+    """What user interfaces show about a file: nothing here changes an image.
+
+    `architecture`: stable-diffusion-v1, stable-diffusion-v2-512, stable-diffusion-v2-768-v, or another family's name.
+    """
 
     name: str = "adapter"
-    architecture: Architecture = "stable-diffusion-v1"
+    architecture: str = "stable-diffusion-v1"
     resolution_px: int = 512
     v_prediction: bool = False
 
 
 def label_of(name: str, folder: Path, resolution_px: int) -> Label:
     """The label of an adapter called `name` for the base in the diffusers `folder`; raises UserError if it is none."""
+    if (folder / "transformer").is_dir():
+        return Label(name, open_family(folder, name).facts.family, resolution_px)
     scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
     v_prediction = scheduler.get("prediction_type") == "v_prediction"
-    architecture: Architecture = "stable-diffusion-v1"
+    architecture = "stable-diffusion-v1"
     if read_config(folder, "unet").get("cross_attention_dim") == _V2_WIDTH:
         architecture = "stable-diffusion-v2-768-v" if v_prediction else "stable-diffusion-v2-512"
     return Label(name, architecture, resolution_px, v_prediction)
@@ -109,6 +112,8 @@ def _names(modules: Collection[str]) -> dict[str, list[str]]:
 def _metadata(adapter: Adapter, label: Label, tensors: dict[str, torch.Tensor]) -> dict[str, str]:
     """kohya's `ss_` keys, the modelspec and our own; the hash is of the tensors alone, as kohya's is."""
     v2 = label.architecture.startswith("stable-diffusion-v2")
+    stable = label.architecture.startswith("stable-diffusion-v")
+    version = ("sd_v2" if v2 else "sd_v1") + ("_v" if label.v_prediction else "") if stable else label.architecture
     plain = write_tensors(tensors, {})
     body = plain[8 + int.from_bytes(plain[:8], "little") :]
     made = (
@@ -116,7 +121,7 @@ def _metadata(adapter: Adapter, label: Label, tensors: dict[str, torch.Tensor]) 
         | padding_note(adapter.modules)
         | {
             "ss_v2": str(v2),
-            "ss_base_model_version": ("sd_v2" if v2 else "sd_v1") + ("_v" if label.v_prediction else ""),
+            "ss_base_model_version": version,
             "ss_network_module": "networks.lora",
             "ss_network_dim": str(adapter.rank),
             "ss_network_alpha": str(float(adapter.rank)),
@@ -128,9 +133,10 @@ def _metadata(adapter: Adapter, label: Label, tensors: dict[str, torch.Tensor]) 
             "modelspec.implementation": "diffusers",
             "modelspec.title": label.name,
             "modelspec.resolution": f"{label.resolution_px}x{label.resolution_px}",
-            "modelspec.prediction_type": "v" if label.v_prediction else "epsilon",
         }
     )
+    if stable:
+        made["modelspec.prediction_type"] = "v" if label.v_prediction else "epsilon"
     if base := adapter.metadata.get("base"):
         made["ss_sd_model_name"] = base
     if trigger := adapter.metadata.get("trigger"):

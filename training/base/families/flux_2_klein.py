@@ -90,10 +90,11 @@ class Flux2Klein:
     def load(self, device: "torch.device", dtype: "torch.dtype") -> Parts:
         """See `Family`. Of the language model without its head."""
         from diffusers import AutoencoderKLFlux2, Flux2Transformer2DModel
-        from transformers import Qwen3Model
+        from transformers import Qwen3ForCausalLM
 
-        kinds = {"transformer": Flux2Transformer2DModel, "vae": AutoencoderKLFlux2, "text_encoder": Qwen3Model}
+        kinds = {"transformer": Flux2Transformer2DModel, "vae": AutoencoderKLFlux2, "text_encoder": Qwen3ForCausalLM}
         models = {component: load_model(kind, self.folder, component, dtype) for component, kind in kinds.items()}
+        models["text_encoder"] = models["text_encoder"].model
         return Parts(models, {"text_encoder": self.tokenizer()}, device, dtype)
 
     def tokenizer(self) -> Any:
