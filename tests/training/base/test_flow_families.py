@@ -9,6 +9,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from peft import LoraConfig, inject_adapter_in_model
+from PIL import Image
 from torch import Tensor
 
 from serving.engine.engine import Engine
@@ -25,6 +26,7 @@ from training.base.family import Cond, RowFacts
 from training.base.files.outline import outline
 from training.base.names import canonical
 from training.base.stream import shuffled, stream
+from training.evaluation.judges.features import BaseFeatures
 from training.manifest.plan import adapter_parameters
 from training.sampling.render import adapter_bank
 from training.sampling.sampler import sample
@@ -189,6 +191,17 @@ def test_latents_there_and_back(base: Base, pipeline: Any) -> None:
         mode = pipeline.vae.encode(pixels).latent_dist.mode()
         expected = pipeline.vae.decode(mode).sample.clamp(-1, 1)
     assert torch.allclose(base.to_pixels(mean), expected, atol=1e-5)
+
+
+def test_the_base_judges_pictures_by_its_own_features(base: Base) -> None:
+    """Of a picture alone the same as beside another."""
+    model = BaseFeatures(base)
+    images = [Image.effect_noise((20, 20), 60 + 30 * index).convert("RGB") for index in range(2)]
+    maps = model.maps(images)
+    side = base.facts.resolution // base.facts.multiple_px
+    assert maps.shape[0] == 2 and maps.shape[2:] == (side, side)
+    torch.testing.assert_close(model.maps(images[1:]), maps[1:], atol=1e-4, rtol=1e-4)
+    assert torch.isfinite(model.agree(images, ["a red dog", ""])).all()
 
 
 # -- training --

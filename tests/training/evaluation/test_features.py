@@ -1,5 +1,6 @@
 """Models that look at pictures: real classes with random weights, each against another way to the same number."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from transformers import (
 )
 
 from tests.tiny import tiny_tokenizer
-from training.base.base import Base
+from training.base.base import Base, load_base
 from training.errors import UserError
 from training.evaluation.judges import faces
 from training.evaluation.judges.box import JudgeBox
@@ -215,3 +216,10 @@ def test_judges_are_chosen_by_name_and_by_what_is_there(tiny: Base, clip: Path) 
         JudgeBox(tiny).judges("dino")
     with pytest.raises(UserError, match="Model 'dino' is not in the folder of models"):
         JudgeBox(tiny, clip.parent).judges("dino")
+
+
+def test_a_base_may_name_the_judge_that_is_made_for_its_pictures(tiny_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_folder, tmp_path / "base")
+    (tmp_path / "base" / "dreamfleet.json").write_text('{"judge": "pocket-judge"}')
+    base = load_base(str(tmp_path / "base"), device="cpu")
+    assert JudgeBox(base).judges("auto").likeness.name == PocketJudge.name
