@@ -222,10 +222,11 @@ def subject(base: Base, id: str, seed: int, **settings: Any) -> Subject:
 
 
 def trained(
-    base: Base, subjects: Sequence[Subject], slots: int = 1, stop: int | None = None
+    base: Base, subjects: Sequence[Subject], slots: int = 1, stop: int | None = None, recompute: bool = False
 ) -> dict[str, SubjectState]:
     """The states of subjects at their ends, or after `stop` fused steps."""
-    pack = Pack(base, training_bank(base, slots=slots, rank=4, targets={"transformer": base.facts.targets}))
+    bank = training_bank(base, slots=slots, rank=4, targets={"transformer": base.facts.targets})
+    pack = Pack(base, bank, gradient_checkpointing=recompute)
     todo, states = list(subjects), dict[str, SubjectState]()
 
     def feed(count: int) -> list[Subject]:
@@ -266,6 +267,13 @@ def test_a_subject_in_a_pack_equals_the_same_subject_alone(base64: Base) -> None
         alone = trained(base64, [one])[id].adapter
         assert distance(packed[id].adapter, alone) <= TIGHT, id
         assert min(low.up.abs().max().item() for low in alone.modules.values()) > 0, id
+
+
+def test_recomputing_activations_changes_nothing(base64: Base) -> None:
+    one = subject(base64, "a", 4)
+    kept, recomputed = (trained(base64, [one], recompute=on)["a"].adapter for on in (False, True))
+    assert distance(kept, recomputed) <= TIGHT
+    assert not base64.denoiser.gradient_checkpointing
 
 
 def test_resume_in_the_same_company_is_bit_exact(base: Base) -> None:
