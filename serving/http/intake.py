@@ -99,6 +99,13 @@ class Intake:
                     param="size",
                 )
         _at_most(request.width * request.height * request.count, limits.pixels, "size", "pixels in a request")
+        if request.scheduler not in self.facts.samplers:
+            raise ApiError(
+                400,
+                f"The scheduler '{request.scheduler}' is not for base '{self.library.base}'. Use one of "
+                f"{', '.join(self.facts.samplers)}.",
+                param="scheduler",
+            )
         if request.negative_prompt and not self.facts.negative:
             raise ApiError(
                 400,

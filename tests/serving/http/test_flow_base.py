@@ -31,6 +31,15 @@ def test_a_request_takes_the_bases_own_sampler_and_guidance(world: World) -> Non
 def test_a_sampler_of_another_process_is_refused_by_name(world: World) -> None:
     said = problem(world.images(scheduler="ddim"), 400)["message"]
     assert "'ddim'" in said and "euler, euler_a, dpm++_2m" in said
+    assert problem(world.images(scheduler="euler_karras"), 400)["param"] == "scheduler"
+
+
+def test_clients_are_told_the_samplers_of_the_base(world: World) -> None:
+    listed = world.call("GET", "/sdapi/v1/samplers").json()
+    assert [one["name"] for one in listed] == ["Euler", "Euler a", "DPM++ 2M"]
+    assert [one["label"] for one in world.call("GET", "/sdapi/v1/schedulers").json()] == ["Automatic"]
+    answer = world.call("POST", "/sdapi/v1/txt2img", json={"prompt": "a dog", "steps": 2, "sampler_name": "DDIM"})
+    assert "euler, euler_a, dpm++_2m" in answer.text and answer.status_code == 400
 
 
 def test_a_negative_prompt_is_refused_where_the_base_takes_none(world: World) -> None:

@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from training.base.facts import Facts, check_class, check_files, read_config, with_defaults
+from training.base.facts import FLOW_SAMPLERS, Facts, check_class, check_files, read_config, with_defaults
 from training.base.family import Cond, Parts, RowFacts, Words
 from training.base.files.weights import load_model
 from training.base.footprint import PIXEL_BYTES
@@ -79,6 +79,7 @@ class Flux1:
             steps=28 if self._guided else 4,
             guidance_scale=3.5 if self._guided else 1.0,
             sampler="euler",
+            samplers=FLOW_SAMPLERS,
         )
         self.facts = with_defaults(facts, folder)
 

@@ -15,7 +15,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
-from training.base.facts import SamplerName
+from training.base.facts import FLOW_SAMPLERS, SamplerName
 from training.base.noise.process import (
     BEFORE,
     CLEAN,
@@ -70,7 +70,7 @@ class Flow:
     `mu`: the exponent of the shift, where the config asks for a dynamic one.
     """
 
-    samplers: tuple[SamplerName, ...] = ("euler", "euler_a", "dpm++_2m")
+    samplers = FLOW_SAMPLERS
 
     def __init__(self, config: dict[str, Any], *, linspace: bool = True, mu: Mu | None = None) -> None:
         self._config = config
