@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from training.storage.version import Resolved
 
 # folders below that of an adapter: PEFT's and diffusers' scripts write one a component, we one for words
-FOLDERS = ("unet", "text_encoder", "text_encoder_2", "embeddings")
+FOLDERS = ("unet", "transformer", "text_encoder", "text_encoder_2", "embeddings")
 
 base_option = click.option("--base", help="name or folder of the base; default: the one that the adapter's card names")
 

@@ -29,9 +29,9 @@ _FORMAT = {"format": "pt", CANONICAL: "1"}
 _EMBEDDING = "lora_embeddings."  # diffusers refuses a file with a key that lacks `lora`, and ignores this prefix
 _SUFFIXES = {
     "unet": (".lora.down.weight", ".lora.up.weight"),
+    "transformer": (".lora_A.weight", ".lora_B.weight"),
     "text_encoder": (".lora_linear_layer.down.weight", ".lora_linear_layer.up.weight"),
     "text_encoder_2": (".lora_linear_layer.down.weight", ".lora_linear_layer.up.weight"),
-    "transformer": (".lora_A.weight", ".lora_B.weight"),
 }
 _TOKEN = re.compile(r"[^\s\x00-\x1f\x7f]{1,64}")
 

@@ -3,11 +3,13 @@
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from training.errors import UserError
 
 SamplerName = Literal["ddim", "euler", "euler_a", "dpm++_2m", "euler_karras", "euler_a_karras", "dpm++_2m_karras"]
+SAMPLERS: tuple[SamplerName, ...] = get_args(SamplerName)
+FLOW_SAMPLERS: tuple[SamplerName, ...] = ("euler", "euler_a", "dpm++_2m")  # of bases trained by flow matching
 Guidance = Literal["cfg", "embedded", "none"]
 DEFAULTS_FILE = "dreamfleet.json"  # in a base's folder: what its makers recommend
 
@@ -38,6 +40,7 @@ class Facts:
     drawn_bytes: float
     pixel_bytes: float
     prompt_tokens: int  # that the text encoder takes at once
+    chunked: bool = True  # whether it takes a longer prompt piece by piece
     word_widths: tuple[int, ...] = ()  # of a textual-inversion vector, one for each of `text_encoders`
     frozen_encoders: tuple[str, ...] = ()
     guidance: Guidance = "cfg"
@@ -46,6 +49,7 @@ class Facts:
     steps: int = 30
     guidance_scale: float = 7.5
     sampler: SamplerName = "ddim"
+    samplers: tuple[SamplerName, ...] = SAMPLERS
     judge: str | None = None  # a model that is made for this base's pictures
 
     @property

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from training.base.family import RowFacts
-from training.base.noise.process import UNIFORM, Process
+from training.base.noise.process import Density, Process
 from training.base.stream import shuffled, stream
 from training.manifest.subject import SubjectSpec
 from training.trainer.latents import LatentSet
@@ -96,7 +96,7 @@ def _add_rows(
     batch.latents += latents[part]
     batch.noise += noise[part]
     sizes = [(latent.shape[1], latent.shape[2]) for latent in latents]
-    batch.places += process.draw(generator, sizes, UNIFORM)[part]
+    batch.places += process.draw(generator, sizes, _density(turn))[part]
     class_prompt = turn.spec.filled_class_prompt
     mine = picked[part]
     batch.prompts += [class_prompt if kind == "prediction" else images.prompts[index] for index in mine]
@@ -105,3 +105,9 @@ def _add_rows(
     batch.share += [1 / count] * len(mine)
     batch.is_prior += [kind != "instance"] * len(mine)
     batch.from_base += [kind == "prediction"] * len(mine)
+
+
+def _density(turn: Turn) -> Density:
+    """How the subject's noise levels are drawn, where the base leaves a choice."""
+    asked = turn.spec.train.timesteps
+    return Density(asked.density, asked.mean, asked.std, asked.shift)

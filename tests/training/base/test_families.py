@@ -1,16 +1,20 @@
 """The laws that every family keeps, each stated once and tested on a tiny base of each (`tests/families.py`)."""
 
+import copy
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from diffusers import DDPMScheduler, DiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import DDIMScheduler, DiffusionPipeline
+from PIL import Image
 from torch import Tensor
 
 from serving.engine.engine import Engine
-from tests.families import FAMILIES, write_family
+from serving.engine.request import GenerateRequest
+from tests.families import FAMILIES, SISTERS, write_family
+from tests.pipelines import as_noise, call, script_loss, takes_negative
 from tests.serving.company import Shelf, ask, finished, ref, small
 from tests.training.subjects import subject
 from tests.training.trainer.test_pack import distance as apart, run
@@ -22,7 +26,12 @@ from training.adapters.layout import Site, find_sites
 from training.base.base import Base, load_base
 from training.base.family import RowFacts
 from training.base.files.outline import outline
-from training.trainer.batch import Batch, Turn, make_batch
+from training.base.noise.ddpm import Ddpm
+from training.base.stream import stream
+from training.evaluation.judges.features import BaseFeatures
+from training.manifest.plan import adapter_parameters
+from training.sampling.sampler import sample
+from training.trainer.batch import Turn, make_batch
 from training.trainer.checkpoint import dump_state, load_state
 from training.trainer.member import Subject
 
@@ -44,6 +53,10 @@ def base(folder: Path) -> Base:
 @pytest.fixture(scope="module")
 def pipeline(folder: Path) -> Any:
     """The family's diffusers pipeline, as everybody loads it. Unload what you load."""
+    return open_pipeline(folder)
+
+
+def open_pipeline(folder: Path) -> Any:
     pipeline: Any = DiffusionPipeline.from_pretrained(folder, local_files_only=True)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
@@ -86,7 +99,7 @@ def drawn(base: Base, bank: Bank, worn: Sequence[int]) -> Tensor:
     with bank.using(*(bank.route(component, slots) for component in bank.sites)):
         conds = base.encode([PROMPTS[slot] for slot in worn])
         times = torch.tensor([100.0 + 300 * slot for slot in worn])
-        rows = [RowFacts((20 + slot, 30), (slot, 2)) for slot in worn]
+        rows = [RowFacts((20 + slot, 30), (slot, 2), 1.0 + slot) for slot in worn]
         shape = (base.facts.channels, 8, 8)
         noise = [torch.randn(shape, generator=torch.Generator().manual_seed(slot)) for slot in worn]
         return base.predict(torch.stack(noise), times, conds, rows)
@@ -126,45 +139,95 @@ def test_every_layer_of_the_denoiser_moves_its_own_row_alone(base: Base) -> None
         assert distance(changed[1], plain[1]) < 1e-5, site.key
 
 
+def test_every_layer_that_is_left_out_would_mix_rows_or_changes_no_row(base: Base) -> None:
+    """What a transformer's family does not list would be wrong in a mixed batch: there rows are one sequence."""
+    if base.facts.denoiser == "unet":
+        pytest.skip("a UNet has no such layer")
+    listed = {site.key for site in sites_of(base)["transformer"]}
+    every = find_sites("transformer", base.denoiser, [name for name, _ in base.denoiser.named_modules() if name])
+    x, conds = torch.randn(3, base.facts.channels, 8, 8), base.encode(PROMPTS)
+    for site in (site for site in every if site.key not in listed):
+        seen: list[Tensor] = []
+        hook = site.layer.register_forward_hook(lambda _module, given, _output, seen=seen: seen.append(given[0]))
+        with torch.no_grad():
+            base.predict(x, torch.tensor([100.0, 400.0, 700.0]), conds)
+        hook.remove()
+        assert all(len(given) != 3 for given in seen), site.key
+
+
 # -- 3: sampling is the pipeline's
 
 
-def drawn_by(pipeline: Any, base: Base, **settings: Any) -> Tensor:
-    """A picture [1, 3, H, W] of the pipeline, in [0, 1]."""
-    made: Tensor = pipeline(
-        PROMPTS[0], num_inference_steps=5, guidance_scale=3.0, output_type="pt",
-        height=base.facts.resolution, generator=torch.Generator().manual_seed(1), **settings,
-    ).images  # fmt: skip
+def as_close(found: Tensor, expected: Tensor) -> None:
+    assert distance(found, expected) <= CLOSE * max(1.0, float(expected.abs().max()))
+
+
+def serve(base: Base, adapters: dict[str, Adapter], *requests: GenerateRequest) -> list[Tensor]:
+    """The latents of requests that are served together."""
+    engine = Engine(base, small(), Shelf({ref(name): adapter for name, adapter in adapters.items()}))
+    try:
+        return finished(engine, list(requests))
+    finally:
+        engine.close()
+
+
+def request(base: Base, *worn: tuple[str, float] | str, **changes: Any) -> GenerateRequest:
+    """As `call` asks a pipeline, by the base's own sampler."""
+    return ask(*worn, **{"prompt": PROMPTS[0], "steps": 4, "scheduler": base.facts.sampler, **changes})
+
+
+def of_pipeline(pipeline: Any, asked: GenerateRequest) -> Tensor:
+    generator = torch.Generator().manual_seed(asked.seed)
+    made: Tensor = call(
+        pipeline, asked.prompt, asked.negative_prompt, asked.guidance_scale, num_inference_steps=asked.steps,
+        width=asked.width, height=asked.height, generator=generator,
+    )  # fmt: skip
     return made
 
 
-def served(base: Base, adapters: dict[str, Adapter], *worn: str, **settings: Any) -> Tensor:
-    """The same of the serving engine, beside two other requests."""
-    side = base.facts.resolution
-    asked = {
-        "prompt": PROMPTS[0],
-        "steps": 5,
-        "scheduler": base.facts.sampler,
-        "width": side,
-        "height": side,
-        **settings,
-    }
-    engine = Engine(base, small(), Shelf({ref(name): adapter for name, adapter in adapters.items()}))
-    others = [ask(prompt=PROMPTS[1], steps=3), ask(seed=7, steps=4, scheduler="dpm++_2m")]
-    latents, *_ = finished(engine, [ask(*worn, **(asked | settings)), *others])
-    engine.close()
-    return (base.to_pixels(latents) / 2 + 0.5).clamp(0, 1)
+def test_pictures_of_requests_served_together_are_the_pipelines(base: Base, pipeline: Any) -> None:
+    """Of other prompts, seeds, guidance, steps, sizes and samplers."""
+    negative, wide = "red water" if takes_negative(pipeline) else "", 16 + 2 * base.facts.multiple_px
+    asked = [
+        request(base, negative_prompt=negative),
+        request(base, seed=2, guidance_scale=1.7),
+        request(base, prompt=PROMPTS[1], seed=3, steps=6, width=wide),
+    ]
+    for latents, one in zip(serve(base, {}, *asked, request(base, scheduler="dpm++_2m")), asked, strict=False):
+        as_close(latents, of_pipeline(pipeline, one))
 
 
-@pytest.mark.parametrize("negative", ["", "red water"])
-def test_a_picture_is_the_pipelines(base: Base, pipeline: Any, negative: str) -> None:
-    expected = drawn_by(pipeline, base, width=base.facts.resolution, negative_prompt=negative or None)
-    assert distance(served(base, {}, negative_prompt=negative), expected) < CLOSE
+@pytest.mark.parametrize("sister", SISTERS)
+def test_a_few_step_sister_draws_without_guidance(sister: str, tmp_path: Path) -> None:
+    """A request's guidance and negative prompt take no part."""
+    base = load_base(str(write_family(sister, tmp_path)), device="cpu")
+    assert (base.facts.guidance, base.facts.negative, base.facts.steps) == ("none", False, 4)
+    (latents,) = serve(base, {}, request(base, negative_prompt="red"))
+    as_close(latents, of_pipeline(open_pipeline(base.folder), request(base)))
 
 
-def test_a_picture_that_is_not_square_is_the_pipelines(base: Base, pipeline: Any) -> None:
-    wide = base.facts.resolution + 2 * base.facts.multiple_px
-    assert distance(served(base, {}, width=wide), drawn_by(pipeline, base, width=wide)) < CLOSE
+def test_pictures_that_training_draws_are_the_pipelines(base: Base, pipeline: Any) -> None:
+    negative = "red" if takes_negative(pipeline) else ""
+    own = pipeline.scheduler
+    if isinstance(base.process, Ddpm):  # training draws with DDIM
+        pipeline.scheduler = DDIMScheduler.from_config(base.process.config)
+    noise = torch.randn(base.facts.channels, *base.latent_size(16, 16), generator=stream(7, "sample"))[None]
+    drawn = sample(base, [PROMPTS[0]], seeds=[7], steps=4, guidance_scale=3.0, negative_prompt=negative, resolution=16)
+    as_close(drawn, call(pipeline, PROMPTS[0], negative, latents=as_noise(pipeline, noise)))
+    pipeline.scheduler = own
+
+
+def test_requests_of_every_kind_equal_themselves_alone(base: Base) -> None:
+    adapters = {name: adapter_over(default_sites(base), seed, size=0.3) for seed, name in enumerate("ab")}
+    negative = "red" if base.facts.negative else ""
+    asked = [
+        request(base, "a"),
+        request(base, ("a", 0.5), ("b", -0.7), prompt=PROMPTS[1], negative_prompt=negative),
+        request(base, prompt=PROMPTS[1], scheduler="euler_a"),
+        request(base, "b", prompt=PROMPTS[2], scheduler="dpm++_2m", steps=5, guidance_scale=1.0),
+    ]
+    for one, latents in zip(asked, serve(base, adapters, *asked), strict=True):
+        as_close(latents, serve(base, adapters, one)[0])
 
 
 # -- 4: latents there and back
@@ -172,13 +235,12 @@ def test_a_picture_that_is_not_square_is_the_pipelines(base: Base, pipeline: Any
 
 @torch.no_grad()
 def test_latents_are_decoded_as_the_pipeline_decodes_them(base: Base, pipeline: Any) -> None:
-    latents = torch.randn(1, base.facts.channels, 8, 8)
-
-    def end(_pipeline: Any, _step: int, _time: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
-        return {"latents": latents}
-
-    expected = pipeline("a", num_inference_steps=1, height=16, width=16, output_type="pt", callback_on_step_end=end)
-    assert distance((base.to_pixels(latents) / 2 + 0.5).clamp(0, 1), expected.images) < CLOSE
+    generators = [torch.Generator().manual_seed(1) for _ in range(2)]
+    latents, pictures = (
+        call(pipeline, PROMPTS[0], output_type=kind, generator=generator)
+        for kind, generator in zip(("latent", "pt"), generators, strict=True)
+    )
+    assert distance((base.to_pixels(latents) / 2 + 0.5).clamp(0, 1), pictures) < CLOSE
 
 
 @torch.no_grad()
@@ -187,40 +249,31 @@ def test_latents_go_there_and_back(base: Base) -> None:
     vae: Any = base.parts.models["vae"]
     pixels = torch.rand(2, 3, 16, 16) * 2 - 1
     mean, std = base.to_latents(pixels)
+    assert mean.shape == std.shape == (2, base.facts.channels, *base.latent_size(16, 16))
     posterior = vae.encode(pixels).latent_dist
     assert distance(base.to_pixels(mean), vae.decode(posterior.mean).sample.clamp(-1, 1)) < CLOSE
-    more = base.to_pixels(mean + std)
-    assert distance(more, vae.decode(posterior.mean + posterior.std).sample.clamp(-1, 1)) < CLOSE
+
+
+def test_the_base_judges_pictures_by_its_own_features(base: Base) -> None:
+    """Of a picture alone the same as beside another."""
+    model = BaseFeatures(base)
+    images = [Image.effect_noise((20, 20), 60 + 30 * index).convert("RGB") for index in range(2)]
+    maps = model.maps(images)
+    assert maps.shape[0] == 2
+    torch.testing.assert_close(model.maps(images[1:]), maps[1:], atol=CLOSE, rtol=CLOSE)
+    assert torch.isfinite(model.agree(images, ["a red dog", ""])).all()
 
 
 # -- 5: the loss is the usual script's
 
 
-def script_loss(pipeline: Any, batch: Batch, row: int) -> float:
-    """The loss of one row by diffusers' train_dreambooth_lora.py and train_dreambooth_lora_sdxl.py."""
-    scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
-    clean, noise, prompt = batch.latents[row][None], batch.noise[row][None], batch.prompts[row]
-    time = torch.tensor([int(batch.places[row])])
-    found = pipeline.encode_prompt(
-        prompt=prompt, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False
-    )
-    given: dict[str, Any] = {"encoder_hidden_states": found[0]}
-    if isinstance(pipeline, StableDiffusionXLPipeline):
-        original, crop = batch.rows[row].original_px, batch.rows[row].crop_px
-        assert original is not None and crop is not None
-        target = [side * pipeline.vae_scale_factor for side in clean.shape[2:]]
-        given["added_cond_kwargs"] = {"text_embeds": found[2], "time_ids": torch.tensor([[*original, *crop, *target]])}
-    said = pipeline.unet(scheduler.add_noise(clean, noise, time), time, **given).sample
-    learns_noise = scheduler.config.prediction_type == "epsilon"
-    goal = noise if learns_noise else scheduler.get_velocity(clean, noise, time)
-    return float(torch.nn.functional.mse_loss(said.float(), goal.float()))
-
-
 @torch.no_grad()
 def test_the_first_loss_is_the_scripts(base: Base, pipeline: Any) -> None:
-    one = subject("one", seed=3, train={"crop": "bucket", "batch_size": 4}, lora={"text_encoder": False})
+    train = {"crop": "bucket", "batch_size": 4}
+    one = subject("one", 3, base.facts, train=train, lora={"text_encoder": False})
     batch = make_batch([Turn(one.spec, one.instance, one.prior, 0, 0)], base.process)
-    losses = [script_loss(pipeline, batch, row) for row in range(8)]
+    rows = zip(batch.latents, batch.noise, batch.places, batch.prompts, batch.rows, strict=True)
+    losses = [script_loss(pipeline, *row) for row in rows]
     with torch.enable_grad():
         (report,) = run(base, [one], stop=1).reports["one"]
     assert len({latent.shape for latent in batch.latents}) > 1
@@ -235,32 +288,47 @@ SUBJECTS: dict[str, dict[str, Any]] = {
     "bucket": {"train": {"crop": "bucket", "batch_size": 2}, "prior": {"enabled": False}},
     "prediction": {"prior": {"source": "prediction"}, "lora": {"rank": 4, "text_encoder": False}},
     "words": {"words": {"tokens": ["<s1>"]}, "instance_prompt": "a photo of <s1> dog"},
+    "density": {"train": {"timesteps": {"density": "logit_normal", "mean": 0.5, "std": 0.8, "shift": 2.0}}},
 }
+
+
+def subjects_of(base: Base) -> list[Subject]:
+    """Those of `SUBJECTS` that have a meaning on the base."""
+    without = {"words" if not base.facts.word_widths else "", "density" if base.facts.min_snr else ""}
+    settings = {id: copy.deepcopy(SUBJECTS[id]) for id in SUBJECTS if id not in without}
+    return [subject(id, seed, base.facts, **asked) for seed, (id, asked) in enumerate(settings.items())]
 
 
 @pytest.mark.parametrize("recompute", [False, True])
 def test_a_subject_in_a_pack_is_the_subject_alone(folder: Path, recompute: bool) -> None:
     base = load_base(str(folder), device="cpu", dtype=torch.float64)
-    subjects = [subject(id, seed=seed, **settings) for seed, (id, settings) in enumerate(SUBJECTS.items())]
+    subjects = subjects_of(base)
     packed = run(base, subjects, slots=3, gradient_checkpointing=recompute).adapters
     for one in subjects:
         alone = run(base, [one]).adapters[one.spec.id]
         assert apart(packed[one.spec.id], alone) < 1e-5, one.spec.id
     moved = {key.partition(".")[0] for key, low in packed["plain"].modules.items() if low.up.any()}
     assert moved == set(base.facts.components)
-    start = base.word_start("dog")
-    for vectors in packed["words"].embeddings["<s1>"].sub(start).split(base.facts.word_widths, dim=-1):
-        assert vectors.abs().max() > 1e-3
+    for word, vectors_VD in packed.get("words", Adapter({})).embeddings.items():
+        for part in vectors_VD.sub(base.word_start("dog")).split(base.facts.word_widths, dim=-1):
+            assert part.abs().max() > 1e-3, word
 
 
 def test_stopped_and_resumed_is_never_stopped_bit_for_bit(base: Base) -> None:
-    subjects = [subject(id, seed=seed, **settings) for seed, (id, settings) in enumerate(SUBJECTS.items())]
+    subjects = subjects_of(base)
     through = run(base, subjects, slots=4)
     stopped = run(base, subjects, slots=4, stop=2).states
     resumed = [Subject(s.spec, s.instance, s.prior, load_state(dump_state(stopped[s.spec.id]))) for s in subjects]
     again = run(base, resumed, slots=4)
     for id, state in through.states.items():
         assert dump_state(state) == dump_state(again.states[id])
+
+
+def test_the_outline_plans_what_training_makes(base: Base, folder: Path) -> None:
+    found, one = outline(str(folder)), subjects_of(base)[0]
+    modules = run(base, [one], stop=1).adapters["plain"].modules
+    assert adapter_parameters(one.spec, found) == sum(part.numel() for low in modules.values() for part in low) > 0
+    assert found.facts == base.facts and base.facts.sampler in base.process.samplers
 
 
 # -- 6: files that other programs read, and theirs
@@ -278,7 +346,7 @@ def drawn_with(pipeline: Any, base: Base, folder: Path, files: dict[str, bytes])
     (folder / file).write_bytes(files[file])
     try:
         pipeline.load_lora_weights(folder, weight_name=file)
-        return drawn_by(pipeline, base, width=base.facts.resolution)
+        return of_pipeline(pipeline, request(base))
     finally:
         pipeline.unload_lora_weights()
 
@@ -288,19 +356,20 @@ def test_a_written_adapter_is_loaded_by_the_pipeline_and_draws_the_same(
 ) -> None:
     label = label_of("rusty", base.folder, base.facts.resolution)
     modules = outline(str(base.folder)).shapes.keys()
-    ours = served(base, {"a": adapter}, "a")
-    assert distance(ours, served(base, {})) > VISIBLE
-    formats: tuple[Format, ...] = ("diffusers", "kohya")
+    ours, without = serve(base, {"a": adapter}, request(base, "a"), request(base))
+    assert distance(ours, without) > VISIBLE
+    formats: tuple[Format, ...] = ("diffusers", "kohya") if base.facts.denoiser == "unet" else ("diffusers",)
     for format in formats:
         files = export_adapter(adapter, format, modules, label)
-        assert distance(drawn_with(pipeline, base, tmp_path / format, files), ours) < CLOSE, format
+        as_close(ours, drawn_with(pipeline, base, tmp_path / format, files))
 
 
 @pytest.mark.parametrize("format", ["diffusers", "kohya", "peft"])
 def test_an_adapter_over_every_layer_comes_back_from_every_format(base: Base, format: Format) -> None:
     every = [site for found in sites_of(base).values() for site in found]
-    words = {"<s1>": torch.ones(base.facts.word_width), "<s-1>": torch.ones(2, base.facts.word_width)}
-    widths = base.facts.word_widths
+    widths, words = base.facts.word_widths, dict[str, Tensor]()
+    if widths:
+        words = {"<s1>": torch.ones(base.facts.word_width), "<s-1>": torch.ones(2, base.facts.word_width)}
     noted = {"word_widths": ",".join(map(str, widths))} if len(widths) > 1 else {}
     whole = Adapter(adapter_over(every, 6).modules, words, noted)
     label = label_of("rusty", base.folder, base.facts.resolution)
@@ -315,10 +384,12 @@ def test_an_adapter_over_every_layer_comes_back_from_every_format(base: Base, fo
 
 
 def test_an_adapter_fused_into_its_base_draws_the_same(base: Base, adapter: Adapter, tmp_path: Path) -> None:
-    words = {"<s1>": base.word_start("dog")[None] + 0.1}
+    words = {"<s1>": base.word_start("dog")[None] + 0.1} if base.facts.word_widths else {}
     fused = fuse_base(str(base.folder), [(Adapter(adapter.modules, words), 1.0)], tmp_path / "fused")
-    assert fused.words == {"<s1>": ["<s1>"]}
+    assert fused.words == {word: [word] for word in words}
     again = load_base(str(tmp_path / "fused"), device="cpu")
-    assert distance(served(again, {}), served(base, {"a": adapter}, "a")) < 1e-2  # weights of float16
-    worn = served(base, {"a": Adapter(adapter.modules, words)}, "a", prompt="a photo of <s1>")
-    assert distance(served(again, {}, prompt="a photo of <s1>"), worn) < 1e-2
+    prompts = (PROMPTS[0], "a photo of <s1>")
+    worn = serve(base, {"a": Adapter(adapter.modules, words)}, *(request(base, "a", prompt=text) for text in prompts))
+    made = serve(again, {}, *(request(again, prompt=text) for text in prompts))
+    for one, other in zip(worn, made, strict=True):
+        assert distance(again.to_pixels(other), base.to_pixels(one)) < 2e-2  # weights of float16

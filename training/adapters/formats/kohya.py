@@ -1,9 +1,9 @@
 """kohya's format, which AUTOMATIC1111, ComfyUI and most others read.
 
 Keys are `lora_unet_<path with underscores>.lora_down.weight`, `.lora_up.weight`, `.alpha`; `lora_te_` for the text
-encoder, `lora_te1_` and `lora_te2_` where there are two. A path cannot be told from its underscored form alone, so
-names are looked up among the base's modules. Files for Stable Diffusion XL name UNet layers as SGM does
-(`lora_unet_input_blocks_…`).
+encoder, `lora_te1_` and `lora_te2_` where there are two; `lora_transformer_` for a transformer, as OneTrainer has it. A
+path cannot be told from its underscored form alone, so names are looked up among the base's modules. Files for Stable
+Diffusion XL name UNet layers as SGM does (`lora_unet_input_blocks_…`).
 """
 
 import hashlib
@@ -11,7 +11,6 @@ import json
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 
@@ -20,32 +19,41 @@ from training.adapters.formats.parts import ImportedFile, ImportedParts, halves,
 from training.adapters.formats.sgm import sgm_paths
 from training.adapters.tensor_file import write_tensors
 from training.base.facts import read_config
+from training.base.families import open_family
 
-_PREFIXES = ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_")
+_PREFIXES = ("lora_unet_", "lora_transformer_", "lora_te_", "lora_te1_", "lora_te2_")
 _PARTS = {"lora_down.weight": "down", "lora_up.weight": "up", "alpha": "alpha"}
+_VERSIONS = {  # kohya's own names of bases, by architecture; those of other families are the architecture's
+    "stable-diffusion-v1": "sd_v1",
+    "stable-diffusion-v2-512": "sd_v2",
+    "stable-diffusion-v2-768-v": "sd_v2",
+    "stable-diffusion-xl-v1-base": "sdxl_base_v1-0",
+}
 _V2_WIDTH = 1024  # of the text encoder that Stable Diffusion 2.x reads; 1.x has 768
 
-XL: Literal["stable-diffusion-xl-v1-base"] = "stable-diffusion-xl-v1-base"
-Architecture = Literal[
-    "stable-diffusion-v1", "stable-diffusion-v2-512", "stable-diffusion-v2-768-v", "stable-diffusion-xl-v1-base"
-]
+XL = "stable-diffusion-xl-v1-base"
 
 
 @dataclass(frozen=True)
 class Label:
-    """What user interfaces show about a file. Only `architecture` changes more: how its layers are named."""
+    """What user interfaces show about a file. Only `architecture` changes more: how its layers are named.
+
+    It is stable-diffusion-v1, stable-diffusion-v2-512, stable-diffusion-v2-768-v, `XL`, or another family's name.
+    """
 
     name: str = "adapter"
-    architecture: Architecture = "stable-diffusion-v1"
+    architecture: str = "stable-diffusion-v1"
     resolution_px: int = 512
     v_prediction: bool = False
 
 
 def label_of(name: str, folder: Path, resolution_px: int) -> Label:
     """The label of an adapter called `name` for the base in the diffusers `folder`; raises UserError if it is none."""
+    if (folder / "transformer").is_dir():
+        return Label(name, open_family(folder, name).facts.family, resolution_px)
     scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
     v_prediction = scheduler.get("prediction_type") == "v_prediction"
-    architecture: Architecture = "stable-diffusion-v1"
+    architecture = "stable-diffusion-v1"
     unet = read_config(folder, "unet")
     if unet.get("addition_embed_type") is not None:
         architecture = XL
@@ -97,8 +105,13 @@ def kohya_name(module: str, two: bool = False) -> str:
     """The name of a canonical module key; `two`: the base has two text encoders."""
     component, _, path = module.partition(".")
     first = "lora_te1_" if two else "lora_te_"
-    prefix = {"unet": "lora_unet_", "text_encoder": first, "text_encoder_2": "lora_te2_"}[component]
-    return prefix + path.replace(".", "_")
+    prefixes = {
+        "unet": "lora_unet_",
+        "transformer": "lora_transformer_",
+        "text_encoder": first,
+        "text_encoder_2": "lora_te2_",
+    }
+    return prefixes[component] + path.replace(".", "_")
 
 
 def _names(modules: Collection[str]) -> dict[str, list[str]]:
@@ -120,7 +133,9 @@ def _sgm_names(modules: Collection[str]) -> dict[str, str]:
 def _metadata(adapter: Adapter, label: Label, tensors: dict[str, torch.Tensor]) -> dict[str, str]:
     """kohya's `ss_` keys, the modelspec and our own; the hash is of the tensors alone, as kohya's is."""
     v2 = label.architecture.startswith("stable-diffusion-v2")
-    version = ("sd_v2" if v2 else "sd_v1") + ("_v" if label.v_prediction else "")
+    stable = label.architecture.startswith("stable-diffusion-")
+    version = _VERSIONS.get(label.architecture, label.architecture)
+    version += "_v" if label.v_prediction and label.architecture != XL else ""
     plain = write_tensors(tensors, {})
     body = plain[8 + int.from_bytes(plain[:8], "little") :]
     made = (
@@ -128,7 +143,7 @@ def _metadata(adapter: Adapter, label: Label, tensors: dict[str, torch.Tensor]) 
         | padding_note(adapter.modules)
         | {
             "ss_v2": str(v2),
-            "ss_base_model_version": "sdxl_base_v1-0" if label.architecture == XL else version,
+            "ss_base_model_version": version,
             "ss_network_module": "networks.lora",
             "ss_network_dim": str(adapter.rank),
             "ss_network_alpha": str(float(adapter.rank)),
@@ -140,9 +155,10 @@ def _metadata(adapter: Adapter, label: Label, tensors: dict[str, torch.Tensor]) 
             "modelspec.implementation": "diffusers",
             "modelspec.title": label.name,
             "modelspec.resolution": f"{label.resolution_px}x{label.resolution_px}",
-            "modelspec.prediction_type": "v" if label.v_prediction else "epsilon",
         }
     )
+    if stable:
+        made["modelspec.prediction_type"] = "v" if label.v_prediction else "epsilon"
     if base := adapter.metadata.get("base"):
         made["ss_sd_model_name"] = base
     if trigger := adapter.metadata.get("trigger"):

@@ -17,7 +17,7 @@ from training.adapters.formats.parts import ImportedFile, ImportedParts
 from training.adapters.formats.peft import PREFIX, alpha_of, check_plain
 
 _EMBEDDING = "lora_embeddings."
-_COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
+_COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2")
 _SUFFIX = re.compile(
     r"(?:\.lora|\.lora_linear_layer|_lora)\.(?P<way>down|up)\.weight"
     r"|\.lora_(?P<kohya>down|up)\.weight"
@@ -71,6 +71,8 @@ def _module(path: str, modules: Collection[str], file: str) -> str | None:
 def _in(component: str, path: str, modules: Collection[str]) -> str | None:
     if component == "unet":
         names = [f"unet.{path}", f"unet.{path}.0"]  # older diffusers wrote to_out for to_out.0
+    elif component == "transformer":
+        names = [f"transformer.{path}"]
     else:
         start, dot, end = path.rpartition(".to_")
         path = f"{start}.{_CLIP.get('to_' + end, 'to_' + end)}" if dot else path

@@ -3,12 +3,15 @@
 import json
 from pathlib import Path
 
+from training.base.families.flux_1 import Flux1
+from training.base.families.flux_2_klein import Flux2Klein
 from training.base.families.stable_diffusion import StableDiffusion
 from training.base.families.stable_diffusion_xl import StableDiffusionXL
+from training.base.families.z_image import ZImage
 from training.base.family import Family
 from training.errors import UserError
 
-FAMILIES: tuple[type[Family], ...] = (StableDiffusion, StableDiffusionXL)
+FAMILIES: tuple[type[Family], ...] = (StableDiffusion, StableDiffusionXL, Flux2Klein, ZImage, Flux1)
 
 
 def open_family(folder: Path, name: str) -> Family:

@@ -6,7 +6,7 @@ diffusers scheduler of each sampler's name.
 
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, cast
 
 import torch
 from diffusers import (
@@ -18,7 +18,7 @@ from diffusers import (
 )
 from torch import Tensor
 
-from training.base.facts import SamplerName
+from training.base.facts import SAMPLERS, SamplerName
 from training.base.noise.process import (
     BEFORE,
     CLEAN,
@@ -51,7 +51,7 @@ class Ddpm:
     `forced`: settings that the base's pipeline gives any scheduler it samples with.
     """
 
-    samplers: tuple[SamplerName, ...] = get_args(SamplerName)
+    samplers = SAMPLERS
 
     def __init__(self, config: dict[str, Any], *, forced: Mapping[str, Any] = FORCED) -> None:
         if config.get("thresholding"):

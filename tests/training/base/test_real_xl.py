@@ -23,11 +23,12 @@ from training.adapters.layout import find_sites
 from training.base.base import Base
 from training.base.families import open_family
 from training.base.family import Parts, RowFacts
-from training.base.files.outline import outline
+from training.base.files.outline import Outline, outline
 from training.base.files.released import configs
 from training.base.files.single_file import write_configs
 from training.base.noise.process import row_losses
-from training.manifest.manifest import parse_manifest
+from training.manifest.defaults import filled
+from training.manifest.manifest import Manifest, parse_manifest
 from training.manifest.plan import adapter_parameters, plan_run
 from training.trainer.member import Subject, initial_adapter
 from training.trainer.pack import Pack, training_bank
@@ -84,6 +85,11 @@ def targets_of(base: Base) -> dict[str, Sequence[str]]:
     return {facts.denoiser: facts.targets, **dict.fromkeys(facts.text_encoders, facts.text_targets)}
 
 
+def planned(entry: dict[str, Any], base: Outline) -> Manifest:
+    made = parse_manifest(yaml.safe_dump({"version": 1, "name": "plan", "subjects": [entry]}))
+    return filled(made, base.facts)
+
+
 def test_it_is_planned_from_configs_and_headers(folder: Path) -> None:
     base = outline(str(folder))
     assert (base.facts.resolution, base.facts.cell_px, base.facts.multiple_px) == (1024, 8, 32)
@@ -92,7 +98,7 @@ def test_it_is_planned_from_configs_and_headers(folder: Path) -> None:
     wanted = tuple(f".{end}" for end in base.facts.targets)
     assert sum(f".{name}".endswith(wanted) for name in base.layers["unet"]) == 560
     entry: dict[str, Any] = {"id": "a", "images": "x", "class": "dog", "lora": {"rank": 16, "text_encoder": False}}
-    manifest = parse_manifest(yaml.safe_dump({"version": 1, "name": "plan", "subjects": [entry]}))
+    manifest = planned(entry, base)
     parameters = adapter_parameters(manifest.subjects[0], base)
     assert 2 * parameters == pytest.approx(46e6, rel=0.02)  # a slot that serves
     plan = plan_run(manifest, base)
@@ -100,8 +106,7 @@ def test_it_is_planned_from_configs_and_headers(folder: Path) -> None:
     assert plan.packs[0].profile.resolution == 1024
     assert 28_000 < plan.packs[0].memory_mb < 33_000  # of it 22 GB are two rows' activations
     entry["train"] = {"gradient_checkpointing": True}
-    manifest = parse_manifest(yaml.safe_dump({"version": 1, "name": "plan", "subjects": [entry]}))
-    assert 10_000 < plan_run(manifest, base).packs[0].memory_mb < 14_000
+    assert 10_000 < plan_run(planned(entry, base), base).packs[0].memory_mb < 14_000
 
 
 def test_a_training_and_a_serving_step_run_on_its_shapes(folder: Path) -> None:
