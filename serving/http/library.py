@@ -63,7 +63,8 @@ class Library:
             raise unknown(name)
         if resolved.card.base_hash != self.base_hash:
             raise Refused(
-                f"Adapter '{name}' was made for another base ('{resolved.card.base}'); this server has '{self.base}'."
+                f"Adapter '{name}' was made for another base ({_base(resolved.card.base, resolved.card.family)}); this "
+                f"server has {_base(self.base, self.outline.facts.title)}."
             )
         return resolved
 
@@ -106,7 +107,7 @@ class Library:
         """
         check_id(id)
         shapes = self.shapes()
-        adapter = import_adapter({"adapter.safetensors": data}, shapes.keys())
+        adapter = import_adapter({"adapter.safetensors": data}, shapes, self.outline.names)
         check_fit(adapter, spec, self.outline.facts)
         check_adapter(adapter, shapes, spec.rank)
         self._check_words(adapter)
@@ -136,6 +137,7 @@ class Library:
                 "fingerprint": content_id(weights),
                 "base": self.base,
                 "base_hash": self.base_hash,
+                "family": self.outline.facts.title,
                 "rank": adapter.rank,
                 "alpha": adapter.rank,  # any scale of the file is folded in
                 "targets": _ends(adapter, self.outline.facts.denoiser),
@@ -260,6 +262,10 @@ class Library:
 def unknown(name: str) -> UnknownAdapter:
     """The one error for what is missing and for what is another's."""
     return UnknownAdapter(f"Unknown adapter '{name}'. See GET /v1/adapters for yours.")
+
+
+def _base(name: str, family: str) -> str:
+    return f"'{name}', {family}" if family else f"'{name}'"
 
 
 def _place(name: str, tenant: str) -> tuple[bool, str]:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from training.base.originals import Naming, without_naming
 from training.errors import UserError
 
 SamplerName = Literal["ddim", "euler", "euler_a", "dpm++_2m", "euler_karras", "euler_a_karras", "dpm++_2m_karras"]
@@ -18,13 +19,15 @@ DEFAULTS_FILE = "dreamfleet.json"  # in a base's folder: what its makers recomme
 class Facts:
     """Sizes, components and defaults of a base.
 
-    `denoiser` and `text_encoders` are the components (folders of the diffusers layout) that an adapter may change;
-    `frozen_encoders` are the text encoders that none may. `cell_px`: pixels a latent cell, per side; width and height
-    of a picture are multiples of `multiple_px`. `targets` and `text_targets` end the names of the layers that are
-    trained by default, `layers` and `text_layers` of all that adapters of this family change.
+    `family` names it in data, `title` in sentences. `denoiser` and `text_encoders` are the components (folders of the
+    diffusers layout) that an adapter may change; `frozen_encoders` are the text encoders that none may. `cell_px`:
+    pixels a latent cell, per side; width and height of a picture are multiples of `multiple_px`. `targets` and
+    `text_targets` end the names of the layers that are trained by default, `layers` and `text_layers` of all that
+    adapters of this family change.
     """
 
     family: str
+    title: str
     denoiser: str
     text_encoders: tuple[str, ...]
     channels: int
@@ -51,6 +54,12 @@ class Facts:
     sampler: SamplerName = "ddim"
     samplers: tuple[SamplerName, ...] = SAMPLERS
     judge: str | None = None  # a model that is made for this base's pictures
+    # what other programs' files say of it: modelspec's architecture, kohya's name, what it predicts, its own layers
+    architecture: str = ""
+    kohya_base: str = ""
+    prediction: Literal["epsilon", "v", ""] = ""
+    originals: Naming = without_naming
+    native_files: bool = True  # whether ai-toolkit's files have the names of `originals`, too, or diffusers'
 
     @property
     def components(self) -> tuple[str, ...]:

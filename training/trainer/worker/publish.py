@@ -102,6 +102,7 @@ def make_card(run: str, base: Base, publication: Publication, weights: bytes) ->
             "fingerprint": finished.fingerprint,
             "base": public_name(base.name),
             "base_hash": base.hash,
+            "family": base.facts.title,
             "rank": spec.lora.rank,
             "alpha": spec.lora.alpha or spec.lora.rank,
             "targets": spec.lora.targets,
