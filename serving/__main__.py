@@ -4,6 +4,7 @@ import sys
 
 import click
 import uvicorn
+from pydantic import ValidationError
 
 from serving.config import EngineSpec, ServeSpec
 from serving.engine.loop import EngineLoop
@@ -22,13 +23,25 @@ from training.errors import UserError
 @click.option(
     "--keys", envvar="DREAMFLEET_KEYS", default=None, help="File of tenants' keys; without: this machine only."
 )
+@click.option("--serves", multiple=True, help="Hash of another base whose adapters are served, too.")
 @click.option("--cors", multiple=True, help="An origin whose web pages may use the server, https://studio.example.")
 @flags(EngineSpec, "engine")
 def main(
-    storage: str, base: str, host: str, port: int, keys: str | None, cors: tuple[str, ...], engine: EngineSpec
+    storage: str,
+    base: str,
+    host: str,
+    port: int,
+    keys: str | None,
+    serves: tuple[str, ...],
+    cors: tuple[str, ...],
+    engine: EngineSpec,
 ) -> None:
     """Serves every adapter of a storage from one base."""
-    spec = ServeSpec(base=base, storage=storage, keys=keys, cors=cors, engine=engine)
+    try:
+        spec = ServeSpec(base=base, storage=storage, keys=keys, serves=serves, cors=cors, engine=engine)
+    except ValidationError as error:
+        (first, *_) = error.errors()
+        raise UserError(f"--{first['loc'][0]} is {first['input']!r}: {first['msg']}. See --help.") from None
     if keys is None and not is_loopback(host):
         raise UserError(
             f"Without keys the server binds to loopback only, not to {host}: anybody who reaches it could use and "

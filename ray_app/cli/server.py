@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from pydantic import ValidationError
 
 from ray_app.cli import options
 from serving.config import EngineSpec, ServeSpec
@@ -20,11 +21,28 @@ from training.errors import UserError
 @click.option("--host", default="127.0.0.1", show_default=True, help="address to listen on")
 @click.option("--port", default=8000, show_default=True, type=click.IntRange(0, 65535))
 @click.option("--keys", type=click.Path(path_type=Path), help="keys file; without it only this machine may connect")
+@click.option("--serves", multiple=True, help="hash of another base whose adapters are served, too; repeatable")
 @flags(EngineSpec, "engine")
-def serve(storage: str, address: str, base: str, host: str, port: int, keys: Path | None, engine: EngineSpec) -> None:
+def serve(
+    storage: str,
+    address: str,
+    base: str,
+    host: str,
+    port: int,
+    keys: Path | None,
+    serves: tuple[str, ...],
+    engine: EngineSpec,
+) -> None:
     """Serve the base and every published adapter over HTTP, until Ctrl-C."""
     from ray_app.serve.deployments import Deployment, serve_forever
 
+    try:
+        server = ServeSpec(engine=engine, serves=serves)
+    except ValidationError as error:
+        (first, *_) = error.errors()
+        raise UserError(
+            f"--serves has {first['input']!r}: {first['msg']}. See `dreamfleet base NAME --hash`."
+        ) from None
     serve_forever(
         storage=storage,
         address=address,
@@ -32,7 +50,7 @@ def serve(storage: str, address: str, base: str, host: str, port: int, keys: Pat
         host=host,
         port=port,
         keys=str(keys) if keys else None,
-        deployment=Deployment(server=ServeSpec(engine=engine)),
+        deployment=Deployment(server=server),
     )
 
 

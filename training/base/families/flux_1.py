@@ -104,6 +104,7 @@ class Flux1:
             guidance_scale=3.5 if self._guided else 1.0,
             sampler="euler",
             samplers=FLOW_SAMPLERS,
+            half="bf16",
         )
         self.facts = with_defaults(facts, folder)
 

@@ -101,6 +101,7 @@ class Flux2Klein:
             guidance_scale=1.0 if distilled else 4.0,
             sampler="euler",
             samplers=FLOW_SAMPLERS,
+            half="bf16",
         )
         self.facts = with_defaults(facts, folder)
 

@@ -93,6 +93,7 @@ class ZImage:
             guidance_scale=5.0,
             sampler="euler",
             samplers=FLOW_SAMPLERS,
+            half="bf16",
         )
         self.facts = with_defaults(facts, folder)
 
