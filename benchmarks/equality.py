@@ -14,6 +14,7 @@ import torch
 
 from training.adapters.adapter import Adapter
 from training.base.base import Base, load_base
+from training.manifest.defaults import fill_subject
 from training.manifest.manifest import load_manifest
 from training.manifest.subject import SubjectSpec
 from training.photos.files import list_photo_files
@@ -30,7 +31,9 @@ def subject_of(base: Base, spec: SubjectSpec, root: str, steps: int, rate: float
     """A subject of the demo, for so many steps at this learning rate (None: the demo's)."""
     news = {"max_steps": steps, "learning_rate": rate or spec.train.learning_rate}
     prior = spec.prior.model_copy(update={"source": "prediction", "captions": False})
-    spec = spec.model_copy(update={"train": spec.train.model_copy(update=news), "prior": prior})
+    spec = fill_subject(spec, base.facts).model_copy(
+        update={"train": spec.train.model_copy(update=news), "prior": prior}
+    )
     found = photos(list_photo_files(Path(root, spec.images)), resolution=base.facts.resolution)
     return Subject(spec, encode_photos(base, found.good, spec.train, spec.filled_instance_prompt))
 

@@ -16,6 +16,7 @@ from training.base.base import load_base
 from training.evaluation.evaluate import evaluate_subjects
 from training.evaluation.exam import Exam
 from training.evaluation.judges.box import JudgeBox
+from training.manifest.defaults import fill_subject
 from training.manifest.manifest import load_manifest
 from training.manifest.subject import SubjectSpec
 from training.photos.files import list_photo_files
@@ -38,7 +39,9 @@ def main() -> None:
     asked = parser.parse_args()
     torch.set_num_threads(1)
     base, manifest = load_base("pocket", device="cpu"), load_manifest(DEMO)
-    specs = [_with_prompts(spec, asked.prompts) for spec in manifest.subjects[: asked.subjects]]
+    specs = [
+        fill_subject(_with_prompts(spec, asked.prompts), base.facts) for spec in manifest.subjects[: asked.subjects]
+    ]
     images = {spec.id: _images(spec, Path(manifest.root), base.facts.resolution) for spec in specs}
     pack = Pack(
         base,

@@ -34,6 +34,7 @@ from tests.tiny import clip, clip_tokenizer, ddpm, vae
 from training.adapters.adapter import Adapter
 from training.base.base import Base, load_base
 from training.base.words import tokenise
+from training.manifest.defaults import fill_subject
 from training.manifest.manifest import parse_manifest
 from training.manifest.subject import SubjectSpec
 from training.trainer.latents import LatentSet, posteriors
@@ -107,7 +108,7 @@ def make_subject(base: Base, index: int, prior: bool) -> Subject:
     side = base.facts.resolution // base.facts.cell_px
     generator = torch.Generator().manual_seed(index)
     mean = torch.randn(5, base.facts.channels, side, side, generator=generator)
-    made = spec(index, prior)
+    made = fill_subject(spec(index, prior), base.facts)
     latents = LatentSet(posteriors(mean, 0.1 * torch.ones_like(mean)), (made.filled_instance_prompt,) * 5)
     return Subject(made, latents, LatentSet(posteriors(mean, 0 * mean), (made.filled_class_prompt,) * 5))
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor
-from transformers import CLIPTextModel
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 Rules = Iterable[tuple[str, str]]
 
@@ -28,6 +28,7 @@ def original_unet(unet: UNet2DConditionModel) -> dict[str, Tensor]:
     count, layers = len(unet.config.block_out_channels), unet.config.layers_per_block
     places: dict[str, str] = {"conv_in": "input_blocks.0.0", "conv_norm_out": "out.0", "conv_out": "out.2"}
     places |= {"time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2"}
+    places |= {"add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2"}
     places |= {f"mid_block.resnets.{i}": f"middle_block.{2 * i}" for i in (0, 1)}
     places["mid_block.attentions.0"] = "middle_block.1"
     for block in range(count):
@@ -70,22 +71,33 @@ def original_vae(vae: AutoencoderKL) -> dict[str, Tensor]:
     }
 
 
-def original_clip(text: CLIPTextModel) -> dict[str, Tensor]:
-    """1.x: transformers' own names of its day."""
-    return {f"cond_stage_model.transformer.text_model.{_bare(k)}": v for k, v in text.state_dict().items()}
+def original_clip(text: CLIPTextModel, prefix: str = "cond_stage_model.") -> dict[str, Tensor]:
+    """1.x, and XL's first: transformers' own names of their day."""
+    return {f"{prefix}transformer.text_model.{_bare(k)}": v for k, v in text.state_dict().items()}
 
 
 def original_open_clip(text: CLIPTextModel) -> dict[str, Tensor]:
-    """2.x: OpenCLIP's names, with q, k and v in one matrix, and one more layer than is read."""
+    """2.x: OpenCLIP's names, and one more layer than is read."""
+    projection = torch.eye(text.config.hidden_size)
+    return _open_clip(text, projection, text.config.num_hidden_layers + 1, "cond_stage_model.model.")
+
+
+def original_big_clip(text: CLIPTextModelWithProjection) -> dict[str, Tensor]:
+    """XL's second: OpenCLIP's names; the projection is kept the other way round."""
+    projection = text.text_projection.weight.T
+    return _open_clip(text.text_model, projection, text.config.num_hidden_layers, "conditioner.embedders.1.model.")
+
+
+def _open_clip(text: CLIPTextModel, projection: Tensor, kept: int, prefix: str) -> dict[str, Tensor]:
+    """With q, k and v in one matrix; the last layer is repeated until there are `kept`."""
     state = {_bare(name): tensor for name, tensor in text.state_dict().items()}
-    width = text.config.hidden_size
     made = {
         "token_embedding.weight": state["embeddings.token_embedding.weight"],
         "positional_embedding": state["embeddings.position_embedding.weight"],
-        "text_projection": torch.eye(width),
+        "text_projection": projection,
     }
     layers = text.config.num_hidden_layers
-    for layer in range(layers + 1):
+    for layer in range(kept):
         source = f"encoder.layers.{min(layer, layers - 1)}"
         place = f"transformer.resblocks.{layer}"
         for part in ("weight", "bias"):
@@ -98,7 +110,7 @@ def original_open_clip(text: CLIPTextModel) -> dict[str, Tensor]:
             made[f"{place}.ln_2.{part}"] = state[f"{source}.layer_norm2.{part}"]
     for part in ("weight", "bias"):
         made[f"ln_final.{part}"] = state[f"final_layer_norm.{part}"]
-    return {f"cond_stage_model.model.{name}": tensor for name, tensor in made.items()}
+    return {f"{prefix}{name}": tensor for name, tensor in made.items()}
 
 
 def _bare(name: str) -> str:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from training.base.files.outline import outline
+from training.manifest.defaults import filled
 from training.manifest.gate import EvaluateSpec
 from training.manifest.manifest import load_manifest, parse_manifest
 from training.manifest.plan import plan_run, unmatched_targets
@@ -21,6 +22,7 @@ RUNS = [path for path in MANIFESTS.rglob("manifest*.yaml") if "images" not in pa
 def test_it_can_be_planned_and_its_photos_are_good(path: Path) -> None:
     manifest = load_manifest(path)
     base = outline(manifest.base, manifest.root)
+    manifest = filled(manifest, base.facts)
     assert plan_run(manifest, base).packs
     for subject in manifest.subjects:
         assert not unmatched_targets(subject, base)
@@ -30,8 +32,9 @@ def test_it_can_be_planned_and_its_photos_are_good(path: Path) -> None:
 
 
 def test_the_demo_trains_at_least_six_subjects_in_one_pack_and_names_licences() -> None:
-    manifest = load_manifest(MANIFESTS / "demo" / "manifest.yaml")
-    plan = plan_run(manifest, outline(manifest.base))
+    base = outline("pocket")
+    manifest = filled(load_manifest(MANIFESTS / "demo" / "manifest.yaml"), base.facts)
+    plan = plan_run(manifest, base)
     assert len(manifest.subjects) >= 6
     assert len(plan.packs) == 1
     assert plan.packs[0].slots >= 6

@@ -74,7 +74,8 @@ class Engine:
         strength = None if pixels_CHW is None else request.strength
         size = self.base.latent_size(request.height, request.width)
         schedule = self.base.process.schedule(request.scheduler, request.steps, strength, size)
-        job = Job(request, schedule, pixels_CHW, arrived_s=time.monotonic())
+        takes_negative = self.base.facts.guidance == "cfg"
+        job = Job(request, schedule, pixels_CHW, arrived_s=time.monotonic(), takes_negative=takes_negative)
         wide = job.guided and 2 * size[0] * size[1] > self.scheduler.max_cells
         job.samples = [Sample(job, index, size, wide) for index in range(request.count)]
         try:

@@ -20,7 +20,7 @@ from serving.engine.samplers import ScheduleLines
 from training.adapters.bank import Bank, Route
 from training.adapters.layout import Layout
 from training.base.base import Base
-from training.base.family import Cond
+from training.base.family import Cond, RowFacts
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +33,7 @@ class Forward:
     order: tuple[Sample, ...]
     rows: int
     conds: tuple[Cond, ...]
+    facts: tuple[RowFacts, ...]
     guidance_G: Tensor
     routes: tuple[Route, ...]
     layout: Layout
@@ -51,6 +52,8 @@ class Forward:
         conds = [cond for sample in order for cond in sample.conds]
         fill = max(0, (fixed_rows or 0) - len(rows))
         conds += conds[:1] * fill
+        facts = [RowFacts(guidance=sample.job.request.guidance_scale) for sample in rows]
+        facts += facts[:1] * fill
         slots: list[tuple[int, ...]] = [sample.slots or () for sample in rows]
         weights: list[tuple[float, ...]] = [sample.job.weights for sample in rows]
         routes = make_routes(bank, [base.facts.denoiser], slots + [()] * fill, weights + [()] * fill, empty)
@@ -59,6 +62,7 @@ class Forward:
             order=tuple(order),
             rows=len(rows) + fill,
             conds=tuple(conds),
+            facts=tuple(facts),
             guidance_G=guidance.to(base.device).view(-1, 1, 1, 1),
             routes=tuple(routes),
             layout=bank.layout,
@@ -69,7 +73,7 @@ class Forward:
         guided = len(self.guidance_G)
         x_MCHW = self._rows(lines.model_input(latents_NCHW))
         with bank.using(*self.routes):
-            output = base.predict(x_MCHW.to(base.dtype), self._rows(lines.timesteps_N), self.conds).float()
+            output = base.predict(x_MCHW.to(base.dtype), self._rows(lines.timesteps_N), self.conds, self.facts).float()
         plain, prompted = output[: 2 * guided].unflatten(0, (guided, 2)).unbind(1)
         pushed = plain + self.guidance_G * (prompted - plain)
         return torch.cat([pushed, output[2 * guided : guided + len(self.order)]])

@@ -23,6 +23,7 @@ class Job:
     schedule: Schedule
     pixels_CHW: Tensor | None  # the picture that image-to-image starts from, uint8
     arrived_s: float  # time.monotonic
+    takes_negative: bool = True  # whether the base is guided by a second row, with the negative prompt
     loads: Loads = field(default_factory=dict)
     samples: list["Sample"] = field(default_factory=list)
     conds: tuple[Cond, Cond | None] | None = None  # of the prompt and, with guidance, of the negative prompt
@@ -48,8 +49,8 @@ class Job:
 
     @property
     def guided(self) -> bool:
-        """Whether it takes a row with the negative prompt too: guidance above 1."""
-        return self.request.guidance_scale > 1.0
+        """Whether it takes a row with the negative prompt too: guidance above 1, on a base that is guided so."""
+        return self.takes_negative and self.request.guidance_scale > 1.0
 
 
 @dataclass(eq=False, slots=True)

@@ -62,7 +62,7 @@ class PromptCache:
         self._empty = empty
         self._capacity = capacity
         self._room = base.facts.prompt_tokens
-        self._most = ceil(longest / self._room)
+        self._most = ceil(longest / self._room) if base.facts.chunked else 1
         self._known: OrderedDict[_Key, Cond] = OrderedDict()
         self.hits = 0
         self.misses = 0

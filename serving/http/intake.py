@@ -83,7 +83,10 @@ class Intake:
         )
 
     def checked(self, request: GenerateRequest) -> GenerateRequest:
-        """`request`, if it is within the limits. Raises ApiError."""
+        """`request`, if it is within the limits and has a meaning on the base. Raises ApiError.
+
+        Where a base draws without guidance the request's is 1, which is off.
+        """
         limits = self.spec.limits
         _at_most(request.count, limits.images, "n")
         _at_most(request.steps, limits.steps, "steps")
@@ -97,6 +100,20 @@ class Intake:
                     param="size",
                 )
         _at_most(request.width * request.height * request.count, limits.pixels, "size", "pixels in a request")
+        if request.scheduler not in self.facts.samplers:
+            raise ApiError(
+                400,
+                f"The scheduler '{request.scheduler}' is not for base '{self.library.base}'. Use one of "
+                f"{', '.join(self.facts.samplers)}.",
+                param="scheduler",
+            )
+        if request.negative_prompt and not self.facts.negative:
+            raise ApiError(
+                400,
+                f"'negative_prompt' is {request.negative_prompt[:40]!r}, but base '{self.library.base}' draws without "
+                "one. Leave it out.",
+                param="negative_prompt",
+            )
         for use in request.adapters:
             if abs(use.weight) > limits.weight:
                 raise ApiError(
@@ -104,7 +121,7 @@ class Intake:
                     f"The weight of '{use.ref.id}' is {use.weight}; allowed is -{limits.weight} to {limits.weight}.",
                     param="adapters",
                 )
-        return request
+        return request if self.facts.guidance != "none" else request.model_copy(update={"guidance_scale": 1.0})
 
     def model(self, tenant: str, model: str) -> Resolved | None:
         """The version that a model name means now; None if it is the base. Raises ApiError."""

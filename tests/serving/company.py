@@ -24,7 +24,7 @@ def random_adapter(
 ) -> Adapter:
     """An adapter with noise in every layer of `targets`, strong enough to change every picture."""
     generator = torch.Generator().manual_seed(seed)
-    wanted = {"unet": targets, "text_encoder": TEXT if text else ()}
+    wanted = dict.fromkeys(base.facts.text_encoders, TEXT if text else ()) | {base.facts.denoiser: targets}
     modules = {}
     for component, model in base.models.items():
         for site in find_sites(component, model, wanted[component]):

@@ -26,6 +26,7 @@ from tools.pocket.recipe import DEMO_IMAGES, IMAGE_PX, WORK
 from tools.pocket.subjects import SUBJECTS, Subject, picture
 from training.adapters.adapter import Adapter
 from training.base.base import Base, load_base
+from training.manifest.defaults import fill_subject
 from training.manifest.manifest import parse_manifest
 from training.manifest.subject import SubjectSpec
 from training.photos.photos import Photo
@@ -143,7 +144,7 @@ def open_base(folder: Path) -> Base:
 
 def learner(base: Base, subject: Subject, setting: Setting, cache: Path = CACHE) -> Learner:
     """A subject with its photos' latents and its class images, made unless `cache` has them."""
-    spec = spec_of(subject, setting)
+    spec = fill_subject(spec_of(subject, setting), base.facts)
     instance = encode_photos(base, photos_of(subject), spec.train, spec.filled_instance_prompt)
     if not setting.captions:
         plain = (spec.filled_instance_prompt,) * len(instance)

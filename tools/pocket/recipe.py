@@ -9,6 +9,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 WORK = ROOT / "out" / "pocket"
 BASE = ROOT / "training" / "bases" / "pocket"
+DIT_WORK = ROOT / "out" / "pocket-dit"
+DIT_BASE = ROOT / "training" / "bases" / "pocket-dit"
 JUDGE = ROOT / "training" / "bases" / "pocket-judge"
 DEMO_IMAGES = ROOT / "manifests" / "demo" / "images"
 DOCS = ROOT / "docs" / "pocket"
@@ -40,7 +42,18 @@ class VaeSpec:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class UnetSpec:
+class LoopSpec:
+    """What every long training has."""
+
+    batch_size: int
+    learning_rate: float
+    warmup_images: int
+    ema_images: int
+    images: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UnetSpec(LoopSpec):
     block_out_channels: tuple[int, ...] = (64, 128, 192)
     attends: tuple[bool, ...] = (False, True, True)
     layers_per_block: int = 1
@@ -60,8 +73,36 @@ class UnetSpec:
     cooldown_images: int = 25_600
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DitSpec(LoopSpec):
+    """`median` and `spread`: the noise levels are drawn logit-normal, so shapes are decided often enough."""
+
+    width: int = 192
+    layers: int = 10
+    refiners: int = 1
+    heads: int = 6
+    axes: tuple[int, int, int] = (8, 12, 12)
+    text_width: int = 128
+    text_layers: int = 3  # the transformer reads the last but one
+    text_heads: int = 4
+    shift: float = 1.5
+    median: float = 0.6
+    spread: float = 1.0
+    pairs: float = 0.2  # of the pictures show two things
+    caption_drop: float = 0.1
+    batch_size: int = 64
+    learning_rate: float = 1e-3
+    warmup_images: int = 12_800
+    ema_images: int = 64_000
+    images: int = 2_000_000
+    tight_images: int = 100_000
+    cooldown_images: int = 51_200
+
+
 WIDE_POOL = PoolSpec(chunks=5)
 NARROW_POOL = PoolSpec(chunks=12)
+PAIR_POOL = PoolSpec(chunks=4)
 TIGHT_CHUNKS = 4
 VAE = VaeSpec()
 UNET = UnetSpec()
+DIT = DitSpec()

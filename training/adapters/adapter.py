@@ -20,16 +20,18 @@ from training.errors import UserError
 from training.storage.card import MAX_BYTES as MAX_BYTES
 from training.storage.storage import content_id
 
-METADATA = ("base", "base_hash", "class", "trigger")  # the file carries these and nothing else that is not a tensor
+# the file carries these and nothing else that is not a tensor; `word_widths` ("768,1280"): of the parts of a word's
+# vectors, where several text encoders read one each
+METADATA = ("base", "base_hash", "class", "trigger", "word_widths")
 _PADDED = "dreamfleet.padded"
 CANONICAL = "dreamfleet"  # the metadata key, with the version of the layout, that marks a canonical file
 _FORMAT = {"format": "pt", CANONICAL: "1"}
 _EMBEDDING = "lora_embeddings."  # diffusers refuses a file with a key that lacks `lora`, and ignores this prefix
 _SUFFIXES = {
     "unet": (".lora.down.weight", ".lora.up.weight"),
+    "transformer": (".lora_A.weight", ".lora_B.weight"),
     "text_encoder": (".lora_linear_layer.down.weight", ".lora_linear_layer.up.weight"),
     "text_encoder_2": (".lora_linear_layer.down.weight", ".lora_linear_layer.up.weight"),
-    "transformer": (".lora_A.weight", ".lora_B.weight"),
 }
 _TOKEN = re.compile(r"[^\s\x00-\x1f\x7f]{1,64}")
 

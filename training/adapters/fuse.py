@@ -39,7 +39,7 @@ def fuse_base(base_name: str, parts: Sequence[tuple[Adapter, float]], out: Path,
     _add_deltas(base, adapter)
     variant = find_weights(base.folder, base.facts.denoiser).variant
     pipeline = DiffusionPipeline.from_pretrained(base.folder, variant=variant, **base.parts.models)
-    words = {word: _add_word(pipeline, word, adapter.embeddings[word]) for word in sorted(adapter.embeddings)}
+    words = {word: _add_word(pipeline, base, word, adapter.embeddings[word]) for word in sorted(adapter.embeddings)}
     with delivered(out) as folder:
         pipeline.to(torch.float16).save_pretrained(folder)
         if (base.folder / DEFAULTS_FILE).is_file():
@@ -60,14 +60,21 @@ def _add_deltas(base: Base, adapter: Adapter) -> None:
             layers[key].weight += low.delta().to(layers[key].weight)
 
 
-def _add_word(pipeline: Any, word: str, vectors: torch.Tensor) -> list[str]:
-    """Adds a word of one or more vectors [V, D]; returns its tokens."""
+def _add_word(pipeline: Any, base: Base, word: str, vectors: torch.Tensor) -> list[str]:
+    """Adds a word of one or more vectors [V, D] to the tokenizer of each text encoder; returns its tokens."""
     vectors_VD = vectors.reshape(-1, vectors.shape[-1])
-    width = pipeline.text_encoder.config.hidden_size
+    width = base.facts.word_width
     if vectors_VD.shape[1] != width:
         raise UserError(f"Word {word} has vectors of width {vectors_VD.shape[1]}; this base needs {width}.")
-    if not pipeline.tokenizer.get_vocab().keys().isdisjoint((word, word.lower())):  # the tokenizer reads lower case
-        raise UserError(f"Word {word} is one of the base's own. Fuse an adapter whose words are new, such as <s1>.")
-    before = len(pipeline.tokenizer)
-    pipeline.load_textual_inversion({word: vectors_VD}, token=word)
-    return pipeline.tokenizer.convert_ids_to_tokens(range(before, len(pipeline.tokenizer)))
+    parts = vectors_VD.split(base.facts.word_widths, dim=1)
+    tokens: list[str] = []
+    for name, part_VD in zip(base.facts.text_encoders, parts, strict=True):
+        tokenizer = getattr(pipeline, name.replace("text_encoder", "tokenizer"))
+        if not tokenizer.get_vocab().keys().isdisjoint((word, word.lower())):  # the tokenizer reads lower case
+            raise UserError(f"Word {word} is one of the base's own. Fuse an adapter whose words are new, such as <s1>.")
+        before = len(tokenizer)
+        pipeline.load_textual_inversion(
+            {word: part_VD.contiguous()}, token=word, tokenizer=tokenizer, text_encoder=getattr(pipeline, name)
+        )
+        tokens = tokenizer.convert_ids_to_tokens(range(before, len(tokenizer)))
+    return tokens

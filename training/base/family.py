@@ -60,6 +60,10 @@ class Family(Protocol):
         Raises UserError if the folder lacks one, or is of a kind that is not supported.
         """
 
+    @staticmethod
+    def owns(shapes: Mapping[str, tuple[int, ...]]) -> bool:
+        """Whether an adapter's tensors, by key with `_` for `.`, are of layers that only this family has."""
+
     @property
     def process(self) -> "Process":
         """The noise process of training and sampling."""
@@ -78,7 +82,7 @@ class Family(Protocol):
     ) -> list[Cond]:
         """The record of each prompt. `words[n]`: what prompt n may use; differentiable towards them and routes.
 
-        Prompts are cut after `chunks`, and filled up to it.
+        Prompts are cut after `chunks`, and filled up to it. The empty prompt is what the pipeline has without a prompt.
         """
 
     def to_latents(self, parts: Parts, pixels_N3HW: "Tensor") -> tuple["Tensor", "Tensor"]:

@@ -62,14 +62,18 @@ def _split(tokenizer: CLIPTokenizer, prompt: str, words: Words) -> list[list[int
 def _row(
     tokenizer: CLIPTokenizer, chunk: Sequence[Sequence[int | Tensor]]
 ) -> tuple[list[int], list[tuple[int, Tensor]]]:
-    """The ids [L] of a chunk, and its trained vectors' places; no chunk is an empty one."""
+    """The ids [L] of a chunk, and its trained vectors' places; no chunk is an empty one.
+
+    A trained vector is put in place of the id that stands for it. That is the mark of the start, not of the end: a
+    pooled output is read where the first mark of the end is.
+    """
     end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
     ids: list[int] = [tokenizer.bos_token_id]
     found: list[tuple[int, Tensor]] = []
     for token in (token for tokens in chunk for token in tokens):
         if isinstance(token, Tensor):
             found.append((len(ids), token))
-        ids.append(end if isinstance(token, Tensor) else token)  # a vector's id does not matter: it is replaced
+        ids.append(ids[0] if isinstance(token, Tensor) else token)
     ids.append(end)
     return ids + [pad] * (tokenizer.model_max_length - len(ids)), found
 

@@ -149,7 +149,7 @@ def adapter_parameters(subject: SubjectSpec, base: Outline) -> int:
     total = 0
     for component, ends in wanted.items():
         for name, shape in base.layers[component].items():
-            if len(shape) > 1 and any(f".{name}".endswith(f".{end}") for end in ends):
+            if len(shape) > 1 and _ends(name, ends):
                 total += subject.lora.rank * (shape[0] + prod(shape[1:]))
     return total
 
@@ -192,5 +192,20 @@ def unmatched_targets(subject: SubjectSpec, base: Outline) -> list[str]:
     return [
         end
         for component, end in wanted
-        if not any(f".{name}".endswith(f".{end}") and len(s) > 1 for name, s in base.layers[component].items())
+        if not any(_ends(name, (end,)) and len(s) > 1 for name, s in base.layers[component].items())
     ]
+
+
+def unroutable_targets(subject: SubjectSpec, base: Outline) -> list[tuple[str, str]]:
+    """Targets of a subject, each with a layer that it means and that adapters of this family never change."""
+    facts = base.facts
+    return [
+        (end, name)
+        for end in subject.lora.targets
+        for name, shape in base.layers[facts.denoiser].items()
+        if len(shape) > 1 and _ends(name, (end,)) and not _ends(name, facts.layers)
+    ]
+
+
+def _ends(name: str, ends: Iterable[str]) -> bool:
+    return any(f".{name}".endswith(f".{end}") for end in ends)

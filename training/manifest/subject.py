@@ -23,10 +23,10 @@ class LoraSpec(Closed):
     rank: int = Field(8, ge=1, le=320)
     alpha: float | None = Field(None, gt=0, description="the scale is alpha / rank; the rank itself by default")
     targets: tuple[str, ...] = Field(
-        ("to_q", "to_k", "to_v", "to_out.0"), min_length=1, description="ends of UNet module names"
+        (), description="ends of the names of the denoiser's layers; those that suit the base's family by default"
     )
-    text_encoder: bool = True
-    text_encoder_targets: tuple[str, ...] = Field(("q_proj", "k_proj", "v_proj", "out_proj"), min_length=1)
+    text_encoder: bool = Field(True, description="text encoders are trained, too, where the family has any that can be")
+    text_encoder_targets: tuple[str, ...] = Field((), description="the same of the text encoders' layers")
 
     @property
     def scale(self) -> float:
@@ -79,6 +79,20 @@ class ZeroSpec(Closed):
     workers: int = Field(2, ge=2, le=64, description="devices that one subject is spread over")
 
 
+class TimestepsSpec(Closed):
+    """Which noise levels a flow-matching base is trained on. `mean` and `std` are of `logit_normal`."""
+
+    density: Literal["uniform", "logit_normal"] = "uniform"
+    mean: float = Field(0.0, ge=-10, le=10)
+    std: float = Field(1.0, gt=0, le=10)
+    shift: Annotated[float, Field(gt=0, le=100)] | Literal["resolution"] = Field(
+        1.0, description="above 1: more of noise; resolution: as much as the base samples with at the picture's size"
+    )
+
+
+USUAL_TIMESTEPS = TimestepsSpec.model_construct()
+
+
 class TrainSpec(Closed):
     """The loop of one subject, with the usual names."""
 
@@ -116,6 +130,8 @@ class TrainSpec(Closed):
     mixed_precision: Literal["auto", "no", "fp16", "bf16"] = "auto"
     min_snr_gamma: float | None = Field(None, gt=0)
     noise_offset: float = Field(0.0, ge=0, le=1)
+    # left out of what identifies a training where it is the usual one, as DDPM bases have no other
+    timesteps: TimestepsSpec = Field(USUAL_TIMESTEPS, exclude_if=lambda value: value == USUAL_TIMESTEPS)
     strategy: Literal["auto", "plain", "zero"] = Field(
         "auto", description="one device (plain) or several (zero); auto: several where one is measured to be too small"
     )

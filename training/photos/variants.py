@@ -48,6 +48,13 @@ class _Detector(Protocol):
     def __call__(self, image: Pixels, upsample: int) -> Sequence[_Rectangle]: ...
 
 
+class Framed(NamedTuple):
+    """A variant of an image. `crop_px`: (down, across) where it begins in the image, resized and mirrored as it is."""
+
+    pixels_HW3: Pixels
+    crop_px: tuple[int, int]
+
+
 def variants(
     image: Image.Image,
     resolution: int,
@@ -66,20 +73,37 @@ def variants(
     mirror of each, in order: `result[i + len(result) // 2]` mirrors `result[i]`. How many there are depends on the
     settings alone, so every image of a subject weighs the same.
     """
+    return [
+        one.pixels_HW3
+        for one in framed(image, resolution, crop=crop, crops=crops, flip=flip, color_jitter=color_jitter, seed=seed)
+    ]
+
+
+def framed(
+    image: Image.Image,
+    resolution: int,
+    *,
+    crop: Crop = "center",
+    crops: int = 4,
+    flip: bool = False,
+    color_jitter: bool = False,
+    seed: int = 0,
+) -> list[Framed]:
+    """The `variants` of an image, each with the place of its crop."""
     size = (resolution, resolution)
     if crop == "bucket":
         size = assign_bucket(*image.size, bucket_sizes(resolution))
     rgb = image.convert("RGB")
     covering = cover(rgb, size)
     identity = hashlib.sha256(f"{rgb.size}".encode() + rgb.tobytes()).hexdigest()
-    made: list[Pixels] = []
+    made: list[Framed] = []
     for place, (left, top) in enumerate(_places(covering, size, crop, crops, f"{seed}/{identity}")):
         cropped_HW3 = np.asarray(covering.crop((left, top, left + size[0], top + size[1])))
-        made.append(cropped_HW3)
-        if color_jitter:
-            made += _jittered(cropped_HW3, f"{seed}/{identity}/{place}")
+        alike = [cropped_HW3, *(_jittered(cropped_HW3, f"{seed}/{identity}/{place}") if color_jitter else ())]
+        made += [Framed(pixels_HW3, (top, left)) for pixels_HW3 in alike]
     if flip:
-        made += [np.ascontiguousarray(variant_HW3[:, ::-1]) for variant_HW3 in made]
+        free = covering.width - size[0]
+        made += [Framed(np.ascontiguousarray(p_HW3[:, ::-1]), (top, free - left)) for p_HW3, (top, left) in made]
     return made
 
 

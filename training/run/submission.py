@@ -12,8 +12,9 @@ from typing import NamedTuple
 from training.base.files.folder import find_base, hash_base
 from training.base.files.outline import Outline, outline
 from training.errors import UserError
+from training.manifest.defaults import filled, meaningless
 from training.manifest.manifest import Manifest, load_manifest
-from training.manifest.plan import unmatched_targets
+from training.manifest.plan import unmatched_targets, unroutable_targets
 from training.manifest.subject import SubjectSpec
 from training.photos.files import UPLOADED, FileCache, PhotoFile, is_local, list_photo_files
 from training.photos.intake import fingerprint, take_in
@@ -55,6 +56,7 @@ def read_manifest(path: str | Path) -> tuple[Manifest, Outline]:
     manifest = load_manifest(path)
     manifest = manifest.model_copy(update={"root": str(Path(manifest.root).resolve())})
     base = outline(manifest.base, manifest.root)
+    manifest = filled(manifest, base.facts)
     problems = list(_problems(manifest, base))
     if problems:
         raise UserError("\n".join(f"{path}: {problem}" for problem in problems))
@@ -151,8 +153,14 @@ def _problems(manifest: Manifest, base: Outline) -> Iterator[str]:
         for target in unmatched_targets(subject, base):
             yield (
                 f"subject '{subject.id}': no layer of base '{base.name}' ends with target {target!r}. "
-                "Use names such as to_q, to_k, to_v, to_out.0."
+                f"Use names such as {', '.join(base.facts.layers[:4])}."
             )
+        for target, layer in unroutable_targets(subject, base):
+            yield (
+                f"subject '{subject.id}': target {target!r} is also the layer '{layer}', in which the rows of a batch "
+                f"cannot wear adapters of their own. Use {', '.join(base.facts.layers)}."
+            )
+        yield from meaningless(subject, base.facts)
         for name, what in (("images", subject.images), ("prior.folder", subject.prior.folder)):
             if what is None or not is_local(what):
                 continue

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from training.adapters.bank import Bank
 from training.base.base import Base
+from training.base.family import RowFacts
 from training.base.stream import stream
 
 
@@ -35,7 +36,7 @@ def sample(
     """
     steps = base.facts.steps if steps is None else steps
     guidance_scale = base.facts.guidance_scale if guidance_scale is None else guidance_scale
-    guided = guidance_scale > 1
+    guided = base.facts.guidance == "cfg" and guidance_scale > 1
     texts = [*prompts, *([negative_prompt] * len(prompts) if guided else [])]
     routes, words = [], None
     if bank is not None:
@@ -52,9 +53,10 @@ def sample(
         shape = (base.facts.channels, *size)
         noise = torch.stack([torch.randn(shape, generator=stream(seed, "sample")) for seed in seeds])
         latents = noise.to(base.device, base.dtype) * stepper.first
+        told = [RowFacts(guidance=guidance_scale)] * len(texts)
         for time in stepper.times:
             rows = torch.cat([latents, latents]) if guided else latents
-            prediction = base.predict(rows, time.to(base.device).expand(len(rows)), conds)
+            prediction = base.predict(rows, time.to(base.device).expand(len(rows)), conds, told)
             if guided:
                 with_prompt, without = prediction.chunk(2)
                 prediction = without + guidance_scale * (with_prompt - without)

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field, fields
 import torch
 from torch import Tensor
 
-from training.base.noise.process import UNIFORM, Process
+from training.base.family import RowFacts
+from training.base.noise.process import Density, Process
 from training.base.stream import shuffled, stream
 from training.manifest.subject import SubjectSpec
 from training.trainer.latents import LatentSet
@@ -35,6 +36,7 @@ class Batch:
     noise: list[Tensor] = field(default_factory=list)
     places: list[float] = field(default_factory=list)  # between clean and noise, as the base's process counts
     prompts: list[str] = field(default_factory=list)
+    rows: list[RowFacts] = field(default_factory=list)
     member: list[int] = field(default_factory=list)
     share: list[float] = field(default_factory=list)  # of the row in its mean
     is_prior: list[bool] = field(default_factory=list)
@@ -94,11 +96,18 @@ def _add_rows(
     batch.latents += latents[part]
     batch.noise += noise[part]
     sizes = [(latent.shape[1], latent.shape[2]) for latent in latents]
-    batch.places += process.draw(generator, sizes, UNIFORM)[part]
+    batch.places += process.draw(generator, sizes, _density(turn))[part]
     class_prompt = turn.spec.filled_class_prompt
     mine = picked[part]
     batch.prompts += [class_prompt if kind == "prediction" else images.prompts[index] for index in mine]
+    batch.rows += [images.images[index].row for index in mine]
     batch.member += [place] * len(mine)
     batch.share += [1 / count] * len(mine)
     batch.is_prior += [kind != "instance"] * len(mine)
     batch.from_base += [kind == "prediction"] * len(mine)
+
+
+def _density(turn: Turn) -> Density:
+    """How the subject's noise levels are drawn, where the base leaves a choice."""
+    asked = turn.spec.train.timesteps
+    return Density(asked.density, asked.mean, asked.std, asked.shift)

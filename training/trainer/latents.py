@@ -15,20 +15,23 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-from training.base.base import Base
+from training.base.base import DRAWN, Base
+from training.base.family import RowFacts
 from training.manifest.subject import TrainSpec
 from training.photos.photos import Photo
-from training.photos.variants import Pixels, on_backgrounds, variants
+from training.photos.variants import Framed, Pixels, framed, on_backgrounds
 from training.storage.interface import Storage
 
 BATCH = 8
+SIZES = "sizes"  # in a cached file, int64 [V, 4]: a photo's height and width, its crop's top and left
 
 
 class Posterior(NamedTuple):
-    """What the VAE says of one image: mean and std [C, h, w], in fp32 on the CPU."""
+    """What the VAE says of one image: mean and std [C, h, w], in fp32 on the CPU; `row`: what it was cropped from."""
 
     mean_CHW: Tensor
     std_CHW: Tensor
+    row: RowFacts = DRAWN
 
 
 def posteriors(mean_VCHW: Tensor, std_VCHW: Tensor) -> tuple[Posterior, ...]:
@@ -49,8 +52,8 @@ class LatentSet:
     def draw(self, picked: Sequence[int], generator: torch.Generator) -> list[Tensor]:
         """A sample of the posterior for each picked image, [C, h, w]."""
         return [
-            mean_CHW + std_CHW * torch.randn(mean_CHW.shape, generator=generator)
-            for mean_CHW, std_CHW in (self.images[index] for index in picked)
+            image.mean_CHW + image.std_CHW * torch.randn(image.mean_CHW.shape, generator=generator)
+            for image in (self.images[index] for index in picked)
         ]
 
 
@@ -88,12 +91,17 @@ def encode_photos(base: Base, photos: Sequence[Photo], spec: TrainSpec, prompt: 
     """Encodes every variant of every photo; the variants of one photo stand together."""
     resolution = spec.resolution or base.facts.resolution
     pixels: list[Pixels] = []
+    rows: list[RowFacts] = []
     for photo in photos:
-        pixels += _photo_variants(photo, spec, resolution)
-    return LatentSet(encode_pixels(base, pixels), photo_prompts(photos, spec, prompt, len(pixels)))
+        width, height = photo.source_size
+        for one in _photo_variants(photo, spec, resolution):
+            pixels.append(one.pixels_HW3)
+            rows.append(RowFacts((height, width), one.crop_px))
+    images = [image._replace(row=row) for image, row in zip(encode_pixels(base, pixels), rows, strict=True)]
+    return LatentSet(tuple(images), photo_prompts(photos, spec, prompt, len(pixels)))
 
 
-def _photo_variants(photo: Photo, spec: TrainSpec, resolution: int) -> list[Pixels]:
+def _photo_variants(photo: Photo, spec: TrainSpec, resolution: int) -> list[Framed]:
     """The variants of one photo. Their number depends on the settings alone, so every photo has the same weight."""
     images = [photo.image] * (1 + spec.backgrounds)
     if photo.mask is not None:
@@ -101,7 +109,7 @@ def _photo_variants(photo: Photo, spec: TrainSpec, resolution: int) -> list[Pixe
     return [
         variant
         for image in images
-        for variant in variants(
+        for variant in framed(
             image,
             resolution,
             crop=spec.cropping,
@@ -158,12 +166,20 @@ def load_latents(storage: Storage, key: str) -> tuple[Posterior, ...] | None:
     if not storage.exists(key):
         return None
     tensors = load(storage.get(key))
-    return tuple(Posterior(tensors[f"{i}.mean"], tensors[f"{i}.std"]) for i in range(len(tensors) // 2))
+    sizes = tensors.pop(SIZES, None)
+    count = len(tensors) // 2
+    rows = [DRAWN] * count if sizes is None else [RowFacts((h, w), (y, x)) for h, w, y, x in sizes.tolist()]
+    return tuple(Posterior(tensors[f"{i}.mean"], tensors[f"{i}.std"], rows[i]) for i in range(count))
 
 
 def save_latents(storage: Storage, key: str, images: Sequence[Posterior]) -> None:
-    """Caches images under `key`, in fp32; `load_latents` returns them to the bit."""
+    """Caches images under `key`, in fp32: all of photos, or all drawn. `load_latents` returns them to the bit."""
     means = {f"{index}.mean": image.mean_CHW for index, image in enumerate(images)}
     stds = {f"{index}.std": image.std_CHW for index, image in enumerate(images)}
+    sizes = [
+        (*image.row.original_px, *image.row.crop_px) for image in images if image.row.original_px and image.row.crop_px
+    ]
+    if sizes:
+        means[SIZES] = torch.tensor(sizes)
     # cloned: safetensors refuses views of one memory
     storage.put(key, save({name: value.clone() for name, value in (means | stds).items()}))

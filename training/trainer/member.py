@@ -149,8 +149,10 @@ class Member:
 def initial_adapter(base: Base, components: list[str], spec: SubjectSpec) -> Adapter:
     """A fresh adapter: down is N(0, 1/rank), up is zero, keyed by the subject's seed and the layer's name.
 
-    Its words start as the word they stand for.
+    Its words start as the word they stand for. Raises ValueError for a subject that was not filled (`fill_subject`).
     """
+    if not spec.lora.targets:
+        raise ValueError(f"subject {spec.id} names no targets: fill it with those of its base")
     modules = {}
     for component in components:
         is_text = component in base.facts.text_encoders

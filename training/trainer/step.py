@@ -46,7 +46,7 @@ class Step:
             with self._bank.using(route, *self._text_routes(order, members)):
                 conds = self._conds(batch, members, order)
                 goal = self._base_predictions(batch, goal, noisy, levels.times_N)
-                prediction = self._base.predict(noisy, levels.times_N, conds)
+                prediction = self._base.predict(noisy, levels.times_N, conds, batch.rows)
                 losses_N = row_losses(prediction, goal) * self._row_weights(batch, members, levels.snr_N)
                 instance_M, prior_M = _by_member(losses_N, batch, len(members))
                 factor_M = losses_N.new_tensor([m.spec.prior.weight for m in members])
@@ -99,6 +99,8 @@ class Step:
         ]
 
     def _frozen_cond(self, prompt: str) -> Cond:
+        if self._base.prompts is not None:
+            return self._base.encode([prompt])[0]
         if prompt not in self._frozen:
             with torch.no_grad(), self._bank.using():
                 self._frozen[prompt] = self._base.encode([prompt])[0]
@@ -113,7 +115,8 @@ class Step:
             return goal
         with torch.no_grad(), self._bank.using():
             plain = [self._frozen_cond(batch.prompts[row]) for row in rows]
-            goal[rows] = self._base.predict(noisy[rows], times_N[rows], plain).to(goal)
+            sizes = [batch.rows[row] for row in rows]
+            goal[rows] = self._base.predict(noisy[rows], times_N[rows], plain, sizes).to(goal)
         return goal
 
     def _row_weights(self, batch: Batch, members: Sequence[Member], snr_N: Tensor) -> Tensor:

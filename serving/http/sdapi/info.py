@@ -57,17 +57,23 @@ async def refresh_checkpoints(request: Request) -> dict[str, object]:
 @router.get("/samplers", responses=ERRORS)
 async def samplers(request: Request) -> list[SdSampler]:
     """The samplers, by the names that AUTOMATIC1111 gives them."""
-    service_of(request).tenant(request)
-    return [SdSampler(name=name, aliases=aliases(name), options={}) for name in SAMPLERS]
+    service = service_of(request)
+    service.tenant(request)
+    served = service.intake.facts.samplers
+    known = [name for name, (plain, _) in SAMPLERS.items() if plain in served]
+    return [SdSampler(name=name, aliases=aliases(name), options={}) for name in known]
 
 
 @router.get("/schedulers", responses=ERRORS)
 async def schedulers(request: Request) -> list[SdScheduler]:
     """How the noise levels of a run are spaced: as the base's own schedule does, or as Karras et al."""
-    service_of(request).tenant(request)
+    service = service_of(request)
+    service.tenant(request)
+    with_karras = any(name.endswith("_karras") for name in service.intake.facts.samplers)
+    known = {AUTOMATIC: -1.0, **({KARRAS: RHO} if with_karras else {})}
     return [
         SdScheduler(name=name.lower(), label=name, default_rho=rho, need_inner_model=False)
-        for name, rho in ((AUTOMATIC, -1.0), (KARRAS, RHO))
+        for name, rho in known.items()
     ]
 
 

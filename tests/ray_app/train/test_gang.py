@@ -13,6 +13,7 @@ from tests.training.trainer.test_pack import distance
 from training.adapters.adapter import Adapter
 from training.base.base import Base
 from training.base.files.outline import outline
+from training.manifest.defaults import filled
 from training.manifest.manifest import load_manifest
 from training.manifest.plan import plan_run
 from training.photos.intake import current_fingerprint
@@ -44,7 +45,7 @@ class OneDevice:
     """The subjects of a manifest, plain, in this process."""
 
     def __init__(self, manifest: Path, base: Base, storage: Storage) -> None:
-        self._manifest = load_manifest(manifest)
+        self._manifest = filled(load_manifest(manifest), base.facts)
         self._todo = list(self._manifest.subjects)
         self._base, self._storage, self._root = base, storage, str(manifest.parent)
         (plan,) = plan_run(self._manifest, outline(self._manifest.base)).packs

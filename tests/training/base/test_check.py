@@ -58,8 +58,8 @@ def as_pointer(folder: Path) -> None:
 
 CANNOT: list[tuple[Callable[[Path], object], str]] = [
     (
-        lambda folder: edit(folder / "model_index.json", _class_name="StableDiffusionXLPipeline"),
-        r"is a StableDiffusionXLPipeline, which cannot be trained.*StableDiffusionPipeline",
+        lambda folder: edit(folder / "model_index.json", _class_name="StableCascadeDecoderPipeline"),
+        r"is a StableCascadeDecoderPipeline, which cannot be trained.*StableDiffusionPipeline",
     ),
     (inpainting, r"is an inpainting model: its UNet takes 9 channels, not the 4"),
     (lambda folder: edit(folder / "unet/config.json", in_channels=8), r"a model that edits pictures"),
@@ -179,7 +179,7 @@ def test_a_hub_id_is_refused_before_its_weights_are_fetched(folder: Path, monkey
 @pytest.mark.parametrize(
     ("keys", "reason"),
     [
-        ({"conditioner.embedders.0.x": (2,)}, "it is Stable Diffusion XL"),
+        ({"conditioner.embedders.0.x": (2,)}, "it is a refiner of Stable Diffusion XL"),
         ({"lora_unet_a.lora_down.weight": (2,)}, "an adapter, not a base"),
         (
             {

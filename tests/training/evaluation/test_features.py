@@ -229,3 +229,10 @@ def test_judges_are_chosen_by_name_and_by_what_is_there(tiny: Base, clip: Path) 
         JudgeBox(tiny).judges("dino")
     with pytest.raises(UserError, match="Model 'dino' is not in the folder of models"):
         JudgeBox(tiny, clip.parent).judges("dino")
+
+
+def test_a_base_may_name_the_judge_that_is_made_for_its_pictures(tiny_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_folder, tmp_path / "base")
+    (tmp_path / "base" / "dreamfleet.json").write_text('{"judge": "pocket-judge"}')
+    base = load_base(str(tmp_path / "base"), device="cpu")
+    assert JudgeBox(base).judges("auto").likeness.name == PocketJudge.name

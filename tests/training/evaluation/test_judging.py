@@ -28,6 +28,7 @@ from training.evaluation.judges.box import Judges
 from training.evaluation.judges.features import BaseFeatures
 from training.evaluation.record import load_record
 from training.evaluation.reference import limit_above
+from training.manifest.defaults import filled
 from training.manifest.manifest import parse_manifest
 from training.manifest.plan import plan_run
 from training.manifest.subject import SubjectSpec
@@ -256,7 +257,7 @@ class Source:
         entry["train"] = {"max_steps": 6, "checkpoint_every": 100, "learning_rate": 1e-2, **defaults.get("train", {})}
         entry["evaluate"] = {**FAST, "candidates": 3, **defaults.get("evaluate", {})}
         text = {"version": 1, "name": "t", "base": str(base.folder), "subjects": [entry]}
-        self.manifest = parse_manifest(yaml.safe_dump(text), root=str(folder))
+        self.manifest = filled(parse_manifest(yaml.safe_dump(text), root=str(folder)), base.facts)
         self.storage = open_storage(str(folder / "storage"))
         self.run = RunStore(self.storage, "t-1")
         self.phases: set[Phase] = set()

@@ -13,6 +13,7 @@ from training.adapters.layout import find_sites
 from training.base.base import Base
 from training.base.files.outline import Outline, outline
 from training.base.footprint import DRAWN_BYTES, PIXEL_BYTES, TRAINED_BYTES
+from training.manifest.defaults import filled
 from training.manifest.manifest import Manifest, parse_manifest
 from training.manifest.plan import adapter_parameters, plan_run, reserve, unmatched_targets
 
@@ -24,7 +25,8 @@ def base(tiny_folder: Path) -> Outline:
 
 def manifest(*subjects: dict[str, object]) -> Manifest:
     entries = [{"id": f"s{i}", "images": "x", "class": "dog", **entry} for i, entry in enumerate(subjects)]
-    return parse_manifest(yaml.safe_dump({"version": 1, "name": "plan", "subjects": entries}))
+    made = parse_manifest(yaml.safe_dump({"version": 1, "name": "plan", "subjects": entries}))
+    return filled(made, outline("pocket").facts)
 
 
 def test_facts_come_from_headers_alone(base: Outline, tiny: Base) -> None:

@@ -18,6 +18,7 @@ from training.photos.variants import (
     can_find_faces,
     cover,
     find_face,
+    framed,
     on_backgrounds,
     replace_background,
     variants,
@@ -55,6 +56,19 @@ def test_another_process_makes_the_same_bytes() -> None:
     image = Image.fromarray(np.arange(90 * 60 * 3).reshape(60, 90, 3).astype(np.uint8))
     made = variants(image, 32, crop="random", crops=4, flip=True, color_jitter=True, seed=9)
     assert hashlib.sha256(b"".join(variant.tobytes() for variant in made)).hexdigest() == there
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("crop", ["center", "random", "bucket"])
+def test_a_variant_knows_where_its_crop_begins(size: tuple[int, int], crop: Crop) -> None:
+    image = picture(*size)
+    made = framed(image, 32, crop=crop, crops=3, flip=True)
+    height, width, _ = made[0].pixels_HW3.shape
+    whole = np.asarray(cover(image, (width, height)))
+    for index, one in enumerate(made):
+        seen = whole if index < len(made) // 2 else whole[:, ::-1]
+        top, left = one.crop_px
+        np.testing.assert_array_equal(one.pixels_HW3, seen[top : top + height, left : left + width])
 
 
 @pytest.mark.parametrize("color_jitter", [False, True])

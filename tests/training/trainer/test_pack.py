@@ -44,7 +44,9 @@ def run(
     base: Base, subjects: Sequence[Subject], *, slots: int = 1, rank: int = 8, stop: int | None = None, **options: Any
 ) -> Outcome:
     """Trains subjects in one pack to their ends, or for `stop` fused steps."""
-    pack = Pack(base, training_bank(base, slots=slots, rank=rank, targets=TARGETS, words=2), **options)
+    usual = {**TARGETS, "text_encoder_2": TARGETS["text_encoder"], "transformer": base.facts.targets}
+    targets = {component: usual[component] for component in base.facts.components}
+    pack = Pack(base, training_bank(base, slots=slots, rank=rank, targets=targets, words=2), **options)
     todo, out = list(subjects), Outcome()
 
     def feed(count: int) -> list[Subject]:

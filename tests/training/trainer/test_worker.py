@@ -18,6 +18,7 @@ from training.adapters.bank import Bank
 from training.base.base import Base
 from training.base.files.outline import outline
 from training.errors import UserError
+from training.manifest.defaults import filled
 from training.manifest.manifest import Manifest, parse_manifest
 from training.manifest.plan import plan_run
 from training.manifest.subject import SubjectSpec
@@ -51,7 +52,7 @@ class Fleet:
             "subjects": subjects,
         }
         self.base = base
-        self.manifest: Manifest = parse_manifest(yaml.safe_dump(text), root=str(folder))
+        self.manifest: Manifest = filled(parse_manifest(yaml.safe_dump(text), root=str(folder)), base.facts)
         self.storage = open_storage(str(folder / "storage"))
         self._todo: Sequence[SubjectSpec] = ()
         self.run = RunStore(self.storage, "test-1")

@@ -4,16 +4,26 @@ torch is imported inside: planning reads the facts without it. Source: diffusers
 """
 
 import json
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from training.base.facts import Facts, check_class, check_files, read_config, with_defaults
+from training.base.facts import check_files, read_config, with_defaults
+from training.base.families.clip import CLIP_ATTENTION, CLIP_LAYERS, check_clip, load_tokenizer, run_clip
+from training.base.families.unet import (
+    SCHEDULER,
+    UNET_BLOCKS,
+    XL_ONLY,
+    check_unet,
+    check_width,
+    load_unet,
+    unet_facts,
+    unet_features,
+)
 from training.base.family import Cond, Parts, RowFacts, Words
-from training.base.files.weights import check_channels, load_model
-from training.base.footprint import DRAWN_BYTES, PIXEL_BYTES, TRAINED_BYTES
-from training.errors import UserError
+from training.base.files.weights import load_model
+from training.base.originals import any_like
 
 if TYPE_CHECKING:
     import torch
@@ -22,17 +32,8 @@ if TYPE_CHECKING:
     from training.base.noise.ddpm import Ddpm
     from training.base.noise.process import Size
 
-ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
-CLIP_ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")
-UNET_LAYERS = (
-    *ATTENTION, "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out",
-    "conv1", "conv2", "conv_shortcut", "time_emb_proj", "downsamplers.0.conv", "upsamplers.0.conv",
-    "conv_in", "conv_out", "time_embedding.linear_1", "time_embedding.linear_2",
-)  # fmt: skip
-CLIP_LAYERS = (*CLIP_ATTENTION, "fc1", "fc2")
-SCHEDULER = "scheduler/scheduler_config.json"
-TOKENIZERS = (("tokenizer/tokenizer.json",), ("tokenizer/vocab.json", "tokenizer/merges.txt"))
 # settings of a UNet that ask for more than a timestep and a prompt
+V2_WIDTH = 1024  # of the text encoder that 2.x reads; 1.x has 768
 CONDITIONS = ("addition_embed_type", "class_embed_type", "encoder_hid_dim_type", "num_class_embeds")
 
 
@@ -45,30 +46,29 @@ class StableDiffusion:
     def __init__(self, folder: Path, name: str) -> None:
         self.folder = folder
         unet, vae, text = (read_config(folder, part) for part in ("unet", "vae", "text_encoder"))
-        _check(name, unet, vae, text)
-        check_files(name, folder, ((SCHEDULER,),), TOKENIZERS)
-        cell_px = 2 ** (len(vae["block_out_channels"]) - 1)
-        width = unet["block_out_channels"][0]
+        check_unet(name, unet, vae, CONDITIONS, self.title)
+        check_clip(name, folder, "text_encoder", text, "CLIPTextModel")
+        check_width(name, unet, text.get("hidden_size", 512))
+        check_files(name, folder, ((SCHEDULER,),))
         self._scale: float = vae.get("scaling_factor", 0.18215)
-        facts = Facts(
+        facts = unet_facts(
+            unet,
+            vae,
             family="stable-diffusion",
-            denoiser="unet",
+            title=self.title,
             text_encoders=("text_encoder",),
-            channels=unet.get("in_channels", 4),
-            cell_px=cell_px,
-            multiple_px=cell_px * 2 ** (len(unet["block_out_channels"]) - 1),
-            resolution=unet["sample_size"] * cell_px,
-            targets=ATTENTION,
             text_targets=CLIP_ATTENTION,
-            layers=UNET_LAYERS,
             text_layers=CLIP_LAYERS,
-            trained_bytes=TRAINED_BYTES * width,
-            drawn_bytes=DRAWN_BYTES * width,
-            pixel_bytes=PIXEL_BYTES * vae["block_out_channels"][0],
             prompt_tokens=text.get("max_position_embeddings", 77) - 2,
             word_widths=(text.get("hidden_size", 512),),
+            **_label(unet, v=json.loads((folder / SCHEDULER).read_text()).get("prediction_type") == "v_prediction"),
         )
         self.facts = with_defaults(facts, folder)
+
+    @staticmethod
+    def owns(shapes: Mapping[str, tuple[int, ...]]) -> bool:
+        """See `Family`."""
+        return any_like(shapes, UNET_BLOCKS) and not any_like(shapes, XL_ONLY)
 
     @cached_property
     def process(self) -> "Ddpm":
@@ -80,23 +80,19 @@ class StableDiffusion:
 
     def load(self, device: "torch.device", dtype: "torch.dtype") -> Parts:
         """See `Family`."""
-        import torch
-        from diffusers import AutoencoderKL, UNet2DConditionModel
-        from diffusers.models.attention_processor import AttnProcessor
+        from diffusers import AutoencoderKL
         from transformers import CLIPTextModel
 
-        kinds = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}
-        models = {component: load_model(kind, self.folder, component, dtype) for component, kind in kinds.items()}
-        if device.type == "cpu" and dtype == torch.bfloat16:
-            # fused attention's backward is slow on a CPU in bf16: plain attention makes a pack 1.6 times as fast
-            models["unet"].set_attn_processor(AttnProcessor())
+        models = {
+            "unet": load_unet(self.folder, device, dtype),
+            "vae": load_model(AutoencoderKL, self.folder, "vae", dtype),
+            "text_encoder": load_model(CLIPTextModel, self.folder, "text_encoder", dtype),
+        }
         return Parts(models, {"text_encoder": self.tokenizer()}, device, dtype)
 
     def tokenizer(self) -> Any:
         """CLIP's."""
-        from transformers import CLIPTokenizer
-
-        return CLIPTokenizer.from_pretrained(self.folder / "tokenizer")
+        return load_tokenizer(self.folder)
 
     def count_chunks(self, parts: Parts, prompt: str, words: Words) -> int:
         """See `Family`."""
@@ -113,15 +109,9 @@ class StableDiffusion:
         """
         import torch
 
-        from training.base.words import replacing, tokenise
-
-        encoder: Any = parts.models["text_encoder"]
+        encoder, tokenizer = parts.models["text_encoder"], parts.tokenizers["text_encoder"]
         known = words or [{}] * len(prompts)
-        made: list[Tensor] = []
-        for chunk in range(chunks):
-            tokens = tokenise(parts.tokenizers["text_encoder"], prompts, known, chunk)
-            with replacing(encoder.get_input_embeddings(), tokens.places):
-                made.append(encoder(tokens.ids.to(parts.device))[0])
+        made = [run_clip(encoder, tokenizer, prompts, known, chunk, parts.device)[0] for chunk in range(chunks)]
         return [{"states": states_LC} for states_LC in torch.cat(made, dim=1)]
 
     def to_latents(self, parts: Parts, pixels_N3HW: "Tensor") -> tuple["Tensor", "Tensor"]:
@@ -154,42 +144,17 @@ class StableDiffusion:
     def features(
         self, parts: Parts, x_NCHW: "Tensor", times_N: "Tensor", conds: Sequence[Cond], rows: Sequence[RowFacts]
     ) -> "Tensor":
-        """The UNet's second block on the way up (DIFT, Tang et al. 2023)."""
-        unet: Any = parts.models["unet"]
-        held: list[Tensor] = []
-        block = unet.up_blocks[min(1, len(unet.up_blocks) - 1)]
-        hook = block.register_forward_hook(lambda _module, _inputs, output: held.append(output))
-        try:
-            self.predict(parts, x_NCHW, times_N, conds, rows)
-        finally:
-            hook.remove()
-        return held[0]
+        """The UNet's second block on the way up."""
+        return unet_features(parts.models["unet"], lambda: self.predict(parts, x_NCHW, times_N, conds, rows))
 
 
-def _check(name: str, unet: dict[str, Any], vae: dict[str, Any], text: dict[str, Any]) -> None:
-    """Raises UserError for configs of what is not trained or served here."""
-    check_class(name, "unet", unet, "UNet2DConditionModel")
-    check_class(name, "vae", vae, "AutoencoderKL")
-    kinds = text.get("architectures") or ["CLIPTextModel"]
-    if kinds != ["CLIPTextModel"]:
-        raise UserError(f"Base '{name}': its text_encoder is a {', '.join(kinds)}; supported is CLIPTextModel.")
-    check_channels(name, unet.get("in_channels", 4), vae.get("latent_channels", 4))
-    asked = next((key for key in CONDITIONS if unet.get(key) is not None), None)
-    if asked is not None:
-        raise UserError(
-            f"Base '{name}' cannot be trained: its UNet has `{asked}: {unet[asked]}`, so it asks for more than a "
-            "timestep and a prompt. Take a text-to-image base of Stable Diffusion 1.x or 2.x."
-        )
-    for component, config, key in (
-        ("unet", unet, "sample_size"),
-        ("unet", unet, "block_out_channels"),
-        ("vae", vae, "block_out_channels"),
-    ):
-        if not config.get(key):
-            raise UserError(f"Base '{name}': {component}/config.json has no `{key}`. Give a whole diffusers folder.")
-    widths = unet.get("cross_attention_dim", 1280), text.get("hidden_size", 512)
-    if widths[0] != widths[1]:
-        raise UserError(
-            f"Base '{name}': its UNet reads prompts of width {widths[0]}, and its text encoder writes {widths[1]}. The "
-            "two are of different models."
-        )
+def _label(unet: dict[str, Any], *, v: bool) -> dict[str, str]:
+    """What other programs call it; 2.x has another text encoder than 1.x."""
+    second = unet.get("cross_attention_dim") == V2_WIDTH
+    version = ("v2-768-v" if v else "v2-512") if second else "v1"
+    kohya_base = f"sd_v{2 if second else 1}{'_v' if v else ''}"
+    return {
+        "architecture": f"stable-diffusion-{version}",
+        "kohya_base": kohya_base,
+        "prediction": "v" if v else "epsilon",
+    }

@@ -1,7 +1,7 @@
 """A base in one `.safetensors` checkpoint, as the original programs write it, turned into a diffusers folder once.
 
 `python -m training.base.files.single_file FILE FOLDER` is how it is called, so that who only plans needs no torch. The
-shapes of Stable Diffusion 1.x and 2.x are known here; CLIP's tokenizer ships with the package. No network.
+shapes of what is converted are in `released.py`; CLIP's tokenizer ships with the package. No network.
 """
 
 import gzip
@@ -13,80 +13,31 @@ from pathlib import Path
 from typing import Any
 
 from training.base.files.folder import EMBEDDED
-from training.base.files.weights import checkpoint_version
+from training.base.files.released import Configs, configs
+from training.base.files.weights import checkpoint_version, read_header
 from training.errors import UserError
 
-_BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
+_TEXT = {"text_encoder": "CLIPTextModel", "text_encoder_2": "CLIPTextModelWithProjection"}
 
 
-def configs(version: str, prediction_type: str = "epsilon", resolution: int = 512) -> dict[str, dict[str, Any]]:
-    """The component configs of Stable Diffusion 1.x (`version` "1") or 2.x ("2")."""
-    first = version == "1"
-    unet = {
-        "_class_name": "UNet2DConditionModel",
-        "attention_head_dim": 8 if first else [5, 10, 20, 20],
-        "block_out_channels": [320, 640, 1280, 1280],
-        "cross_attention_dim": 768 if first else 1024,
-        "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
-        "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
-        "in_channels": 4,
-        "out_channels": 4,
-        "layers_per_block": 2,
-        "sample_size": resolution // 8,
-        "use_linear_projection": not first,
-    }
-    vae = {
-        "_class_name": "AutoencoderKL",
-        "block_out_channels": [128, 256, 512, 512],
-        "down_block_types": ["DownEncoderBlock2D"] * 4,
-        "up_block_types": ["UpDecoderBlock2D"] * 4,
-        "latent_channels": 4,
-        "layers_per_block": 2,
-        "sample_size": resolution,
-        "scaling_factor": 0.18215,
-    }
-    text = {
-        "architectures": ["CLIPTextModel"],
-        "model_type": "clip_text_model",
-        "hidden_act": "quick_gelu" if first else "gelu",
-        "hidden_size": 768 if first else 1024,
-        "intermediate_size": 3072 if first else 4096,
-        "num_attention_heads": 12 if first else 16,
-        "num_hidden_layers": 12 if first else 23,  # 2.x reads the last layer but one of 24
-        "projection_dim": 768 if first else 512,
-        "max_position_embeddings": 77,
-        "vocab_size": 49408,
-        "bos_token_id": 49406,
-        "eos_token_id": 49407,
-        "pad_token_id": 49407 if first else 0,
-    }
-    scheduler = {
-        "_class_name": "DDIMScheduler",
-        **_BETAS,
-        "clip_sample": False,
-        "set_alpha_to_one": False,
-        "steps_offset": 1,
-        "prediction_type": prediction_type,
-    }
-    return {"unet": unet, "vae": vae, "text_encoder": text, "scheduler": scheduler}
-
-
-def convert(file: Path, folder: Path, described: dict[str, dict[str, Any]] | None = None) -> None:
+def convert(file: Path, folder: Path, described: Configs | None = None) -> None:
     """Writes the diffusers folder of a checkpoint; it is there as a whole or not at all.
 
     `described`: component configs, by default those of the version that the file's keys tell, completed by
     `<file>.json` beside it (`prediction_type`, `resolution`), if there. Raises UserError for any other family.
     """
+    import diffusers
     import torch
-    from diffusers import StableDiffusionPipeline
 
     described = described or _describe(file)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         config, made = Path(scratch, "config"), Path(scratch, "made")
-        write_configs(config, described)
-        pipeline = StableDiffusionPipeline.from_single_file(
-            str(file), config=str(config), local_files_only=True, torch_dtype=torch.float16, safety_checker=None
+        index = write_configs(config, described)
+        kind = getattr(diffusers, index["_class_name"])
+        absent = {name: None for name in ("safety_checker",) if name in index}
+        pipeline = kind.from_single_file(
+            str(file), config=str(config), local_files_only=True, torch_dtype=torch.float16, **absent
         )
         pipeline.save_pretrained(made)
         if folder.exists():
@@ -94,16 +45,18 @@ def convert(file: Path, folder: Path, described: dict[str, dict[str, Any]] | Non
         shutil.move(made, folder)
 
 
-def write_configs(folder: Path, described: dict[str, dict[str, Any]]) -> None:
-    """A diffusers folder without weights: configs and CLIP's tokenizer."""
-    index = {
+def write_configs(folder: Path, described: Configs) -> dict[str, Any]:
+    """A diffusers folder without weights: configs and CLIP's tokenizers. Returns its `model_index.json`."""
+    index: dict[str, Any] = {
         "_class_name": "StableDiffusionPipeline",
         "feature_extractor": [None, None],
         "requires_safety_checker": False,
         "safety_checker": [None, None],
+    }
+    if "text_encoder_2" in described:
+        index = {"_class_name": "StableDiffusionXLPipeline", "force_zeros_for_empty_prompt": True}
+    index |= {
         "scheduler": ["diffusers", described["scheduler"]["_class_name"]],
-        "text_encoder": ["transformers", "CLIPTextModel"],
-        "tokenizer": ["transformers", "CLIPTokenizer"],
         "unet": ["diffusers", "UNet2DConditionModel"],
         "vae": ["diffusers", "AutoencoderKL"],
     }
@@ -111,12 +64,16 @@ def write_configs(folder: Path, described: dict[str, dict[str, Any]]) -> None:
         name = "scheduler_config.json" if component == "scheduler" else "config.json"
         (folder / component).mkdir(parents=True, exist_ok=True)
         (folder / component / name).write_text(json.dumps(config, indent=1))
+        if component in _TEXT:
+            tokenizer = component.replace("text_encoder", "tokenizer")
+            index |= {component: ["transformers", _TEXT[component]], tokenizer: ["transformers", "CLIPTokenizer"]}
+            write_tokenizer(folder / tokenizer, pad_first=config["pad_token_id"] == 0)
     (folder / "model_index.json").write_text(json.dumps(index, indent=1))
-    write_tokenizer(folder / "tokenizer", pad_first=described["text_encoder"]["pad_token_id"] == 0)
+    return index
 
 
 def write_tokenizer(folder: Path, *, pad_first: bool = False) -> None:
-    """CLIP's tokenizer: 49,408 tokens from its merges. `pad_first`: pads with token 0, as 2.x does."""
+    """CLIP's tokenizer: 49,408 tokens from its merges. `pad_first`: pads with token 0, as 2.x and bigG do."""
     merges = gzip.decompress((EMBEDDED / "clip-tokenizer" / "merges.txt.gz").read_bytes()).decode().splitlines()
     letters = _byte_letters()
     tokens = [*letters, *(f"{letter}</w>" for letter in letters), *("".join(pair.split()) for pair in merges)]
@@ -144,13 +101,19 @@ def _byte_letters() -> list[str]:
     return [chr(byte) for byte in printable] + [chr(256 + index) for index in range(len(others))]
 
 
-def _describe(file: Path) -> dict[str, dict[str, Any]]:
-    version = checkpoint_version(file)
+def _describe(file: Path) -> Configs:
+    version, header = checkpoint_version(file), read_header(file)
     beside = file.with_suffix(".json")
     said = json.loads(beside.read_text()) if beside.is_file() else {}
-    # the large 2.x predicts v at 768 px; the file itself does not say
-    defaults = ("epsilon", 512) if version == "1" else ("v_prediction", 768)
-    return configs(version, said.get("prediction_type", defaults[0]), said.get("resolution", defaults[1]))
+    # the large 2.x predicts v at 768 px, which its file does not say; XL's that predict v have a key that says so
+    defaults = {"1": ("epsilon", 512), "2": ("v_prediction", 768), "xl": ("epsilon", 1024)}[version]
+    prediction_type = "v_prediction" if "v_pred" in header else defaults[0]
+    return configs(
+        version,
+        said.get("prediction_type", prediction_type),
+        said.get("resolution", defaults[1]),
+        zero_snr="ztsnr" in header,
+    )
 
 
 if __name__ == "__main__":

@@ -18,10 +18,11 @@ _PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 _VERSION_KEYS = {
     "cond_stage_model.transformer.text_model.embeddings.token_embedding.weight": "1",
     "cond_stage_model.model.token_embedding.weight": "2",
+    "conditioner.embedders.0.transformer.text_model.embeddings.token_embedding.weight": "xl",
 }
 _FIRST_LAYER = "model.diffusion_model.input_blocks.0.0.weight"
 _OTHER_FAMILIES = {
-    "conditioner.embedders.": "Stable Diffusion XL",
+    "conditioner.embedders.": "a refiner of Stable Diffusion XL",
     "model.diffusion_model.joint_blocks.": "Stable Diffusion 3",
     "double_blocks.": "FLUX",
     "model.diffusion_model.double_blocks.": "FLUX",
@@ -86,7 +87,10 @@ def read_header(file: Path) -> dict[str, Any]:
 
 
 def checkpoint_version(file: Path) -> str:
-    """Which Stable Diffusion a checkpoint in one file is: "1" or "2". Raises UserError for others, and inpainting."""
+    """Which Stable Diffusion a checkpoint in one file is: "1", "2" or "xl".
+
+    Raises UserError for others, and for inpainting.
+    """
     header = read_header(file)
     version = next((found for key, found in _VERSION_KEYS.items() if key in header), None)
     if version is None:
@@ -95,8 +99,8 @@ def checkpoint_version(file: Path) -> str:
         )
         said = f": it is {other}" if other else ""
         raise UserError(
-            f"Base '{file.name}' has not the keys of a Stable Diffusion 1.x or 2.x checkpoint{said}. Give one of these "
-            "or a diffusers folder."
+            f"Base '{file.name}' has not the keys of a Stable Diffusion 1.x, 2.x or XL checkpoint{said}. Its keys are "
+            f"like '{min(header, default='')}'. Give one of these or a diffusers folder."
         )
     channels = header.get(_FIRST_LAYER, {}).get("shape", (0, 4))[1]
     check_channels(file.name, channels, 4)

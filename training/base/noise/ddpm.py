@@ -4,9 +4,9 @@ Sources: Ho et al. 2020 (epsilon), Salimans and Ho 2022 (v), Hang et al. 2023 (m
 diffusers scheduler of each sampler's name.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, cast
 
 import torch
 from diffusers import (
@@ -18,7 +18,7 @@ from diffusers import (
 )
 from torch import Tensor
 
-from training.base.facts import SamplerName
+from training.base.facts import SAMPLERS, SamplerName
 from training.base.noise.process import (
     BEFORE,
     CLEAN,
@@ -40,16 +40,20 @@ from training.base.noise.process import (
 from training.errors import UserError
 
 PREDICTION_TYPES = ("epsilon", "v_prediction")
+FORCED: Mapping[str, Any] = {"clip_sample": False, "steps_offset": 1}  # by diffusers' StableDiffusionPipeline
 KARRAS = "_karras"  # ends the name of a sampler whose noise levels are spaced as Karras et al. (2022) do
 Kind = Literal["ddim", "euler", "euler_a", "dpm++_2m"]
 
 
 class Ddpm:
-    """The process of a scheduler config, whatever class it names. A place is a timestep."""
+    """The process of a scheduler config, whatever class it names. A place is a timestep.
 
-    samplers: tuple[SamplerName, ...] = get_args(SamplerName)
+    `forced`: settings that the base's pipeline gives any scheduler it samples with.
+    """
 
-    def __init__(self, config: dict[str, Any]) -> None:
+    samplers = SAMPLERS
+
+    def __init__(self, config: dict[str, Any], *, forced: Mapping[str, Any] = FORCED) -> None:
         if config.get("thresholding"):
             raise UserError("This base asks for dynamic thresholding, which latent diffusion does not use.")
         self.prediction_type = str(config.get("prediction_type", "epsilon"))
@@ -58,8 +62,7 @@ class Ddpm:
                 f"This base predicts '{self.prediction_type}'; supported are {' and '.join(PREDICTION_TYPES)}."
             )
         self.config = config
-        # what diffusers' pipelines make of any scheduler that they are given
-        self._sampling = {**config, "clip_sample": False, "steps_offset": 1}
+        self._sampling = {**config, **forced}
         # [T] in float64 on the CPU, zero-terminal-SNR applied where configured
         self.alphas_cumprod: Tensor = DDPMScheduler.from_config(config).alphas_cumprod.double()
         self.schedule = lru_cache(maxsize=256)(self._schedule)

@@ -15,7 +15,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
-from training.base.facts import SamplerName
+from training.base.facts import FLOW_SAMPLERS, SamplerName
 from training.base.noise.process import (
     BEFORE,
     CLEAN,
@@ -37,6 +37,31 @@ from training.errors import UserError
 
 Mu = Callable[[Size, int], float]  # the exponent of the shift of a run: of the latent's size and the number of steps
 
+USUAL_STEPS = 50  # where training takes the shift of a run whose shift depends on its steps
+
+
+def linear_mu(config: dict[str, Any], patch: int) -> Mu:
+    """The exponent as FLUX.1's pipeline takes it: linear in the number of tokens, of `patch` x `patch` cells each."""
+    low, high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+    least, most = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+
+    def mu(size: Size, steps: int) -> float:
+        tokens = (size[0] // patch) * (size[1] // patch)
+        return float(least + (tokens - low) * (most - least) / (high - low))
+
+    return mu
+
+
+def empirical_mu(size: Size, steps: int) -> float:
+    """The exponent as FLUX.2's pipelines take it: fitted by its makers to the number of cells and of steps."""
+    cells = size[0] * size[1]
+    at_200 = 0.00016927 * cells + 0.45666666
+    if cells > 4300:
+        return at_200
+    at_10 = 8.73809524e-05 * cells + 1.89833333
+    slope = (at_200 - at_10) / 190
+    return slope * steps + at_200 - 200 * slope
+
 
 class Flow:
     """The process of a flow-matching scheduler's config.
@@ -45,7 +70,7 @@ class Flow:
     `mu`: the exponent of the shift, where the config asks for a dynamic one.
     """
 
-    samplers: tuple[SamplerName, ...] = ("euler", "euler_a", "dpm++_2m")
+    samplers = FLOW_SAMPLERS
 
     def __init__(self, config: dict[str, Any], *, linspace: bool = True, mu: Mu | None = None) -> None:
         self._config = config
@@ -67,8 +92,8 @@ class Flow:
 
     def _shift(self, size: Size) -> float:
         """The shift that the base samples with at this size."""
-        if self._mu is not None:
-            return math.exp(self._mu(size, 50))
+        if self._mu is not None and self._config.get("use_dynamic_shifting"):
+            return math.exp(self._mu(size, USUAL_STEPS))
         return float(self._config.get("shift", 1.0))
 
     def spread(self, count: int) -> list[float]:

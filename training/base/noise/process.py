@@ -36,9 +36,6 @@ class Density:
     shift: float | Literal["resolution"] = 1.0
 
 
-UNIFORM = Density()
-
-
 class Levels(NamedTuple):
     """The noise levels of N rows: coefficients [N] of what they see and of what they learn, and their ratio.
 

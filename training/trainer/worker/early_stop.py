@@ -12,6 +12,7 @@ from torch import Tensor
 
 from training.adapters.bank import Bank
 from training.base.base import Base
+from training.base.family import RowFacts
 from training.base.noise.process import row_losses
 from training.base.stream import shuffled, stream
 from training.evaluation.choose import has_settled
@@ -31,6 +32,7 @@ class _Fixed:
     noise: list[Tensor]
     places: list[float]
     prompts: list[str]
+    rows: list[RowFacts]
     losses: list[float] = field(default_factory=list)
 
 
@@ -49,7 +51,9 @@ class Watch:
         # evenly spread, so that no look depends on which noise levels were drawn
         places = self._base.process.spread(ROWS)
         noise = [torch.randn(latent.shape, generator=generator) for latent in latents]
-        self._fixed[spec.id] = _Fixed(spec, latents, noise, places, [images.prompts[index] for index in picked])
+        prompts = [images.prompts[index] for index in picked]
+        rows = [images.images[index].row for index in picked]
+        self._fixed[spec.id] = _Fixed(spec, latents, noise, places, prompts, rows)
 
     def leave(self, id: str) -> None:
         """Forgets a subject."""
@@ -93,5 +97,6 @@ class Watch:
         with bank.using(*(bank.route(component, slots, scales, base.dtype) for component in bank.sites)):
             words = [bank.words(slot) for (slot, _), _, _ in rows]
             conds = base.encode([batch.prompts[place] for _, batch, place in rows], words)
-            said = base.predict(levels.noisy(latents, noise).to(base.dtype), levels.times_N, conds)
+            facts = [batch.rows[place] for _, batch, place in rows]
+            said = base.predict(levels.noisy(latents, noise).to(base.dtype), levels.times_N, conds, facts)
         return row_losses(said, goal)

@@ -63,6 +63,8 @@ class Preparing:
         instance = photo_latents(self._base, self._run.storage, found.good, spec.train, prompt, encoding)
         wants_images = spec.prior.enabled and spec.prior.source != "prediction"
         prior = self._prior(spec, found) if wants_images else None
+        if self._base.prompts is not None:  # all at once: its encoders come to the device for that
+            self._base.encode([*instance.prompts, *(prior.prompts if prior else ()), spec.filled_class_prompt])
         return Subject(spec, instance, prior, self._state(spec))
 
     def _prior(self, spec: SubjectSpec, found: Photos) -> LatentSet:

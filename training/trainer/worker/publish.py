@@ -62,6 +62,7 @@ def publish_subject(run: RunStore, tenant: str, base: Base, publication: Publica
     """Publishes a subject in the registry of the run's storage. Returns its version."""
     finished = publication.finished
     spec, history = finished.spec, finished.state.history
+    widths = base.facts.word_widths
     named = Adapter(
         modules=publication.adapter.modules,
         embeddings=publication.adapter.embeddings,
@@ -70,6 +71,7 @@ def publish_subject(run: RunStore, tenant: str, base: Base, publication: Publica
             "base_hash": base.hash,
             "class": spec.class_ or "",
             "trigger": trigger(spec),
+            "word_widths": ",".join(map(str, widths)) if publication.adapter.embeddings and len(widths) > 1 else "",
         },
     )
     weights = save_adapter(named)
@@ -100,6 +102,7 @@ def make_card(run: str, base: Base, publication: Publication, weights: bytes) ->
             "fingerprint": finished.fingerprint,
             "base": public_name(base.name),
             "base_hash": base.hash,
+            "family": base.facts.title,
             "rank": spec.lora.rank,
             "alpha": spec.lora.alpha or spec.lora.rank,
             "targets": spec.lora.targets,
