@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from training.run.log import RunLog
 from training.run.run import ENDED, RunStore, SubjectRecord
-from training.run.subject_queue import View
+from training.run.view import View
 
 STEP_SAVE_SECONDS = 5.0  # how often steps are written; changes of state are written at once
 

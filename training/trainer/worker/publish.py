@@ -13,6 +13,7 @@ from training.base.files.folder import public_name
 from training.evaluation.evaluate import Evaluation
 from training.manifest.subject import SubjectSpec
 from training.photos.photos import Photo, Photos
+from training.run.home import Home
 from training.run.run import RunStore
 from training.storage.card import Card, Chosen
 from training.storage.registry import Registry
@@ -26,13 +27,15 @@ _NOT_SETTINGS = {"id", "images", "public", "min_images"}
 
 @dataclass(frozen=True)
 class Finished:
-    """A subject after its last step. `state` is as trained; its last step is the state's.
+    """A subject after its last step, under its `key`. `state` is as trained; its last step is the state's.
 
     `photos` are those it was trained on, `held_out` those kept out of training. `rates` are images/s by step, `samples`
     the pictures that were drawn while it trained, by step.
     """
 
+    key: str
     spec: SubjectSpec
+    home: Home
     fingerprint: str
     state: SubjectState
     photos: Photos
