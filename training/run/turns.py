@@ -23,9 +23,9 @@ FIRST_GUESS_S = 1.0  # what a subject is taken to cost until one has ended
 class TenantQuota(Closed):
     """What a tenant may take; None: as much as there is."""
 
-    devices: PositiveInt | None = Field(None, description="devices that work for it at once")
-    waiting: PositiveInt | None = Field(None, description="subjects of it that wait at once")
-    device_seconds: PositiveInt | None = Field(None, description="device-seconds in a calendar month (UTC)")
+    devices: PositiveInt | None = Field(default=None, description="devices that work for it at once")
+    waiting: PositiveInt | None = Field(default=None, description="subjects of it that wait at once")
+    device_seconds: PositiveInt | None = Field(default=None, description="device-seconds in a calendar month (UTC)")
 
 
 class Waiting(NamedTuple):
