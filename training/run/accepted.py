@@ -1,9 +1,9 @@
 """What a fleet has accepted: runs on the storage that it is to work off, and what is asked of them later.
 
     runs/<run>/order.json                     who submitted it and with what; written once
-    fleet/runs/<run>                          it has not ended: what a driver that starts takes up
+    fleet/runs/<tenant>/<subjects>@<run>      it has not ended: what a driver that starts takes up
     fleet/asks/<time>-<random>.json           an ask (cancel, pause, ...) that the driver has not heeded yet
-    fleet/tenants/<tenant>/<kind>/<time>-<run> the list of a tenant's runs, in the order of submission
+    fleet/tenants/<tenant>/<kind>/<time>-<run>  the list of a tenant's runs, in the order of submission
 
 Accepted means: all of it is on the storage. Any process may accept and ask; one driver heeds.
 """
@@ -32,13 +32,15 @@ class Hook(Closed):
 
 
 class Order(Closed):
-    """What came with a run. `about`: what its submitter sent, as it is shown; `files`: ids of its uploaded files."""
+    """What came with a run of so many `subjects`. `about`: what its submitter sent, as it is shown; `files`: ids of its
+    uploaded files."""
 
     run: str
     tenant: str
     kind: Kind
     created: float = Field(default_factory=time.time)
     priority: int = 0
+    subjects: int = 1
     files: tuple[str, ...] = ()
     hook: Hook | None = None
     about: dict[str, Any] = {}
@@ -72,7 +74,7 @@ def accept(storage: Storage, record: RunRecord, manifest_yaml: str, order: Order
     if not storage.exists(f"runs/{record.run}/run.json"):
         store.create(record, manifest_yaml)
     storage.put(_listed(order), b"{}")
-    storage.put(f"{_RUNS}/{record.run}", b"{}")
+    take_up(storage, order)
 
 
 def read_order(storage: Storage, run: str) -> Order | None:
@@ -90,22 +92,27 @@ def orders_of(storage: Storage, tenant: str, kind: Kind) -> list[str]:
 
 def unfinished(storage: Storage) -> list[str]:
     """The runs that the fleet has accepted and that have not ended, in no order. One listing."""
-    return [key.rsplit("/", 1)[1] for key in storage.list(_RUNS)]
+    return [key.partition("@")[2] for key in storage.list(_RUNS)]
 
 
-def is_unfinished(storage: Storage, run: str) -> bool:
+def waiting_of(storage: Storage, tenant: str) -> int:
+    """The subjects of a tenant's runs that have not ended. One listing."""
+    return sum(int(key.rsplit("/", 1)[1].partition("@")[0]) for key in storage.list(f"{_RUNS}/{tenant}"))
+
+
+def is_unfinished(storage: Storage, order: Order) -> bool:
     """Whether the fleet is still to work on a run."""
-    return storage.exists(f"{_RUNS}/{run}")
+    return storage.exists(_marker(order))
 
 
-def take_up(storage: Storage, run: str) -> None:
-    """A run that had ended is to be worked on again."""
-    storage.put(f"{_RUNS}/{run}", b"{}")
+def take_up(storage: Storage, order: Order) -> None:
+    """A run is to be worked on, for the first time or again."""
+    storage.put(_marker(order), b"{}")
 
 
-def close(storage: Storage, run: str) -> None:
+def close(storage: Storage, order: Order) -> None:
     """A run has ended, and everything about its end is on the storage."""
-    storage.delete(f"{_RUNS}/{run}")
+    storage.delete(_marker(order))
 
 
 def ask(storage: Storage, ask: Ask) -> str:
@@ -124,6 +131,10 @@ def asks(storage: Storage) -> list[Asked]:
         except NotFound:  # another driver has heeded it meanwhile
             continue
     return found
+
+
+def _marker(order: Order) -> str:
+    return f"{_RUNS}/{order.tenant}/{order.subjects}@{order.run}"
 
 
 def _order_key(run: str) -> str:

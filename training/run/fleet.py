@@ -250,7 +250,7 @@ class FleetDriver:
                         case "retry":
                             self._retry(run, set(ids))
                 self._write()
-            elif ask.verb == "retry" and accepted.read_order(self.storage, ask.run) is not None:
+            elif ask.verb == "retry":
                 self._retry_ended(ask.run)
             self.storage.delete(key)
 
@@ -269,6 +269,9 @@ class FleetDriver:
 
     def _retry_ended(self, run: str) -> None:
         """Takes up a run that has ended; what failed or was cancelled is queued again."""
+        order = accepted.read_order(self.storage, run)
+        if order is None:
+            return
         store = RunStore(self.storage, run)
         record = store.record().model_copy(update={"state": "running", "finished": None})
         for spec in record.manifest.subjects:
@@ -276,7 +279,7 @@ class FleetDriver:
             if before is not None and before.state in ("failed", "cancelled"):
                 store.save_subject(before.model_copy(update={"state": "queued", "reason": None}))
         store.save(record)
-        accepted.take_up(self.storage, run)
+        accepted.take_up(self.storage, order)
         self._take(run)
 
     # -- writing down --
@@ -313,7 +316,7 @@ class FleetDriver:
             run.states.save()
             end_run(run.submission.store, run.submission.record, tuple(records))
             self.usage.flush()
-            accepted.close(self.storage, name)
+            accepted.close(self.storage, run.order)
             with self._lock:
                 del self._runs[name]
                 self._queue.remove(name)
