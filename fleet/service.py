@@ -6,8 +6,10 @@ import threading
 import torch
 from fastapi import FastAPI
 
+from fleet.board import Board
 from fleet.config import FleetSpec
 from fleet.device import DeviceTurns
+from fleet.hooks import Hooks
 from fleet.hosting import make_fleet_app
 from fleet.lane import LaneThread
 from serving.engine.engine import Engine
@@ -37,6 +39,7 @@ class FleetService:
         self.loop = EngineLoop(self.engine, self.turns)
         self.library = make_library(spec.server)
         self.book = UsageBook(self.library.registry.storage)
+        self.hooks = Hooks(self.library.registry.storage, Board(self.library.registry.storage), spec.private_hooks)
         self._wake = threading.Event()
         self._closing = threading.Event()
         self.app: FastAPI = make_fleet_app(
@@ -71,10 +74,13 @@ class FleetService:
             self.library.base_hash,
             seats=1,
             max_rows=self.spec.train_rows,
+            ended=self.hooks.ended,
         )
         if not try_lead(driver):
             return
         lane: LaneThread | None = None
+        over = threading.Event()
+        threading.Thread(target=self.hooks.deliver, args=(over,), name="webhooks", daemon=True).start()
         try:
             driver.tick()
             lane = LaneThread(driver, self.engine.base, self.turns, self.spec.warm_s, self._published)
@@ -90,6 +96,7 @@ class FleetService:
                 lane.stop(STOP_S)
             return
         finally:
+            over.set()
             if lane is not None:
                 driver.stop()
                 lane.stop(STOP_S)

@@ -142,7 +142,7 @@ def test_training_gets_its_share_while_pictures_are_wanted(
     threads = [threading.Thread(target=work) for work in (pictures, training)]
     for thread in threads:
         thread.start()
-    while clock.now < 200:
+    while clock.now < 60:
         time.sleep(0.005)
     over.set()
     for thread in threads:
