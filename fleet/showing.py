@@ -76,6 +76,7 @@ def run_info(look: Look, standing: Standing) -> RunInfo:
     return RunInfo(
         id=look.order.run,
         name=look.record.name,
+        tenant=look.order.tenant,
         created_at=int(look.order.created),
         finished_at=int(look.record.finished) if look.record.finished else None,
         estimated_finish=max(finishes) if ends and len(finishes) == len(ends) else None,

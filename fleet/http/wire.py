@@ -295,6 +295,7 @@ class RunInfo(BaseModel):
     id: str
     object: Literal["run"] = "run"
     name: str
+    tenant: str
     created_at: int
     finished_at: int | None = None
     estimated_finish: int | None = None
