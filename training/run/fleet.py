@@ -20,7 +20,7 @@ from training.run import accepted
 from training.run.accepted import Order
 from training.run.home import Home
 from training.run.lead import Lead
-from training.run.lease import Entry
+from training.run.lease import Entry, Lease
 from training.run.run import ENDED, RunRecord, RunStore, SubjectRecord, end_run
 from training.run.source import Beat, Orders, Outcome, Release, Task
 from training.run.standing import STANDING, Finishes, LaneStanding, Standing
@@ -29,6 +29,7 @@ from training.run.subject_queue import SubjectQueue
 from training.run.submission import Submission, settle
 from training.run.turns import Turns, read_quotas
 from training.run.usage import FLUSH_SECONDS, UsageBook, month_used
+from training.run.view import View
 from training.storage.storage import Storage, StorageError, StorageUnavailable
 
 QUOTA_SECONDS = 10.0  # how often quotas are read again
@@ -140,15 +141,34 @@ class FleetDriver:
                 counts[profile] = counts.get(profile, 0) + 1
             return [Wanted(profile, self._plans[profile], count) for profile, count in counts.items()]
 
+    def view(self) -> View:
+        """How the queue stands."""
+        with self._lock:
+            return self._queue.view(self._seen)
+
+    def plans(self) -> Sequence[PackPlan]:
+        """The packs of lanes by profile; they become more."""
+        return self._plans
+
+    def set_seats(self, seats: int) -> None:
+        """How many lanes can be open at once."""
+        with self._lock:
+            self._queue.seats = seats
+
+    def dismiss(self, lane: int) -> None:
+        """Tells one lane to checkpoint and end."""
+        with self._lock:
+            self._queue.dismiss(lane)
+
     def give_up(self, profile: int, reason: str) -> None:
         """Fails what waits for a profile that no lane can serve."""
         with self._lock:
             self._queue.give_up(profile, reason)
 
-    def enter(self, lane: int, profile: int) -> bool:
+    def enter(self, lane: int, profile: int, reason: str = "its worker died", kind: Release = "lost") -> bool:
         """A lane's worker begins; see `SubjectQueue.enter`."""
         with self._lock:
-            return self._queue.enter(lane, profile, devices=self._plans[profile].workers)
+            return self._queue.enter(lane, profile, reason, kind, self._plans[profile].workers)
 
     def leave(self, lane: int, reason: str = GONE, kind: Release = "stopped") -> None:
         """A lane has ended; what it still held goes back."""
@@ -168,6 +188,21 @@ class FleetDriver:
                 spec = next(one for one in run.submission.manifest.subjects if one.id == id)
                 tasks.append(lease.task(spec, run.home, run.submission.files.pop(id)))
             return tasks
+
+    def leases(self, lane: int, count: int) -> list[Lease]:
+        """The same for a lane in another process, which reads what it needs from the storage."""
+        with self._lock:
+            return self._queue.lease(lane, count)
+
+    def stays(self, lane: int) -> bool:
+        """Whether a lane that holds nothing should wait for subjects."""
+        with self._lock:
+            return self._queue.stays(lane)
+
+    def trouble(self, lane: int) -> str | None:
+        """Why a lane cannot work, if it cannot."""
+        with self._lock:
+            return self._queue.trouble(lane)
 
     def beat(self, lane: int, beat: Beat) -> Orders:
         """A lane's sign of life; returns what it must do."""

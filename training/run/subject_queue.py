@@ -185,6 +185,11 @@ class SubjectQueue:
             stop=self._ends(lane),
         )
 
+    def stays(self, lane: int) -> bool:
+        """Whether a lane that holds nothing should wait for subjects."""
+        self.expire()
+        return not self._ends(lane) and not self._outranked(self._lane(lane))
+
     def ended(self, lane: int, outcome: Outcome) -> None:
         """A subject's end, as its lane saw it. A lane that lost the subject is heard only if it has published it."""
         item = self._items.get(outcome.id)
