@@ -83,7 +83,8 @@ def test_lanes_of_the_fleet_serve_whoever_asks(served: tuple[Server, dict[str, s
 
     last = submit("bob", "last", 8, 400)
     wait_for(clients["bob"], last, "running", seconds=60)
-    ray.kill(ray.get_actor(DRIVER, namespace="serve"))
+    (driver,) = [one for one in ray.util.list_named_actors(all_namespaces=True) if one["name"] == DRIVER]
+    ray.kill(ray.get_actor(DRIVER, namespace=driver["namespace"]))
     done = wait_for(clients["bob"], last, "succeeded", "failed", seconds=240)
     assert done.status == "succeeded", done
     registry = Registry(open_storage(str(tmp_path / "storage")))
