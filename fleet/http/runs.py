@@ -25,11 +25,12 @@ router = APIRouter(tags=["training"])
 RunId = Annotated[str, Path(max_length=200)]
 SubjectId = Annotated[str, Path(max_length=63)]
 _YAML = ("application/yaml", "application/x-yaml", "text/yaml", "text/x-yaml")
+_SCHEMA = RunBody.model_json_schema(ref_template="#/components/schemas/{model}")
 _BODY = {
     "requestBody": {
         "required": True,
         "content": {
-            "application/json": {"schema": RunBody.model_json_schema()},
+            "application/json": {"schema": {name: part for name, part in _SCHEMA.items() if name != "$defs"}},
             "application/yaml": {"schema": {"type": "string", "description": "the manifest's YAML file"}},
             "multipart/form-data": {
                 "schema": {
