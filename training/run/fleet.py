@@ -186,7 +186,7 @@ class FleetDriver:
                 run = self._runs[lease.run]
                 id = lease.id.partition("/")[2]
                 spec = next(one for one in run.submission.manifest.subjects if one.id == id)
-                tasks.append(lease.task(spec, run.home, run.submission.files.pop(id)))
+                tasks.append(lease.task(spec, run.home))
             return tasks
 
     def leases(self, lane: int, count: int) -> list[Lease]:
@@ -230,9 +230,14 @@ class FleetDriver:
         )
         foreign = record.base_hash != self._base_hash
         subjects = tuple(self._foreign(store, record)) if foreign else settle(submission)
+        states = States(store, subjects)
+        for subject in subjects:
+            submission.files.pop(subject.id)  # thousands may wait: lanes read for themselves
+            if subject.state not in ENDED:
+                states.note(f"{subject.id}: {subject.state} at step {subject.step}/{subject.max_steps}")
         with self._lock:
             home = Home(store, order.tenant, record.manifest.root)
-            self._runs[run] = _Run(submission, order, States(store, subjects), home, set())
+            self._runs[run] = _Run(submission, order, states, home, set())
             self._queue.add(self._entries(run, order, record, subjects))
 
     def _entries(self, run: str, order: Order, record: RunRecord, subjects: Sequence[SubjectRecord]) -> list[Entry]:
