@@ -17,7 +17,7 @@ from serving.engine.loop import EngineLoop
 from serving.engine.request import AdapterRef
 from serving.local import LocalEngines, make_engine, make_library
 from training.base.base import best_device
-from training.run.fleet import FleetDriver, try_lead
+from training.run.fleet import FleetDriver, fleet_lead
 from training.run.lead import Lost
 from training.run.source import Task
 from training.run.usage import UsageBook
@@ -43,6 +43,7 @@ class FleetService:
         self._tick_s = TICK_S if isinstance(storage, LocalStorage) else FAR_TICK_S
         self.book = UsageBook(storage)
         self.hooks = Hooks(storage, Board(storage), spec.private_hooks)
+        self._claim = fleet_lead(storage)
         self._wake = threading.Event()
         self._closing = threading.Event()
         self.app: FastAPI = make_fleet_app(
@@ -71,16 +72,17 @@ class FleetService:
 
     def _lead(self) -> None:
         """Drives the fleet until it is closed or another process has taken the lead; returns at once if one has it."""
+        if self._claim.acquire() is not None:
+            return
         driver = FleetDriver(
             self.library.registry.storage,
             self.library.outline,
             self.library.base_hash,
+            self._claim,
             seats=1,
             max_rows=self.spec.train_rows,
             ended=self.hooks.ended,
         )
-        if not try_lead(driver):
-            return
         lane: LaneThread | None = None
         over = threading.Event()
         deliver = (over, 2 * self._tick_s)

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from training.base.files.outline import Outline
-from training.errors import UserError
 from training.manifest.plan import MAX_ROWS, PackPlan, lane_plan
 from training.photos.intake import FileCache
 from training.run import accepted
@@ -30,7 +29,7 @@ from training.run.submission import Submission, settle
 from training.run.turns import Turns, read_quotas
 from training.run.usage import FLUSH_SECONDS, UsageBook, month_used
 from training.run.view import View
-from training.storage.storage import Storage, StorageError, StorageUnavailable
+from training.storage.storage import Storage, StorageUnavailable
 
 QUOTA_SECONDS = 10.0  # how often quotas are read again
 SHOW_SECONDS = 1.0  # how often the standing is written
@@ -60,14 +59,17 @@ class _Run:
 
 
 class FleetDriver:
-    """See the module. `ended` is told of each subject that ends, before anything about its run is forgotten; it may be
-    told twice. `seats`: lanes at once (None: profiles do not wait for each other). Raises nothing of a single run."""
+    """See the module. Whoever has one has the lead, by `lead`. `ended` is told of each subject that ends, before
+    anything about its run is forgotten; it may be told twice. `seats`: lanes at once (None: profiles do not wait for
+    each other).
+    """
 
     def __init__(
         self,
         storage: Storage,
         base: Outline,
         base_hash: str,
+        lead: Lead,
         *,
         seats: int | None = 1,
         max_rows: int = MAX_ROWS,
@@ -77,7 +79,7 @@ class FleetDriver:
         self.storage = storage
         self.base = base
         self.usage = UsageBook(storage)
-        self.lead = Lead(storage, "fleet/driver.json")
+        self.lead = lead
         self.woken = threading.Event()
         self._base_hash = base_hash
         self._max_rows = max_rows
@@ -408,10 +410,6 @@ class FleetDriver:
         return key, max(0, record.max_steps - record.step), rows
 
 
-def try_lead(driver: FleetDriver) -> bool:
-    """Whether this process drives the fleet from now on; False while another one lives."""
-    try:
-        return driver.lead.acquire() is None
-    except (StorageError, UserError) as error:
-        log.warning("the lead of the fleet could not be read: %s", error)
-        return False
+def fleet_lead(storage: Storage) -> Lead:
+    """This process' claim to drive the fleet of a storage."""
+    return Lead(storage, "fleet/driver.json")
