@@ -9,7 +9,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from training.manifest.subject import SubjectSpec
-from training.photos.photos import PhotoFile
+from training.photos.files import PhotoFile
 
 if TYPE_CHECKING:
     from training.run.home import Home
