@@ -173,12 +173,16 @@ def test_training_gets_its_share_while_pictures_are_wanted(
     threads = [threading.Thread(target=work) for work in (pictures, training)]
     for thread in threads:
         thread.start()
-    while clock.now < 60:
+    while not spent["pictures"]:
+        time.sleep(0.001)
+    before, began = dict(spent), clock.now  # until then training had the device to itself
+    while clock.now < began + 60:
         time.sleep(0.005)
     over.set()
     for thread in threads:
         thread.join(10)
-    assert spent["training"] / sum(spent.values()) == pytest.approx(share, abs=0.05)
+    took = {name: spent[name] - before[name] for name in spent}
+    assert took["training"] / sum(took.values()) == pytest.approx(share, abs=0.05)
 
 
 def test_training_has_the_device_while_nobody_asks_for_pictures(clock: Clock) -> None:

@@ -52,9 +52,7 @@ class Lead:
     def acquire(self) -> Leader | None:
         """Takes the lead. Returns None, or the living process that leads."""
         leader, tag = self._read()
-        mine = (
-            leader is not None and leader.owner == self._owner
-        )  # what it could not renew or release it may take again
+        mine = leader is not None and leader.owner == self._owner  # it could not be renewed or released
         if leader is not None and not mine and not leader.done and self._lives(leader, tag):
             return leader
         claim = Leader(
