@@ -146,7 +146,7 @@ def clock() -> Iterator[Clock]:
     yield Clock()
 
 
-@pytest.mark.parametrize("share, picture_s, step_s", [(0.25, 0.05, 0.2), (0.1, 0.02, 0.5), (0.5, 0.3, 0.01)])
+@pytest.mark.parametrize("share, picture_s, step_s", [(0.25, 0.05, 0.2), (0.1, 0.02, 0.5), (0.5, 0.3, 0.05)])
 def test_training_gets_its_share_while_pictures_are_wanted(
     clock: Clock, share: float, picture_s: float, step_s: float
 ) -> None:
