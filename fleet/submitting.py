@@ -13,7 +13,7 @@ from fleet.board import Board, Look
 from fleet.config import FleetSpec
 from fleet.files import PREFIX, Files
 from fleet.hooks import check_hook
-from fleet.http.wire import HookBody, JobBody, RunBody
+from fleet.http.bodies import HookBody, JobBody, RunBody
 from fleet.once import digest, id_once
 from fleet.settings import check_subject, default_id, subject_of
 from serving.errors import QueueFull

@@ -14,7 +14,7 @@ import pytest
 
 from fleet.board import Board
 from fleet.config import FleetSpec
-from fleet.http.wire import JobBody
+from fleet.http.bodies import JobBody
 from fleet.submitting import Desk
 from tests.fleet.house import FAST, photos, wait_for
 from tests.fleet.test_hooks import SECRET, Listener
