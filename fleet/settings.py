@@ -9,6 +9,7 @@ from fleet.config import FleetSpec
 from serving.http.problems import ApiError
 from training.base.files.outline import Outline
 from training.errors import UserError
+from training.manifest.defaults import meaningless
 from training.manifest.manifest import parse_subject
 from training.manifest.plan import unmatched_targets
 from training.manifest.subject import SubjectSpec, TrainSpec
@@ -48,6 +49,8 @@ def subject_of(
 
 def check_subject(subject: SubjectSpec, base: Outline, spec: FleetSpec) -> None:
     """Raises ApiError for what this fleet does not train or serve."""
+    if problem := next(meaningless(subject, base.facts), None):
+        raise ApiError(400, problem)
     if wrong := unmatched_targets(subject, base):
         raise ApiError(
             400,

@@ -13,7 +13,7 @@ from fleet.board import Board, Look
 from fleet.config import FleetSpec
 from fleet.files import PREFIX, Files
 from fleet.hooks import check_hook
-from fleet.http.wire import HookBody, JobBody, RunBody
+from fleet.http.bodies import HookBody, JobBody, RunBody
 from fleet.once import digest, id_once
 from fleet.settings import check_subject, default_id, subject_of
 from serving.errors import QueueFull
@@ -21,6 +21,7 @@ from serving.http.problems import ApiError
 from training.base.files.folder import public_name
 from training.base.files.outline import Outline
 from training.errors import UserError
+from training.manifest.defaults import fill_subject, filled
 from training.manifest.manifest import Manifest, parse_manifest
 from training.manifest.subject import SubjectSpec
 from training.photos.files import read_files
@@ -53,7 +54,8 @@ class Desk:
         photos = sum(one.photos for one in file.subjects)
         method = body.method.dreambooth_lora.model_dump() if body.method else {}
         id = body.suffix or default_id(images if "/" in body.training_file else file.filename)
-        subject = subject_of(id, images, method, body.hyperparameters or {}, body.seed, photos)
+        asked = subject_of(id, images, method, body.hyperparameters or {}, body.seed, photos)
+        subject = fill_subject(asked, self.base.facts)
         self._check(subject)
         self._check_photos(subject, "training_file")
         run = id_once(self.storage, tenant, key, digest("job", body.model_dump_json()), new_id("ftjob-"))
@@ -65,7 +67,7 @@ class Desk:
     def submit_run(self, tenant: str, body: RunBody, key: str | None) -> Look:
         """Accepts a manifest. Raises ApiError, ManifestError for what is wrong with it."""
         text = body.manifest if isinstance(body.manifest, str) else yaml.safe_dump(body.manifest, allow_unicode=True)
-        manifest = parse_manifest(text)
+        manifest = filled(parse_manifest(text), self.base.facts)
         self._check_base(manifest.base)
         if manifest.tenant not in (tenant, "default"):
             raise ApiError(400, f"The manifest's tenant is '{manifest.tenant}', your key's '{tenant}'.", param="tenant")

@@ -19,7 +19,7 @@ from ray_app.train.cluster import Limits, current
 from ray_app.train.lanes import LaneOrder, Lanes
 from training.base.files.folder import hash_base
 from training.base.files.outline import outline
-from training.run.fleet import FleetDriver, try_lead
+from training.run.fleet import FleetDriver, fleet_lead
 from training.run.lead import Lost
 from training.run.source import Beat, Outcome, Release
 from training.storage.closed import Closed
@@ -55,7 +55,8 @@ class FleetActor:
         self._hooks = Hooks(self._storage, Board(self._storage), self._spec.private_hooks)
         self._nodes: dict[int, str] = {}
         self._closing = threading.Event()
-        self._driver = self._new_driver()
+        self._claim = fleet_lead(self._storage)
+        self._driver: FleetDriver | None = None  # while it leads
         self._thread = threading.Thread(target=self._drive, name="driver", daemon=True)
         self._thread.start()
 
@@ -67,12 +68,13 @@ class FleetActor:
 
     def wake(self) -> None:
         """Something was submitted or asked."""
-        self._driver.woken.set()
+        if self._driver is not None:
+            self._driver.woken.set()
 
     def close(self) -> None:
         """Lanes checkpoint and end; everything is written down."""
         self._closing.set()
-        self._driver.woken.set()
+        self.wake()
         self._thread.join(STOP_S + 10)
 
     # -- for lanes: as the queue of a run --
@@ -83,51 +85,54 @@ class FleetActor:
 
         last, self._nodes[lane] = self._nodes.get(lane), node
         if last is not None and last not in {found["NodeID"] for found in ray.nodes() if found["Alive"]}:
-            return self._driver.enter(lane, profile, "its node was lost", "preempted")
-        return self._driver.enter(lane, profile)
+            return self._leading.enter(lane, profile, "its node was lost", "preempted")
+        return self._leading.enter(lane, profile)
 
     def lease(self, lane: int, count: int) -> list[dict[str, Any]]:
         """See `SubjectQueue.lease`."""
-        return [lease.model_dump() for lease in self._driver.leases(lane, count)]
+        return [lease.model_dump() for lease in self._leading.leases(lane, count)]
 
     def stays(self, lane: int) -> bool:
         """See `SubjectQueue.stays`."""
-        return self._driver.stays(lane)
+        return self._leading.stays(lane)
 
     def beat(self, lane: int, beat: dict[str, Any]) -> dict[str, Any]:
         """See `SubjectQueue.beat`."""
-        return asdict(self._driver.beat(lane, _BEAT.validate_python(beat)))
+        return asdict(self._leading.beat(lane, _BEAT.validate_python(beat)))
 
     def ended(self, lane: int, outcome: dict[str, Any]) -> None:
         """See `SubjectQueue.ended`."""
-        self._driver.ended(lane, _OUTCOME.validate_python(outcome))
+        self._leading.ended(lane, _OUTCOME.validate_python(outcome))
 
     def leave(self, lane: int, reason: str, kind: Release) -> None:
         """See `SubjectQueue.release`."""
-        self._driver.leave(lane, reason, kind)
+        self._leading.leave(lane, reason, kind)
 
     def trouble(self, lane: int) -> str | None:
         """See `SubjectQueue.trouble`."""
-        return self._driver.trouble(lane)
+        return self._leading.trouble(lane)
 
     def give_up(self, profile: int, reason: str) -> None:
         """See `SubjectQueue.give_up`."""
-        self._driver.give_up(profile, reason)
+        self._leading.give_up(profile, reason)
 
     def dismiss(self, lane: int) -> None:
         """See `SubjectQueue.dismiss`."""
-        self._driver.dismiss(lane)
+        self._leading.dismiss(lane)
 
     # -- driving --
 
-    def _new_driver(self) -> FleetDriver:
-        rows = self._spec.train_rows
-        return FleetDriver(self._storage, self._base, self._hash, seats=None, max_rows=rows, ended=self._hooks.ended)
+    @property
+    def _leading(self) -> FleetDriver:
+        """The driver, for lanes: it has opened them."""
+        if self._driver is None:
+            raise RuntimeError("the fleet's driver has not the lead")
+        return self._driver
 
     def _drive(self) -> None:
         while not self._closing.is_set():
             try:
-                if try_lead(self._driver):
+                if self._claim.acquire() is None:
                     self._lead()
             except Lost:
                 log.warning("another process drives the fleet")
@@ -135,14 +140,21 @@ class FleetActor:
                 log.error("the fleet's driver starts again: %s", error)
             except Exception:
                 log.exception("the fleet's driver starts again")
-            if self._closing.wait(LEAD_S):
-                return
-            self._driver = self._new_driver()
+            self._closing.wait(LEAD_S)
 
     def _lead(self) -> None:
         import ray
 
-        driver, over = self._driver, threading.Event()
+        over = threading.Event()
+        driver = self._driver = FleetDriver(
+            self._storage,
+            self._base,
+            self._hash,
+            self._claim,
+            seats=None,
+            max_rows=self._spec.train_rows,
+            ended=self._hooks.ended,
+        )
         told = LaneOrder(
             run="",
             storage=self._storage.uri,

@@ -14,14 +14,14 @@ import pytest
 
 from fleet.board import Board
 from fleet.config import FleetSpec
-from fleet.http.wire import JobBody
+from fleet.http.bodies import JobBody
 from fleet.submitting import Desk
 from tests.fleet.house import FAST, photos, wait_for
 from tests.fleet.test_hooks import SECRET, Listener
 from training.base.files.folder import hash_base
 from training.base.files.outline import outline
 from training.run import accepted
-from training.run.fleet import FleetDriver, try_lead
+from training.run.fleet import FleetDriver, fleet_lead
 from training.run.run import RunStore
 from training.run.source import Outcome
 from training.storage.registry import Registry
@@ -114,9 +114,9 @@ def desk(folder: Path, storage: Path) -> Desk:
 
 
 def driver(desk: Desk, **more: Any) -> FleetDriver:
-    made = FleetDriver(desk.storage, desk.base, desk.base_hash, **more)
-    assert try_lead(made)
-    return made
+    lead = fleet_lead(desk.storage)
+    assert lead.acquire() is None
+    return FleetDriver(desk.storage, desk.base, desk.base_hash, lead, **more)
 
 
 def submit(desk: Desk, tenant: str, id: str, seed: int = 0, **settings: Any) -> str:
@@ -139,11 +139,12 @@ def test_a_driver_takes_up_what_another_one_left(tiny_folder: Path, tmp_path: Pa
     one.tick()
     assert made.board.look("ann", runs[0], "job").subjects[0].state == "published"
     assert made.board.waiting("ann") == 2
-    second = FleetDriver(made.storage, made.base, made.base_hash)
-    assert not try_lead(second)
+    lead = fleet_lead(made.storage)
+    assert lead.acquire() is not None
     accepted.ask(made.storage, accepted.Ask(run=runs[2], verb="cancel"))
     one.lead.release()  # it is gone; nothing else was said
-    assert try_lead(second)
+    assert lead.acquire() is None
+    second = FleetDriver(made.storage, made.base, made.base_hash, lead)
     second.tick()
     assert [one.waiting for one in second.wanted()] == [1]
     assert made.board.look("ann", runs[2], "job").subjects[0].state == "cancelled"
@@ -192,9 +193,9 @@ def test_a_retry_takes_up_what_has_failed(tiny_folder: Path, tmp_path: Path) -> 
 def test_a_run_of_another_base_fails_in_words(tiny_folder: Path, tmp_path: Path) -> None:
     made = desk(tiny_folder, tmp_path)
     run = submit(made, "ann", "a")
-    one = FleetDriver(made.storage, made.base, "0" * 64)
-    assert try_lead(one)
-    one.tick()
+    lead = fleet_lead(made.storage)
+    assert lead.acquire() is None
+    FleetDriver(made.storage, made.base, "0" * 64, lead).tick()
     subject = made.board.look("ann", run, "job").subjects[0]
     assert subject.state == "failed" and "Submit it again" in str(subject.reason)
 

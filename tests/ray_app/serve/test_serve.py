@@ -260,4 +260,8 @@ def test_the_manifest_of_the_fleet_describes_one() -> None:
     (app,) = config["applications"]
     assert app["import_path"] == "ray_app.serve.fleet:build_fleet" and app["route_prefix"] == "/"
     fleet = FleetDeployment.model_validate(app["args"])
+    service = yaml.safe_load((MANIFEST.parents[1] / "kuberay/fleet.yaml").read_text())
+    (there,) = yaml.safe_load(service["spec"]["serveConfigV2"])["applications"]
+    assert FleetDeployment.model_validate(there["args"]).deployment.server.keys is not None
+    assert there["import_path"] == app["import_path"]
     assert config["http_options"]["host"] == "127.0.0.1" or fleet.deployment.server.keys is not None

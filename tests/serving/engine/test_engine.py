@@ -190,6 +190,7 @@ def test_an_image_of_more_than_a_forward_steps_in_two_and_lets_others_between(
     assert near(halved, expected)
     assert (engine.stats.steps, engine.stats.rows) == (12, 12)
 
+    finished(engine, [ask("dog")])  # its adapter is in a slot
     job = engine.submit(large)
     while (sample := job.samples[0]).plain is None:
         engine.step()
