@@ -23,6 +23,7 @@ from serving.config import Limits, ServeSpec
 from serving.errors import GenerationFailed
 from serving.http import (
     adapters as api_adapters,
+    exports as api_exports,
     images as api_images,
 )
 from serving.http.access.guard import UPLOAD, Guard
@@ -30,6 +31,7 @@ from serving.http.access.tenants import Keys, Quota
 from serving.http.access.timeouts import BodyTimeout
 from serving.http.intake import Intake
 from serving.http.library import Library
+from serving.http.pages import add_studio
 from serving.http.problems import REQUEST_ID, ApiError, Problem, describe
 from serving.http.replies import KeyReused, Replies
 from serving.http.sdapi import info, routes
@@ -82,10 +84,11 @@ def create_app(
     app.state.under = {}
     for kind in (ApiError, UserError, GenerationFailed, KeyReused, RequestValidationError, HTTPException):
         app.add_exception_handler(kind, _told)
-    for router in (api_images.router, api_adapters.router, routes.router, info.router):
+    for router in (api_images.router, api_exports.router, api_adapters.router, routes.router, info.router):
         app.include_router(router, dependencies=SECURITY)
     app.get("/healthz", tags=["operation"], responses={503: {"model": Health}})(_health)
     app.get("/metrics", tags=["operation"], response_class=Response)(_metrics)
+    add_studio(app)
     app.add_middleware(BodyLimit, limits=spec.limits)
     app.add_middleware(BodyTimeout)
     app.add_middleware(Guard, cors=spec.cors)
