@@ -20,6 +20,7 @@
         /* kept for this page only */
       }
       show(theme);
+      dispatchEvent(new Event("theme"));
     },
   };
   show(read());

@@ -4,7 +4,7 @@ import { samplePaths, showAdapter } from "../api/adapters.js";
 import { server } from "../api/server.js";
 import { h, icon, ICONS, put } from "../frame/dom.js";
 import { bytes, date, short, whole } from "../frame/format.js";
-import { go, link } from "../frame/router.js";
+import { go, link, refresh } from "../frame/router.js";
 import { isMine, portrait } from "../create/picker.js";
 import { picture } from "../pictures/picture.js";
 import { view } from "../pictures/viewer.js";
@@ -44,7 +44,7 @@ export async function adapterPage({ parts, query, signal }) {
   const body = h("div", { class: "stack" }, await samplesPanel(adapter, mine), scoresPanel(card), settingsPanel(card));
   if (mine) {
     side.append(
-      await versionsPanel(adapter, adapter.version, () => (version ? reload() : location.reload())),
+      await versionsPanel(adapter, adapter.version, () => (version ? reload() : refresh())),
       downloadsPanel(adapter),
       ownerPanel(adapter),
     );

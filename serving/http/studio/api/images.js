@@ -23,12 +23,30 @@ export async function* draw(body, { signal, previews = PREVIEWS } = {}) {
   }
 }
 
-/** The one picture of a request, without previews. */
-export async function drawOne(body, options = {}) {
-  for await (const event of draw({ ...body, n: 1 }, { ...options, previews: 0 })) {
-    if (event.kind === "done") return event;
+/** The one picture of a request, without previews. Where the server has too much to do, it waits and asks again. */
+export async function drawOne(body, { signal } = {}) {
+  for (;;) {
+    try {
+      for await (const event of draw({ ...body, n: 1 }, { signal, previews: 0 })) {
+        if (event.kind === "done") return event;
+      }
+      throw new Error("The server sent no picture.");
+    } catch (error) {
+      if (error.code !== "rate_limit_exceeded") throw error;
+      await pause((error.retryAfter ?? 1) * 1000, signal);
+    }
   }
-  throw new Error("The server sent no picture.");
+}
+
+/** Waits; throws AbortError when `signal` is aborted. */
+export function pause(ms, signal) {
+  return new Promise((resolve, reject) => {
+    const timer = setTimeout(resolve, ms);
+    signal?.addEventListener("abort", () => {
+      clearTimeout(timer);
+      reject(new DOMException("stopped", "AbortError"));
+    });
+  });
 }
 
 /** A Blob as base64, as requests hold pictures. */

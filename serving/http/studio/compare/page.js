@@ -8,7 +8,7 @@ import { h, put } from "../frame/dom.js";
 import { field, number, segments, textarea } from "../frame/fields.js";
 import { count } from "../frame/format.js";
 import { problemBox, tell } from "../frame/notice.js";
-import { go, link } from "../frame/router.js";
+import { link, settle } from "../frame/router.js";
 import { columnsOf, MOST_CELLS, rowsOf, savedPlan, savePlan } from "./plan.js";
 import { sheet } from "./sheet.js";
 
@@ -52,7 +52,7 @@ export async function comparePage({ query, signal }) {
         limited(plan),
         plan.kind === "strength" ? { ...defaults, largest_adapters: 1 } : { ...defaults, largest_adapters: 12 },
         changed,
-        offer,
+        { added: offer, twice: true },
       ),
       plan.kind === "adapters" ? baseField(plan, changed) : strengthFields(plan, defaults, changed),
       field("Prompts, one a line", prompts()),
@@ -113,7 +113,7 @@ export async function comparePage({ query, signal }) {
       ),
     ),
   );
-  if (query.size) go(link(["compare"]), { replace: true });
+  if (query.size) settle(link(["compare"]));
   return h(
     "div",
     {},

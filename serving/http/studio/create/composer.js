@@ -69,7 +69,7 @@ export function composer(draft, defaults, submit) {
     put(
       form,
       field("Prompt", prompt),
-      mixField(draft, defaults, changed, offer),
+      mixField(draft, defaults, changed, { added: offer }),
       trigger,
       h(
         "div",

@@ -7,8 +7,8 @@ import { decimal, short } from "../frame/format.js";
 import { tell } from "../frame/notice.js";
 import { pickAdapter, portrait } from "./picker.js";
 
-/** The list of `draft.adapters`, with a `show` to draw it again. `added` is called with an adapter that was picked. */
-export function mixField(draft, defaults, changed, added = () => {}) {
+/** The list of `draft.adapters`, with a `show` to draw it again. `added` is called with an adapter that was picked; `twice`: one may be in it twice. */
+export function mixField(draft, defaults, changed, { added = () => {}, twice = false } = {}) {
   const rows = h("ul", { class: "mix" });
   const add = h(
     "button",
@@ -26,7 +26,7 @@ export function mixField(draft, defaults, changed, added = () => {}) {
   let known = new Map();
 
   async function pick() {
-    const adapter = await pickAdapter(draft.adapters.map((one) => one.id.split("@")[0]));
+    const adapter = await pickAdapter(twice ? [] : draft.adapters.map((one) => one.id.split("@")[0]));
     if (!adapter) return;
     known.set(`${adapter.tenant}/${adapter.id}`, adapter);
     draft.adapters.push({ id: `${adapter.tenant}/${adapter.id}`, weight: 1 });

@@ -4,10 +4,10 @@ import { listAdapters, showAdapter } from "../api/adapters.js";
 import { server } from "../api/server.js";
 import { h, put } from "../frame/dom.js";
 import { confirmed } from "../frame/dialog.js";
-import { go, link } from "../frame/router.js";
+import { link, settle } from "../frame/router.js";
 import { tell } from "../frame/notice.js";
 import { batches, forgetAll } from "../pictures/past.js";
-import { draftOf, emptyDraft, savedDraft } from "../pictures/recipe.js";
+import { draftOf, emptyDraft, saveDraft, savedDraft } from "../pictures/recipe.js";
 import { Batch } from "./batch.js";
 import { composer } from "./composer.js";
 import { portrait } from "./picker.js";
@@ -65,13 +65,13 @@ export async function createPage({ query, signal }) {
     put(blank, await firstSteps(form));
   }
   older().catch(tell);
-  if (wanted) go(link(["create"]), { replace: true });
+  if (wanted) settle(link(["create"]));
   return h(
     "div",
     { class: "create" },
     h("h1", { class: "sr", tabindex: "-1" }, "Create"),
     h("div", { class: "create-form" }, form),
-    h("section", { class: "feed", "aria-label": "Pictures" }, blank, feed, more),
+    h("section", { class: "feed", "aria-label": "History" }, blank, feed, more),
   );
 }
 
@@ -86,6 +86,7 @@ async function wear(draft, name) {
   });
   const says = adapter.card.instance_prompt || adapter.trigger;
   draft.prompt = says ? `${says} ${PLACES[0]}` : "";
+  saveDraft(draft);
 }
 
 /** What is shown where nothing has been drawn yet: examples of what the adapters can do, or how to come by one. */

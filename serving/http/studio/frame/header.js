@@ -62,12 +62,10 @@ function themeButton() {
   const button = h("button", {
     class: "button quiet icon",
     type: "button",
-    onclick: () => {
-      window.theme.set(isDark() ? "light" : "dark");
-      show();
-    },
+    onclick: () => window.theme.set(isDark() ? "light" : "dark"),
   });
   show();
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", show);
+  addEventListener("theme", show);
   return button;
 }

@@ -19,6 +19,16 @@ export function go(where, { replace = false } = {}) {
   else location.hash = where;
 }
 
+/** Changes the address of the page that is shown, which stays as it is. */
+export function settle(where) {
+  history.replaceState(null, "", where);
+}
+
+/** Shows the page of the address afresh. */
+export function refresh() {
+  dispatchEvent(new Event("hashchange"));
+}
+
 /** Calls `show` now and at every change of the address. */
 export function follow(show) {
   addEventListener("hashchange", show);

@@ -4,6 +4,7 @@ import { base64Of } from "../api/images.js";
 import { decimal, short } from "../frame/format.js";
 
 const PLACE = "dreamfleet.draft";
+const LARGEST_START = 1536; // pixels a side
 export const SETTINGS = ["size", "steps", "guidance_scale", "scheduler", "negative_prompt"];
 
 /** A draft: `adapters` are {id, weight}; what is null is the server's default; `start` is a Blob. */
@@ -55,7 +56,17 @@ export function bodyOf(draft) {
 
 /** A request with its start picture in it. */
 export async function withStart(body, start) {
-  return start ? { ...body, image: await base64Of(start) } : body;
+  return start ? { ...body, image: await base64Of(await shrunk(start)) } : body;
+}
+
+/** A picture no larger than a start picture need be; as it is where the browser cannot read it: the server says why. */
+async function shrunk(blob) {
+  const bitmap = await createImageBitmap(blob).catch(() => null);
+  const scale = bitmap && LARGEST_START / Math.max(bitmap.width, bitmap.height);
+  if (!scale || scale >= 1) return blob;
+  const canvas = new OffscreenCanvas(Math.round(bitmap.width * scale), Math.round(bitmap.height * scale));
+  canvas.getContext("2d").drawImage(bitmap, 0, 0, canvas.width, canvas.height);
+  return canvas.convertToBlob({ type: "image/png" });
 }
 
 /** The draft that makes a picture of the history again: with its own seed, and the versions that it was made with. */

@@ -5,6 +5,8 @@ import { openDialog } from "../frame/dialog.js";
 import { date } from "../frame/format.js";
 import { blobPicture, download, picture } from "./picture.js";
 
+const LARGEST = 8; // times its own size: beyond, a small picture is only a blur
+
 /**
  * Shows `items` one at a time from `at`: {blob or path, title, facts: [[name, value]], name, actions: [[text, do]]}.
  * Arrow keys go on; an action closes the viewer.
@@ -36,6 +38,10 @@ export function view(items, at = 0) {
       const show = () => {
         const item = items[now];
         const image = item.blob ? blobPicture(item.blob, item.title) : picture(() => item.path, item.title);
+        image.addEventListener("load", () => {
+          image.style.setProperty("max-width", `${image.naturalWidth * LARGEST}px`);
+          image.style.setProperty("max-height", `${image.naturalHeight * LARGEST}px`);
+        });
         put(stage, image, arrow(-1, "Previous picture", ICONS.back), arrow(1, "Next picture", ICONS.next));
         put(side, sideOf(item, close, items.length > 1 ? `${now + 1} of ${items.length}` : null));
       };
