@@ -189,7 +189,7 @@ class ModelInfo(BaseModel):
     object: Literal["model"] = "model"
     created: int
     owned_by: str
-    defaults: ImageDefaults | None = Field(None, description="of a base")
+    defaults: ImageDefaults | None = Field(default=None, description="of a base")
 
 
 class ModelPage(BaseModel):

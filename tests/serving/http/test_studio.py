@@ -84,7 +84,7 @@ def test_scripts_import_what_is_there() -> None:
         text = script.read_text(encoding="utf-8")
         for names, source in re.findall(r"import \{([^}]*)\} from \"([^\"]+)\"", text):
             other = (script.parent / source).resolve()
-            assert source.startswith("./") or source.startswith("../"), (script, source)
+            assert source.startswith(("./", "../")), (script, source)
             exported = set(re.findall(r"export (?:async )?(?:function\*?|const|class) (\w+)", other.read_text()))
             wanted = {name.split(" as ")[0].strip() for name in names.split(",") if name.strip()}
             assert wanted <= exported, (script.name, source, wanted - exported)
@@ -113,8 +113,9 @@ def test_it_is_part_of_the_package() -> None:
 def test_the_base_tells_its_defaults_and_limits(world: World) -> None:
     base, rusty = world.call("GET", "/v1/models", "ann").json()["data"]
     assert base["defaults"] == {
-        "size": "16x16", "multiple": 4, "largest_side": 64, "largest_pixels": 64 * 64 * 4, "steps": 30, "largest_steps": 50,
-        "guidance_scale": 7.5, "scheduler": "ddim", "negative_prompt": True, "largest_n": 4, "largest_adapters": 3,
+        "size": "16x16", "multiple": 4, "largest_side": 64, "largest_pixels": 64 * 64 * 4, "steps": 30,
+        "largest_steps": 50, "guidance_scale": 7.5, "scheduler": "ddim", "negative_prompt": True,
+        "largest_n": 4, "largest_adapters": 3,
         "largest_weight": 5.0,
     }  # fmt: skip
     assert "defaults" not in rusty
