@@ -20,8 +20,8 @@ from training.run.lead import Lead, Lost
 from training.run.local import LocalRun
 from training.run.run import ENDED, end_run
 from training.run.source import Beat
-from training.run.subject_queue import View
 from training.run.submission import submit
+from training.run.view import View
 from training.storage.storage import open_storage
 
 

@@ -19,6 +19,7 @@ from ray_app.cli.server import generate, serve
 from ray_app.cli.shape import fuse, merge, resize, sweep
 from ray_app.cli.storage import gc
 from ray_app.cli.train import drive, train, validate
+from ray_app.cli.up import up
 from ray_app.silence import silence
 from training.errors import UserError
 
@@ -77,7 +78,7 @@ def base(name: str, as_json: bool) -> None:
     click.echo(json.dumps({"base": name, "folder": str(folder)}) if as_json else str(folder))
 
 
-for command in (validate, train, drive, status, logs, cancel, retry, serve, generate, adapters, gc, evaluate, keys):
+for command in (validate, train, drive, status, logs, cancel, retry, serve, generate, adapters, gc, evaluate, keys, up):
     main.add_command(command)
 for command in (merge, resize, fuse, sweep):
     adapters.add_command(command)

@@ -19,12 +19,14 @@ from training.evaluation.report import write_report
 from training.manifest.plan import plan_run, reserve
 from training.run import cancel
 from training.run.lead import Lead
+from training.run.lease import Entry, entries
 from training.run.run import RunRecord, RunStore, SubjectRecord, end_run
 from training.run.shares import read_quota
 from training.run.source import Beat, Outcome, Release
 from training.run.states import States
-from training.run.subject_queue import Entry, SubjectQueue, View, entries
+from training.run.subject_queue import SubjectQueue
 from training.run.submission import Submission
+from training.run.view import View
 
 POLL_SECONDS = 0.5
 STOP_SECONDS = 30.0  # how long lanes may take to checkpoint when the run is stopped

@@ -20,9 +20,9 @@ from ray_app.silence import silence
 from training.errors import UserError
 from training.manifest.plan import PackPlan
 from training.manifest.subject import SubjectSpec
+from training.run.lease import Lease
 from training.run.run import RunRecord, RunStore
 from training.run.source import Beat, Orders, Outcome, Release, Task
-from training.run.subject_queue import Lease
 from training.storage.closed import Closed
 from training.storage.storage import StorageUnavailable, open_storage
 

@@ -15,7 +15,7 @@ from ray_app.train.sharing import Sharing
 from training.errors import UserError
 from training.manifest.plan import PackPlan, with_slots
 from training.run.run import RunStore
-from training.run.subject_queue import View
+from training.run.view import View
 
 CLUSTER_SECONDS = 10.0  # how often the cluster's size is looked at
 LANE_FAILURES = 3

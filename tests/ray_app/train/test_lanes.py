@@ -12,7 +12,9 @@ from tests.training.subjects import spec
 from training.errors import UserError
 from training.manifest.plan import PackPlan, Profile
 from training.manifest.subject import ZeroSpec
-from training.run.subject_queue import CALMER, Lease, View
+from training.run.lease import Lease
+from training.run.subject_queue import CALMER
+from training.run.view import View
 from training.storage.closed import Closed
 
 

@@ -41,7 +41,7 @@ class Watch:
         self._base = base
         self._fixed: dict[str, _Fixed] = {}
 
-    def join(self, spec: SubjectSpec, images: LatentSet) -> None:
+    def join(self, id: str, spec: SubjectSpec, images: LatentSet) -> None:
         """Begins to look at a subject: draws its fixed batch."""
         generator = stream(spec.train.seed, "fixed")
         picked = shuffled(spec.train.seed, "fixed", len(images), 0, ROWS)
@@ -49,7 +49,7 @@ class Watch:
         # evenly spread, so that no look depends on which noise levels were drawn
         places = self._base.process.spread(ROWS)
         noise = [torch.randn(latent.shape, generator=generator) for latent in latents]
-        self._fixed[spec.id] = _Fixed(spec, latents, noise, places, [images.prompts[index] for index in picked])
+        self._fixed[id] = _Fixed(spec, latents, noise, places, [images.prompts[index] for index in picked])
 
     def leave(self, id: str) -> None:
         """Forgets a subject."""
