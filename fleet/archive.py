@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import PurePosixPath
 
 from training.errors import UserError
-from training.storage.images import ImageLimits
+from training.storage.image_file import ImageLimits
 
 MOST_FILES = 10_000
 MOST_BYTES = 1024 * 2**20  # unpacked

@@ -19,8 +19,9 @@ from fleet.once import digest, id_once
 from serving.errors import QuotaExceeded
 from serving.http.problems import ApiError
 from training.errors import UserError
-from training.photos.intake import UPLOADED
-from training.photos.photos import PhotoFile, Photos, TooFewPhotos, photos
+from training.photos.files import UPLOADED, PhotoFile
+from training.photos.photo_report import TooFewPhotos
+from training.photos.photos import Photos, photos
 from training.run.accepted import new_id, read_order, unfinished
 from training.run.run import ENDED, RunStore
 from training.storage.closed import Closed

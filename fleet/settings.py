@@ -12,7 +12,7 @@ from training.errors import UserError
 from training.manifest.manifest import parse_subject
 from training.manifest.plan import unmatched_targets
 from training.manifest.subject import SubjectSpec, TrainSpec
-from training.photos.intake import UPLOADED
+from training.photos.files import UPLOADED
 
 # OpenAI's names, and what else people call a setting
 _ALIASES = {"steps": "max_steps"}

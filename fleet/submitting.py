@@ -22,7 +22,8 @@ from training.base.files.outline import Outline
 from training.errors import UserError
 from training.manifest.manifest import Manifest, parse_manifest
 from training.manifest.subject import SubjectSpec
-from training.photos.intake import read_files, take_in
+from training.photos.files import read_files
+from training.photos.intake import take_in
 from training.run import accepted
 from training.run.accepted import Hook, Kind, Order, new_id
 from training.run.run import RunRecord, digest_of

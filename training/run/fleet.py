@@ -15,7 +15,7 @@ from typing import NamedTuple
 from training.base.files.outline import Outline
 from training.errors import UserError
 from training.manifest.plan import MAX_ROWS, PackPlan, lane_plan
-from training.photos.intake import FileCache
+from training.photos.files import FileCache
 from training.run import accepted
 from training.run.accepted import Order
 from training.run.home import Home

@@ -6,7 +6,7 @@ from pydantic import Field
 
 from training.manifest.plan import PackPlan
 from training.manifest.subject import SubjectSpec
-from training.photos.photos import PhotoFile
+from training.photos.files import PhotoFile
 from training.run.home import Home
 from training.run.run import SubjectRecord
 from training.run.source import Task
