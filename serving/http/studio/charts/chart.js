@@ -98,7 +98,7 @@ function axes(data, scale, width, height) {
 function places(data, scale, width) {
   const most = Math.max(2, Math.min(6, Math.floor(width / 110)));
   const xs = [...new Set(data.series.flatMap((one) => one.points.map(([x]) => x)))].sort((a, b) => a - b);
-  if (xs.length > 1 && xs.length <= most) return xs;
+  if (xs.length <= most) return xs;
   return Array.from({ length: most + 1 }, (_, at) => scale.left + ((scale.right - scale.left) * at) / most);
 }
 

@@ -2,7 +2,7 @@
 
 const PLAIN = new Intl.NumberFormat("en", { maximumFractionDigits: 0 });
 const SPAN = new Intl.RelativeTimeFormat("en", { numeric: "auto" });
-const DATE = new Intl.DateTimeFormat("en", { dateStyle: "medium", timeStyle: "short" });
+const DATE = new Intl.DateTimeFormat("en", { dateStyle: "medium", timeStyle: "short", hourCycle: "h23" });
 const UNITS = [
   ["year", 31557600],
   ["month", 2629800],
