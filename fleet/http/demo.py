@@ -1,4 +1,4 @@
-"""`POST /v1/demo`: the subjects that come with dreamfleet, trained like anybody's, for a look at it without own photos."""
+"""`POST /v1/demo`: the subjects that come with dreamfleet, trained like anybody's: for a look at it without photos."""
 
 import asyncio
 import io

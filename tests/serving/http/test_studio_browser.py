@@ -11,19 +11,13 @@ import pytest
 from PIL import Image
 from playwright.sync_api import Browser, Page, expect
 
-from tests.browser import PHONE, chromium, open_page
+from tests.browser import PHONE, open_page
 from tests.serving.http.test_api import World
 from tests.serving.http.test_clients import Site
 from tests.tiny import tiny_images
 from training.base.base import Base
 
 BAD = "<img src=x onerror=alert(1)> sks dog"  # what a careless page would run
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with chromium() as browser:
-        yield browser
 
 
 @pytest.fixture(scope="module")

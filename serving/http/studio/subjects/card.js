@@ -135,7 +135,7 @@ export function draftCard(draft, desk) {
       field("Id", id, "The adapter's name."),
       field("Class", kind, "What it is: dog, woman, cup."),
       field("Trigger word", word, "A rare word that stands for it."),
-      recipeFields(draft, desk.base),
+      recipeFields(draft, desk.base, () => tiles.forEach((tile) => tile.show())),
     ),
     says,
     photos,

@@ -7,6 +7,7 @@ import { blobPicture } from "../pictures/picture.js";
 export function photoTile(draft, photo, remove, changed) {
   const frame = h("span", { class: "crop", "aria-hidden": "true" });
   const image = blobPicture(photo.file, photo.name);
+  let square = true; // nothing is known of its shape before it is loaded
   image.addEventListener("load", () => {
     const least = Math.min(image.naturalWidth, image.naturalHeight);
     const most = Math.max(image.naturalWidth, image.naturalHeight);
@@ -14,7 +15,8 @@ export function photoTile(draft, photo, remove, changed) {
     const side = `${(least / most) * 100}%`;
     frame.style.setProperty("width", side);
     frame.style.setProperty("height", side);
-    frame.hidden = least === most || Boolean(draft.settings.train?.crop);
+    square = least === most;
+    show();
   });
   image.addEventListener("error", () =>
     image.replaceWith(h("span", { class: "muted small photo-none" }, "no preview")),
@@ -51,6 +53,7 @@ export function photoTile(draft, photo, remove, changed) {
 
   /** Shows what the checks found. */
   const show = () => {
+    frame.hidden = square || Boolean(draft.settings.train?.crop);
     const { problems, warnings } = draft.found;
     const bad = problems.filter((one) => one.name === photo.name).map((one) => one.reason);
     const poor = warnings.filter((one) => one.names.includes(photo.name));

@@ -19,8 +19,8 @@ const RECIPES = {
   small: { text: "For the small base", ...SMALL_BASE },
 };
 
-/** The fields of a draft's recipe; they change `draft.settings`. */
-export function recipeFields(draft, base) {
+/** The fields of a draft's recipe; they change `draft.settings`. `changed` is called when what is cropped changes. */
+export function recipeFields(draft, base, changed) {
   const known = Object.entries(RECIPES).filter(([key]) => (key === "small") === (base === "pocket") || key !== "small");
   draft.recipe ??= base === "pocket" ? "small" : "usual";
   const details = h("div", { class: "fields" });
@@ -45,6 +45,7 @@ export function recipeFields(draft, base) {
         "Learning rate",
         number(train.learning_rate, { min: 0, step: "any", placeholder: "0.0001" }, set("train", "learning_rate")),
       ),
+      field("Class images", number(draft.settings.prior?.images, { min: 1, placeholder: 200 }, set("prior", "images"))),
       field("Rank", number(draft.settings.lora?.rank, { min: 1, max: 320, placeholder: 8 }, set("lora", "rank"))),
       field(
         "Crop",
@@ -56,7 +57,10 @@ export function recipeFields(draft, base) {
             ["bucket", "None: keep the shape"],
           ],
           train.crop ?? "",
-          (value) => set("train", "crop")(value || null),
+          (value) => {
+            set("train", "crop")(value || null);
+            changed();
+          },
         ),
       ),
     );

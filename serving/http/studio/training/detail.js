@@ -103,7 +103,7 @@ function factsOf({ progress, finish, created, run, group, settings, ended }) {
     ["Images/s", progress.images_per_second ? decimal(progress.images_per_second, 1) : null],
     ["Pack", progress.together ? `${progress.together}, on lane ${progress.lane}` : null],
     ["Queue", progress.place ? String(progress.place) : null],
-    ["Finish", finish && !ended ? `${when(finish)}, ${date(finish)}` : null],
+    ["Finish", finish && !ended && finish > Date.now() / 1000 ? `${when(finish)}, ${date(finish)}` : null],
     ["Trained", progress.seconds ? span(progress.seconds) : null],
     ["Submitted", date(created)],
     ["Attempts", progress.attempts.length > 1 ? String(progress.attempts.length) : null],

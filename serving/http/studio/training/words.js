@@ -19,13 +19,14 @@ export function lineOf(entry) {
   if (status === "queued") return progress.place ? `${place(progress.place)} in the queue` : "waiting for the fleet";
   if (status === "paused") return `paused at step ${progress.step} of ${progress.max_steps}`;
   if (status === "cancelled") return `cancelled at step ${progress.step} of ${progress.max_steps}`;
+  if (progress.state === "reused") return "The very same had been published: nothing was trained again.";
   if (status === "succeeded") return `${count(progress.step, "step")} in ${span(progress.seconds)}`;
   const parts = [
     progress.step ? `step ${progress.step} of ${progress.max_steps}` : null,
     progress.loss === null || progress.loss === undefined ? null : `loss ${decimal(progress.loss, 3)}`,
     progress.images_per_second ? `${decimal(progress.images_per_second, 1)} images/s` : null,
     progress.together > 1 ? `in a pack of ${progress.together}` : null,
-    finish ? `done ${when(finish)}` : null,
+    finish ? `done ${finish > Date.now() / 1000 ? when(finish) : "in a moment"}` : null,
   ];
   return parts.filter(Boolean).join(" · ");
 }
