@@ -1,7 +1,7 @@
 """Photographs the studio for the docs: `python -m tools.studio --url http://127.0.0.1:8000 --out docs/studio`.
 
-The server should hold the demo's adapters (`dreamfleet demo`, then `dreamfleet serve --storage out/demo/storage`).
-Each page is taken at 1280 and 390 px, light and dark.
+The server should be training the demo's subjects, or have done so: `dreamfleet up`, and one click in the studio. Each
+page is taken at 1280 and 390 px, light and dark.
 """
 
 import io
@@ -15,6 +15,7 @@ from playwright.sync_api import Browser, Page
 from tests.browser import DESKTOP, PHONE, chromium, open_page
 
 QUALITY = 82
+PHOTOS = Path(__file__).parents[1] / "manifests" / "demo" / "images"
 
 
 def draw(page: Page) -> None:
@@ -53,11 +54,30 @@ def visit(path: str, ready: str) -> Callable[[Page], None]:
     return go
 
 
+def bring(page: Page) -> None:
+    """Subjects, with the photos of one that is not trained yet."""
+    page.goto("/#/subjects")
+    page.get_by_label("A folder of subjects").set_input_files(PHOTOS / "pogo")
+    page.get_by_label("Class", exact=True).fill("frog")
+    page.get_by_text("good photos").wait_for()
+
+
+def follow(page: Page) -> None:
+    """The latest subject in training."""
+    page.goto("/#/training")
+    page.locator(".entry-name", has_text="rusty").first.click()
+    page.locator(".sample-row img").first.wait_for()
+
+
 PAGES: dict[str, Callable[[Page], None]] = {
     "create": draw,
     "compare": compare,
     "adapters": visit("adapters", ".gallery .shown"),
     "adapter": visit("adapters/default/rusty", ".samples img"),
+    "subjects": bring,
+    "training": visit("training", ".entry .shown"),
+    "subject": follow,
+    "usage": visit("usage", ".totals"),
 }
 
 

@@ -4,6 +4,7 @@ import asyncio
 import io
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import yaml
 from fastapi import APIRouter, Request
@@ -18,6 +19,7 @@ from serving.http.service import service_of
 
 router = APIRouter(tags=["training"])
 FOLDER = Path(__file__).resolve().parents[2] / "manifests" / "demo"
+SAMPLE_EVERY = 50  # steps: somebody looks on
 
 
 @router.post("/v1/demo", responses=ERRORS)
@@ -27,13 +29,14 @@ async def train_demo(request: Request, idempotency_key: Once = None) -> RunInfo:
     manifest, photos = await asyncio.to_thread(_demo, fleet.desk.name)
     key = None if idempotency_key is None else f"{idempotency_key} photos"
     file = await asyncio.to_thread(fleet.desk.files.add, tenant, "demo.zip", photos, key)
+    manifest["defaults"]["train"].setdefault("sample_every", SAMPLE_EVERY)
     for subject in manifest["subjects"]:
         subject["images"] = f"{file.id}/{subject['id']}"
     look = await asyncio.to_thread(fleet.desk.submit_run, tenant, RunBody(manifest=manifest), idempotency_key)
     return run_info(look, await asyncio.to_thread(fleet.board.standing))
 
 
-def _demo(base: str) -> tuple[dict[str, list[dict[str, str]]], bytes]:
+def _demo(base: str) -> tuple[dict[str, Any], bytes]:
     """The demo's manifest, and a zip with a folder of photos for each of its subjects. Raises ApiError 404."""
     try:
         manifest = yaml.safe_load((FOLDER / "manifest.yaml").read_text(encoding="utf-8"))

@@ -79,7 +79,7 @@ def test_no_file_names_another_origin_or_writes_markup() -> None:
             assert len(text.splitlines()) <= 300, file
 
 
-def test_scripts_import_what_is_there() -> None:
+def test_scripts_import_what_is_there_and_use_it() -> None:
     for script in SCRIPTS:
         text = script.read_text(encoding="utf-8")
         for names, source in re.findall(r"import \{([^}]*)\} from \"([^\"]+)\"", text):
@@ -88,6 +88,8 @@ def test_scripts_import_what_is_there() -> None:
             exported = set(re.findall(r"export (?:async )?(?:function\*?|const|class) (\w+)", other.read_text()))
             wanted = {name.split(" as ")[0].strip() for name in names.split(",") if name.strip()}
             assert wanted <= exported, (script.name, source, wanted - exported)
+            unused = {name for name in wanted if len(re.findall(rf"\b{name}\b", text)) < 2}
+            assert not unused, (script.name, unused)
 
 
 def test_nothing_lies_about_unused() -> None:

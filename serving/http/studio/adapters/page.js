@@ -18,6 +18,7 @@ export async function adapterPage({ parts, query, signal }) {
   const version = query.get("version");
   const adapter = await showAdapter(version ? `${name}@${version}` : name, { signal });
   const mine = await isMine(adapter);
+  const { trains } = await server();
   const { card } = adapter;
   document.title = `${adapter.id} · dreamfleet`;
   const plain = `${adapter.tenant}/${adapter.id}`;
@@ -40,7 +41,7 @@ export async function adapterPage({ parts, query, signal }) {
       h("a", { class: "button", href: link(["compare"], { sweep: worn }) }, "Strength sweep"),
     ),
   );
-  const side = h("div", { class: "stack" }, factsPanel(adapter, mine));
+  const side = h("div", { class: "stack" }, factsPanel(adapter, mine, trains));
   const body = h("div", { class: "stack" }, await samplesPanel(adapter, mine), scoresPanel(card), settingsPanel(card));
   if (mine) {
     side.append(
@@ -90,7 +91,7 @@ async function samplesPanel(adapter, mine) {
   );
 }
 
-function factsPanel(adapter, mine) {
+function factsPanel(adapter, mine, trains) {
   const { card } = adapter;
   const facts = [
     ["Trigger", adapter.trigger],
@@ -103,11 +104,17 @@ function factsPanel(adapter, mine) {
     ["Loss", card.loss ? card.loss.toFixed(3) : null],
     ["Photos", card.image_hashes?.length ? String(card.image_hashes.length) : null],
     ["Size", bytes(adapter.bytes)],
-    ["Run", card.run],
+    ["Run", card.run && runLink(card.run, adapter.id, trains)],
     ["Owner", mine ? null : adapter.tenant],
   ];
   const rows = facts.filter(([, value]) => value).map(([key, value]) => [h("dt", {}, key), h("dd", {}, value)]);
   return h("section", { class: "panel", "aria-label": "Facts" }, h("dl", { class: "facts" }, rows));
+}
+
+/** Where its training is shown, if this server trains. */
+function runLink(run, id, trains) {
+  const parts = run.startsWith("ftjob-") ? ["training", "job", run] : ["training", "run", run, id];
+  return trains ? h("a", { href: link(parts) }, run) : run;
 }
 
 /** The settings that it was trained with, as they are. */

@@ -17,11 +17,6 @@ export async function listVersions(id, options) {
   return (await get(path("v1", "adapters", id, "versions"), options)).data;
 }
 
-/** One version of an own adapter with its card. */
-export function showVersion(id, version, options) {
-  return get(path("v1", "adapters", id, "versions", version), options);
-}
-
 /** The path of a file of a version. */
 export function filePath(id, version, name) {
   return `${path("v1", "adapters", id, "versions", version, "files")}/${name.split("/").map(encodeURIComponent).join("/")}`;

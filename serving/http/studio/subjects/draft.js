@@ -7,6 +7,10 @@ import { zipOf } from "./zip.js";
 const drafts = []; // of this visit; photos stay in the browser until they are checked
 let made = 0;
 
+addEventListener("beforeunload", (event) => {
+  if (drafts.length) event.preventDefault(); // the browser asks before photos and captions are lost
+});
+
 /** The drafts, the first first. */
 export function allDrafts() {
   return drafts;
