@@ -1,5 +1,6 @@
 """What was submitted and how it stands, as its tenant sees it. What is another tenant's does not exist. Blocking."""
 
+import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from training.storage.interface import Storage
 
 HEED_SECONDS = 3.0  # how long a call waits for the driver to heed what it asks
 _LOOK = 0.05
+_RUN = re.compile(r"[a-z0-9][a-z0-9._-]{0,150}")
 _NAMES: dict[Kind, str] = {"job": "fine-tuning job", "run": "run"}
 
 
@@ -49,7 +51,7 @@ class Board:
 
     def look(self, tenant: str, run: str, kind: Kind) -> Look:
         """A tenant's run. Raises ApiError 404 for what is not there, or another's."""
-        order = accepted.read_order(self.storage, run) if run.replace("-", "").replace(".", "").isalnum() else None
+        order = accepted.read_order(self.storage, run) if _RUN.fullmatch(run) else None
         if order is None or order.tenant != tenant or order.kind != kind:
             raise ApiError(404, f"No {_NAMES[kind]} '{run[:80]}'.", code=f"{kind}_not_found")
         store = RunStore(self.storage, run)

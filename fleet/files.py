@@ -7,6 +7,7 @@ Every call is a tenant's: what is another's does not exist. Blocking; knows noth
 """
 
 import io
+import re
 import time
 import zipfile
 from collections.abc import Iterator
@@ -28,6 +29,7 @@ from training.storage.closed import Closed
 from training.storage.interface import NotFound, Storage
 
 PREFIX = "file-"
+_ID = re.compile(rf"{PREFIX}[0-9a-f]{{8,64}}")
 
 
 class Problem(Closed):
@@ -104,7 +106,7 @@ class Files:
     def get(self, tenant: str, id: str) -> StoredFile:
         """A tenant's file. Raises ApiError 404."""
         try:
-            if not id.startswith(PREFIX) or not id.removeprefix(PREFIX).isalnum():
+            if not _ID.fullmatch(id):
                 raise NotFound(id)
             return StoredFile.model_validate_json(self.storage.get(f"{self._folder(tenant, id)}/file.json"))
         except NotFound:

@@ -3,6 +3,7 @@
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 
 from fastapi import FastAPI
+from prometheus_client import CollectorRegistry, Gauge, generate_latest
 
 from fleet.board import Board
 from fleet.config import FleetSpec
@@ -34,9 +35,26 @@ def make_fleet_app(
         routers=(files.router, jobs.router, runs.router, demo.router, usage.router, admin.router),
         state={"fleet": fleet},
         uploads={"/v1/files": spec.limits.file_bytes, "/v1/runs": spec.limits.file_bytes},
+        metrics=lambda: _gauges(board),
     )
     counted = Counted(generate, fleet.usage)
     return create_app(counted, engines, library, spec.server, open_keys(spec.server.keys), extension)
+
+
+def _gauges(board: Board) -> bytes:
+    """How the fleet stands, in Prometheus' text format; nothing of it grows with tenants."""
+    standing = board.standing()
+    lanes = standing.lanes if board.is_fresh(standing) else ()
+    registry = CollectorRegistry()
+    values = {
+        "lanes": ("lanes that are open", len(lanes)),
+        "training": ("subjects in packs", sum(len(lane.subjects) for lane in lanes)),
+        "waiting": ("subjects that wait for a lane", len(standing.waiting) if board.is_fresh(standing) else 0),
+        "images_per_second": ("images that are trained on, all lanes", sum(lane.images_per_second for lane in lanes)),
+    }
+    for name, (about, value) in values.items():
+        Gauge(f"dreamfleet_fleet_{name}", about, registry=registry).set(value)
+    return generate_latest(registry)
 
 
 class Counted:

@@ -6,8 +6,10 @@ import threading
 import torch
 from fastapi import FastAPI
 
+from fleet.board import Board
 from fleet.config import FleetSpec
 from fleet.device import DeviceTurns
+from fleet.hooks import Hooks
 from fleet.hosting import make_fleet_app
 from fleet.lane import LaneThread
 from serving.engine.engine import Engine
@@ -15,13 +17,14 @@ from serving.engine.loop import EngineLoop
 from serving.engine.request import AdapterRef
 from serving.local import LocalEngines, make_engine, make_library
 from training.base.base import best_device
-from training.run.fleet import FleetDriver, try_lead
+from training.run.fleet import FleetDriver, fleet_lead
 from training.run.lead import Lost
 from training.run.source import Task
 from training.run.usage import UsageBook
-from training.storage.storage import StorageError
+from training.storage.storage import LocalStorage, StorageError
 
 TICK_S = 0.25
+FAR_TICK_S = 2.0  # an object store is asked less often; what is submitted here is looked at at once
 LEAD_S = 2.0  # between two tries to take the lead
 STOP_S = 60.0  # how long a lane may take to checkpoint
 log = logging.getLogger(__name__)
@@ -36,7 +39,11 @@ class FleetService:
         self.engine = engine or make_engine(_with_dtype(spec).server)
         self.loop = EngineLoop(self.engine, self.turns)
         self.library = make_library(spec.server)
-        self.book = UsageBook(self.library.registry.storage)
+        storage = self.library.registry.storage
+        self._tick_s = TICK_S if isinstance(storage, LocalStorage) else FAR_TICK_S
+        self.book = UsageBook(storage)
+        self.hooks = Hooks(storage, Board(storage), spec.private_hooks)
+        self._claim = fleet_lead(storage)
         self._wake = threading.Event()
         self._closing = threading.Event()
         self.app: FastAPI = make_fleet_app(
@@ -65,21 +72,26 @@ class FleetService:
 
     def _lead(self) -> None:
         """Drives the fleet until it is closed or another process has taken the lead; returns at once if one has it."""
+        if self._claim.acquire() is not None:
+            return
         driver = FleetDriver(
             self.library.registry.storage,
             self.library.outline,
             self.library.base_hash,
+            self._claim,
             seats=1,
             max_rows=self.spec.train_rows,
+            ended=self.hooks.ended,
         )
-        if not try_lead(driver):
-            return
         lane: LaneThread | None = None
+        over = threading.Event()
+        deliver = (over, 2 * self._tick_s)
+        threading.Thread(target=self.hooks.deliver, args=deliver, name="webhooks", daemon=True).start()
         try:
             driver.tick()
             lane = LaneThread(driver, self.engine.base, self.turns, self.spec.warm_s, self._published)
             while not self._closing.is_set():
-                self._wake.wait(TICK_S)
+                self._wake.wait(self._tick_s)
                 self._wake.clear()
                 driver.tick()
                 self.book.flush(5.0)
@@ -90,6 +102,7 @@ class FleetService:
                 lane.stop(STOP_S)
             return
         finally:
+            over.set()
             if lane is not None:
                 driver.stop()
                 lane.stop(STOP_S)

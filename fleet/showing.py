@@ -1,5 +1,6 @@
 """Jobs, runs and subjects as clients see them: OpenAI's objects, made of what lies on the storage. Blocking."""
 
+import re
 from collections.abc import Sequence
 from pathlib import PurePosixPath
 
@@ -30,6 +31,7 @@ _STATUS: dict[str, JobStatus] = {
     "queued": "queued", "paused": "paused", "failed": "failed", "cancelled": "cancelled",
     "published": "succeeded", "reused": "succeeded",
 }  # fmt: skip
+_SAMPLE = re.compile(r"[0-9]{1,12}-[0-9]{1,4}\.png")
 _WARNINGS = ("is not used", "died", "lost", "no checkpoint", "no sample")
 
 
@@ -76,6 +78,7 @@ def run_info(look: Look, standing: Standing) -> RunInfo:
     return RunInfo(
         id=look.order.run,
         name=look.record.name,
+        tenant=look.order.tenant,
         created_at=int(look.order.created),
         finished_at=int(look.record.finished) if look.record.finished else None,
         estimated_finish=max(finishes) if ends and len(finishes) == len(ends) else None,
@@ -176,7 +179,7 @@ def samples_of(look: Look, subject: SubjectRecord, path: str) -> list[SampleInfo
 def sample(look: Look, subject: SubjectRecord, name: str) -> bytes:
     """One of these pictures, a PNG file. Raises ApiError 404."""
     try:
-        if not name.removesuffix(".png").replace("-", "").isdigit():
+        if not _SAMPLE.fullmatch(name):
             raise NotFound(name)
         return look.store.storage.get(look.store.subject_key(subject.id, "samples", name))
     except NotFound:

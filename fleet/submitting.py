@@ -12,7 +12,8 @@ import yaml
 from fleet.board import Board, Look
 from fleet.config import FleetSpec
 from fleet.files import PREFIX, Files
-from fleet.http.wire import HookBody, JobBody, RunBody
+from fleet.hooks import check_hook
+from fleet.http.bodies import HookBody, JobBody, RunBody
 from fleet.once import digest, id_once
 from fleet.settings import check_subject, default_id, subject_of
 from serving.errors import QueueFull
@@ -130,6 +131,8 @@ class Desk:
         hook: HookBody | None,
         subjects: int,
     ) -> Order:
+        if hook is not None:
+            check_hook(hook.url, self.spec.private_hooks)
         return Order(
             run=run,
             tenant=tenant,

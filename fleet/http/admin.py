@@ -6,8 +6,9 @@ from typing import Annotated
 
 from fastapi import APIRouter, Path, Request
 
+from fleet.http.account import KeyInfo, KeyPage, TenantInfo, TenantPage
+from fleet.http.bodies import KeyBody, QuotaBody
 from fleet.http.context import Fleet, check_admin, fleet_of
-from fleet.http.wire import KeyBody, KeyInfo, KeyPage, QuotaBody, TenantInfo, TenantPage
 from serving.http.access.tenants import Key, Keys
 from serving.http.images import ERRORS
 from serving.http.problems import ApiError

@@ -9,9 +9,10 @@ from typing import Any
 import yaml
 from fastapi import APIRouter, Request
 
+from fleet.http.bodies import RunBody
 from fleet.http.context import fleet_of
 from fleet.http.files import Once
-from fleet.http.wire import RunBody, RunInfo
+from fleet.http.wire import RunInfo
 from fleet.showing import run_info
 from serving.http.images import ERRORS
 from serving.http.problems import ApiError

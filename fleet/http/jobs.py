@@ -7,9 +7,10 @@ from fastapi import APIRouter, Path, Query, Request
 from fastapi.responses import Response, StreamingResponse
 
 from fleet.board import Look
+from fleet.http.bodies import JobBody
 from fleet.http.context import Fleet, check_admin, event_page, event_stream, fleet_of
 from fleet.http.files import Once
-from fleet.http.wire import CheckpointInfo, CheckpointPage, EventPage, JobBody, JobInfo, JobPage, SamplePage
+from fleet.http.wire import CheckpointInfo, CheckpointPage, EventPage, JobInfo, JobPage, SamplePage
 from fleet.showing import checkpoints_of, job_info, sample, samples_of
 from serving.http.images import ERRORS, STREAM
 from serving.http.problems import ApiError

@@ -11,10 +11,11 @@ from fastapi.responses import Response, StreamingResponse
 from pydantic import ValidationError
 
 from fleet.board import Look
+from fleet.http.bodies import RunBody
 from fleet.http.context import check_admin, event_page, event_stream, fleet_of
 from fleet.http.files import Once
 from fleet.http.jobs import STREAMED, After, Limit
-from fleet.http.wire import EventPage, RunBody, RunInfo, RunPage, RunSubject, RunSubjects, SamplePage
+from fleet.http.wire import EventPage, RunInfo, RunPage, RunSubject, RunSubjects, SamplePage
 from fleet.showing import run_info, run_subject, sample, samples_of
 from serving.http.images import ERRORS
 from serving.http.problems import ApiError
@@ -25,11 +26,12 @@ router = APIRouter(tags=["training"])
 RunId = Annotated[str, Path(max_length=200)]
 SubjectId = Annotated[str, Path(max_length=63)]
 _YAML = ("application/yaml", "application/x-yaml", "text/yaml", "text/x-yaml")
+_SCHEMA = RunBody.model_json_schema(ref_template="#/components/schemas/{model}")
 _BODY = {
     "requestBody": {
         "required": True,
         "content": {
-            "application/json": {"schema": RunBody.model_json_schema()},
+            "application/json": {"schema": {name: part for name, part in _SCHEMA.items() if name != "$defs"}},
             "application/yaml": {"schema": {"type": "string", "description": "the manifest's YAML file"}},
             "multipart/form-data": {
                 "schema": {

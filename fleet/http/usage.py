@@ -6,8 +6,8 @@ from typing import Annotated
 
 from fastapi import APIRouter, Query, Request
 
+from fleet.http.account import CallerInfo, FleetInfo, LaneInfo, UsageInfo, UsageLine
 from fleet.http.context import Fleet, fleet_of, key_of
-from fleet.http.wire import CallerInfo, FleetInfo, LaneInfo, UsageInfo, UsageLine
 from serving.http.access.tenants import SCOPES
 from serving.http.images import ERRORS
 from serving.http.problems import ApiError

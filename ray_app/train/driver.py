@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from pydantic import TypeAdapter
 
 from ray_app.train.cluster import Cluster, Limits
-from ray_app.train.lanes import Lanes
+from ray_app.train.lanes import LaneOrder, Lanes
 from ray_app.train.sharing import Sharing
 from training.evaluation.report import write_report
 from training.manifest.plan import plan_run, reserve
@@ -143,7 +143,8 @@ class Driver:
         self._queue = actor.remote([entry.model_dump() for entry in found])
         packs = (*self.plan.packs, *self._reserve)
         sharing = self._sharing()
-        lanes = Lanes(self.store, packs, self.cluster, self.limits, self._queue, name, self._complain, sharing)
+        told = LaneOrder(self.store.run, self.store.storage.uri, name)
+        lanes = Lanes(told, packs, self.cluster, self.limits, self._queue, self._complain, sharing)
         try:
             self._follow(lanes)
             return self._finish()

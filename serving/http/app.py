@@ -5,9 +5,10 @@ may call is checked in `guard.py`, before a body is read.
 Knows nothing about tensors, slots or Ray.
 """
 
+import asyncio
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from fastapi import APIRouter, FastAPI, Request, Security
@@ -56,12 +57,13 @@ several in `adapters`. `/sdapi/v1` is what AUTOMATIC1111's clients call.
 
 @dataclass(frozen=True)
 class Extension:
-    """Further calls of the app: their routes, what they work with (`app.state.<name>`), and how many bytes may be sent
-    to a path, where that is more than a body may have."""
+    """Further calls of the app: their routes, what they work with (`app.state.<name>`), how many bytes may be sent to a
+    path, where that is more than a body may have, and what `/metrics` shows of them, in Prometheus' text format."""
 
-    routers: Sequence[APIRouter]
-    state: Mapping[str, object]
-    uploads: Mapping[str, int]
+    routers: Sequence[APIRouter] = ()
+    state: Mapping[str, object] = field(default_factory=dict)
+    uploads: Mapping[str, int] = field(default_factory=dict)
+    metrics: Callable[[], bytes] = bytes
 
 
 def create_app(
@@ -73,7 +75,7 @@ def create_app(
     extension: Extension | None = None,
 ) -> FastAPI:
     """The app. `generate` makes the events of a request; without `keys`, only this machine may call, as one tenant."""
-    extension = extension or Extension((), {}, {})
+    extension = extension or Extension()
     app = FastAPIOffline(  # a /docs that loads nothing from elsewhere
         redoc_url=None,
         static_url="/docs/static",
@@ -99,6 +101,7 @@ def create_app(
     )
     app.state.replies = Replies[Response]()
     app.state.under = {}
+    app.state.further_metrics = extension.metrics
     for kind in (ApiError, UserError, GenerationFailed, KeyReused, RequestValidationError, HTTPException):
         app.add_exception_handler(kind, _told)
     for name, value in extension.state.items():
@@ -137,7 +140,9 @@ async def _metrics(request: Request) -> Response:
     """Prometheus' text format."""
     service = service_of(request)
     service.metrics.damaged.set(service.intake.library.known.damaged)
-    return Response(service.metrics.render(await service.engines.stats()), media_type="text/plain; version=0.0.4")
+    shown = service.metrics.render(await service.engines.stats())
+    shown += await asyncio.to_thread(request.app.state.further_metrics)
+    return Response(shown, media_type="text/plain; version=0.0.4")
 
 
 async def _told(request: Request, error: Exception) -> Response:

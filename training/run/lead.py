@@ -52,17 +52,18 @@ class Lead:
     def acquire(self) -> Leader | None:
         """Takes the lead. Returns None, or the living process that leads."""
         leader, tag = self._read()
-        if leader is not None and not leader.done and self._lives(leader, tag):
+        mine = leader is not None and leader.owner == self._owner  # it could not be renewed or released
+        if leader is not None and not mine and not leader.done and self._lives(leader, tag):
             return leader
-        mine = Leader(
+        claim = Leader(
             token=leader.token + 1 if leader else 1,
             owner=self._owner,
             host=_host(),
             pid=os.getpid(),
             process=_process(os.getpid()),
         )
-        if self._storage.swap(self._key, mine.model_dump_json().encode(), tag):
-            self._remember(mine)
+        if self._storage.swap(self._key, claim.model_dump_json().encode(), tag):
+            self._remember(claim)
             return None
         return self.acquire()
 

@@ -6,7 +6,6 @@ from pydantic import Field
 
 from training.manifest.plan import PackPlan
 from training.manifest.subject import SubjectSpec
-from training.photos.files import PhotoFile
 from training.run.home import Home
 from training.run.run import SubjectRecord
 from training.run.source import Task
@@ -51,6 +50,6 @@ class Lease(Closed):
     rate_factor: float = Field(1.0, description="its learning rates are multiplied by it: less after it has diverged")
     may_spread: bool = Field(False, description="a gang takes it if one device is too small for it")
 
-    def task(self, spec: SubjectSpec, home: Home | None = None, files: tuple[PhotoFile, ...] | None = None) -> Task:
-        """The leased subject with its settings, as they were submitted, and its files if they have been read."""
-        return Task(spec, self.fingerprint, self.may_spread, self.rate_factor, files, home)
+    def task(self, spec: SubjectSpec, home: Home | None = None) -> Task:
+        """The leased subject with its settings, as they were submitted."""
+        return Task(spec, self.fingerprint, self.may_spread, self.rate_factor, home=home)

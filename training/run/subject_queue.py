@@ -9,20 +9,18 @@ after a restart the queue is made from the records there.
 
 import bisect
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from training.run.choosing import SUSPECT_ATTEMPTS, Choosing, Item, QueueLane
 from training.run.lease import Entry, Lease
 from training.run.run import ENDED, Attempt, State, SubjectRecord
-from training.run.source import Beat, Doing, Kind, Orders, Outcome, Phase, Release, Why
-from training.run.turns import Turns, Waiting
+from training.run.source import Beat, Kind, Orders, Outcome, Phase, Release, Why
+from training.run.turns import Turns
 from training.run.view import LaneView, View
 
 LEASE_SECONDS = 300.0
 MAX_ATTEMPTS = 3
-SUSPECT_ATTEMPTS = 2  # after so many lost workers a subject trains alone: so that the one that kills its pack is found
 CALMER = 0.1  # what the learning rates of a subject are multiplied by after it has diverged, once
 KEPT_NOTES = 1000
 
@@ -44,36 +42,6 @@ _STATE_IN: dict[Phase, State] = {
     Phase.EVALUATING: "evaluating",
     Phase.PUBLISHING: "evaluating",
 }
-
-
-@dataclass
-class _Item:
-    record: SubjectRecord
-    profile: int
-    priority: int
-    order: int
-    reserve: int | None = None
-    run: str = ""
-    tenant: str = ""
-    holder: int | None = None
-    until: float = 0.0
-    since: float = 0.0
-    cancel: bool = False
-    pause: bool = False
-    device_s: float = 0.0  # device-seconds since this queue was made
-    told_s: float = 0.0  # of them, those that `spent` has told
-    losses: int = 0  # counted attempts since this queue was made
-    seq: int = 0
-
-
-@dataclass
-class _Lane:
-    profile: int
-    devices: int = 1
-    charged: float = 0.0  # up to when its time is charged
-    held: set[str] = field(default_factory=set)
-    phases: dict[str, Doing] = field(default_factory=dict)
-    images_per_second: float = 0.0
 
 
 class Note(NamedTuple):
@@ -101,19 +69,19 @@ class SubjectQueue:
         seats: int | None = None,
     ) -> None:
         self.turns = turns or Turns()
-        self.seats = seats
         self._lease_s = lease_s
         self._max_attempts = max_attempts
         self._clock = clock
         self._seq = 0
         self._stopped = False
         self._dismissed: set[int] = set()
-        self._lanes: dict[int, _Lane] = {}
+        self._lanes: dict[int, QueueLane] = {}
         self._barren: dict[int, int] = {}  # workers in a row that ended before they leased anything
         self._troubles: dict[int, str] = {}
         self._notes: list[Note] = []
-        self._items: dict[str, _Item] = {}
+        self._items: dict[str, Item] = {}
         self._waiting: dict[int, list[str]] = {}
+        self._choosing = Choosing(self._items, self._lanes, self._waiting, self.turns, seats)
         self._added = 0
         self.add(entries)
 
@@ -124,7 +92,7 @@ class SubjectQueue:
             if before is not None and before.record.state not in ENDED:
                 continue
             self._added += 1
-            self._items[entry.key] = _Item(
+            self._items[entry.key] = Item(
                 entry.record, entry.profile, entry.priority, self._added, entry.reserve, entry.run, entry.tenant
             )
             if entry.record.state not in ENDED and entry.record.state != "paused":
@@ -145,7 +113,7 @@ class SubjectQueue:
         False: the lane is dismissed, or too many of its workers ended before they did anything.
         """
         self.release(lane, reason, kind)
-        self._lanes[lane] = _Lane(profile, devices, self._clock())
+        self._lanes[lane] = QueueLane(profile, devices, self._clock())
         self._barren[lane] = self._barren.get(lane, -1) + 1
         return self._barren[lane] < self._max_attempts and lane not in self._dismissed
 
@@ -157,7 +125,7 @@ class SubjectQueue:
         if self._ends(lane) or any(self._items[id].losses >= SUSPECT_ATTEMPTS for id in here.held):
             return []
         self._barren[lane] = -1
-        chosen = [] if self._outranked(here) else self._choose(here, count)
+        chosen = [] if self._choosing.outranked(here) else self._choosing.choose(here, count)
         for id in chosen:
             item = self._items[id]
             self._waiting[item.profile].remove(id)
@@ -184,6 +152,11 @@ class SubjectQueue:
             pause=frozenset(id for id in here.held if self._items[id].pause),
             stop=self._ends(lane),
         )
+
+    def stays(self, lane: int) -> bool:
+        """Whether a lane that holds nothing should wait for subjects."""
+        self.expire()
+        return not self._ends(lane) and not self._choosing.outranked(self._lane(lane))
 
     def ended(self, lane: int, outcome: Outcome) -> None:
         """A subject's end, as its lane saw it. A lane that lost the subject is heard only if it has published it."""
@@ -324,14 +297,12 @@ class SubjectQueue:
         )
 
     def order(self, profile: int | None = None) -> list[str]:
-        """What waits, the next first: of one profile, or of all. What a tenant's quotas hold back comes last."""
-        profiles = self._waiting if profile is None else (profile,)
-        waiting = [one for each in profiles for one in self._places(each)]
-        waiting.sort(key=lambda one: (-one.priority, one.order))
-        held = Counter(self._items[key].tenant for lane in self._lanes.values() for key in lane.held)
-        free = [one for one in waiting if not self.turns.spent(one.tenant)]
-        bound = [one.key for one in waiting if self.turns.spent(one.tenant)]
-        return [*self.turns.choose(free, held, len(free)), *bound]
+        """See `Choosing.order`."""
+        return self._choosing.order(profile)
+
+    def set_seats(self, seats: int | None) -> None:
+        """How many lanes can be open at once."""
+        self._choosing.seats = seats
 
     def profile(self, key: str) -> int:
         """The profile of a subject."""
@@ -351,7 +322,7 @@ class SubjectQueue:
 
     # -- pieces --
 
-    def _charge(self, lane: _Lane) -> None:
+    def _charge(self, lane: QueueLane) -> None:
         """Charges the time since the last charge to what the lane holds, a part each."""
         now = self._clock()
         if lane.held:
@@ -361,27 +332,6 @@ class SubjectQueue:
                 item.device_s += each
                 self.turns.charge(item.tenant, each)
         lane.charged = now
-
-    def _outranked(self, here: _Lane) -> bool:
-        """Whether the lane should end: no other can open, and what waits for one has its turn first."""
-        if self.seats is None or len(self._lanes) < self.seats:
-            return False
-        served = {lane.profile for lane in self._lanes.values()}
-        if not any(keys for profile, keys in self._waiting.items() if profile not in served):
-            return False
-        return next((self._items[key].profile not in served for key in self.order()), False)
-
-    def _places(self, profile: int) -> list[Waiting]:
-        """What waits for a profile, in order of priority and age; not what is trained already for another run."""
-        busy = {self._print(key) for lane in self._lanes.values() for key in lane.held}
-        keys = [key for key in self._waiting.get(profile, ()) if self._print(key) not in busy]
-        items = [self._items[key] for key in keys]
-        return [Waiting(key, item.tenant, item.priority, item.order) for key, item in zip(keys, items, strict=True)]
-
-    def _print(self, key: str) -> tuple[str, ...]:
-        """What two subjects of different runs share if they become the same adapter."""
-        item = self._items[key]
-        return (item.tenant, item.record.id, item.record.fingerprint or key) if item.run else (key,)
 
     def _ends(self, lane: int) -> bool:
         return self._stopped or lane in self._dismissed
@@ -397,43 +347,9 @@ class SubjectQueue:
             may_spread=item.reserve is not None,
         )
 
-    def _lane(self, lane: int) -> _Lane:
+    def _lane(self, lane: int) -> QueueLane:
         """The lane's own entry. After a restart the queue learns of its lanes from their calls."""
-        return self._lanes.setdefault(lane, _Lane(profile=-1, charged=self._clock()))
-
-    def _choose(self, here: _Lane, count: int) -> list[str]:
-        """The next `count` waiting subjects of the profile. One that may have killed its workers is leased alone."""
-        waiting = self._places(here.profile)
-        held = Counter(self._items[key].tenant for lane in self._lanes.values() for key in lane.held)
-        self.turns.active({item.tenant for item in self._items.values() if item.record.state not in ENDED})
-        calm = [one for one in waiting if self._items[one.key].losses < SUSPECT_ATTEMPTS]
-        chosen: list[str] = []
-        seen: set[tuple[str, ...]] = set()
-        for key in self.turns.choose([one for one in calm if not self.turns.spent(one.tenant)], held, len(calm)):
-            if len(chosen) == count:
-                break
-            if self._print(key) not in seen and self._may_work(here, self._items[key].tenant, chosen):
-                chosen.append(key)
-                seen.add(self._print(key))
-        if chosen or here.held:
-            return chosen
-        suspects = [one for one in waiting if one not in calm and not self.turns.spent(one.tenant)]
-        return [one.key for one in suspects if self._may_work(here, one.tenant, ())][:1]
-
-    def _may_work(self, here: _Lane, tenant: str, chosen: Sequence[str]) -> bool:
-        """Whether one more subject here keeps the tenant within its devices; one that has none always may."""
-        most = self.turns.devices(tenant)
-        if most is None:
-            return True
-        taken = 0.0
-        for lane in self._lanes.values():
-            keys = [*lane.held, *(chosen if lane is here else ())]
-            mine, all_ = sum(self._items[key].tenant == tenant for key in keys), len(keys)
-            if lane is here:
-                mine, all_ = mine + 1, all_ + 1
-            taken += lane.devices * mine / max(1, all_)
-        first = not any(self._items[key].tenant == tenant for lane in self._lanes.values() for key in lane.held)
-        return taken <= most or (first and not any(self._items[key].tenant == tenant for key in chosen))
+        return self._lanes.setdefault(lane, QueueLane(profile=-1, charged=self._clock()))
 
     def _hold(self, lane: int, id: str) -> bool:
         """Renews the lane's lease of a subject, or takes it up if nobody holds the subject; False if it may not."""
@@ -479,10 +395,14 @@ class SubjectQueue:
 
     def _end(self, id: str, state: State, *, reason: str | None = None, version: str | None = None) -> None:
         self._change(id, state=state, reason=reason, version=version or self._items[id].record.version)
-        item = self._items[id]
-        if state != "published" or not item.run:
-            return
-        for other in [key for keys in self._waiting.values() for key in keys if self._print(key) == self._print(id)]:
+        if state == "published" and self._items[id].run:
+            self._reuse(id)
+
+    def _reuse(self, id: str) -> None:
+        """What waits to become the same adapter for another run has it now."""
+        item, same = self._items[id], self._choosing.print_of(id)
+        waiting = [key for keys in self._waiting.values() for key in keys]
+        for other in [key for key in waiting if self._choosing.print_of(key) == same]:
             self._waiting[self._items[other].profile].remove(other)
             step = self._items[other].record.max_steps
             self._change(other, state="reused", version=item.record.version, step=step)

@@ -36,7 +36,7 @@ class View(Closed):
         """A view made of records alone, without a queue: a lane for every pack that holds subjects."""
         packs: dict[int, list[SubjectRecord]] = {}
         for record in records:
-            if record.state not in ENDED and record.state != "queued" and record.pack is not None:
+            if record.state not in ENDED and record.state not in ("queued", "paused") and record.pack is not None:
                 packs.setdefault(record.pack, []).append(record)
         lanes = tuple(
             LaneView(

@@ -5,7 +5,7 @@ and revoking keys needs no restart. What a key is good for:
 
     images    make images
     train     put adapters in, change and delete them
-    admin     everything that the tenant may do
+    admin     everything that its tenant may do; on a fleet also keys, tenants and quotas of the whole server
 
 Every key reads the lists of its tenant. Knows nothing about HTTP.
 """

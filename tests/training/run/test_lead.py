@@ -34,6 +34,17 @@ def rewrite(store: RunStore, **news: object) -> None:
     assert store.storage.swap("runs/demo-1/driver.json", data, tag)
 
 
+def test_what_could_not_be_released_may_be_taken_again(tmp_path: Path) -> None:
+    """A store that failed while the lead was given up does not lock its own process out."""
+    storage = open_storage(str(tmp_path))
+    lead = Lead(storage, "lead.json")
+    assert lead.acquire() is None
+    lead._mine = None  # what a release leaves that the store did not take
+    assert Lead(storage, "lead.json").acquire() is not None
+    assert lead.acquire() is None
+    lead.renew()
+
+
 def test_the_first_leads_and_the_second_is_told_who_does(store: RunStore) -> None:
     first, second = Lead(store.storage, store.driver_key), Lead(store.storage, store.driver_key)
     assert first.acquire() is None
