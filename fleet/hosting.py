@@ -7,7 +7,7 @@ from prometheus_client import CollectorRegistry, Gauge, generate_latest
 
 from fleet.board import Board
 from fleet.config import FleetSpec
-from fleet.http import admin, files, jobs, runs, usage
+from fleet.http import admin, demo, files, jobs, runs, usage
 from fleet.http.context import Fleet
 from fleet.submitting import Desk
 from serving.engine.request import Event, FinishedPicture, GenerateRequest
@@ -32,7 +32,7 @@ def make_fleet_app(
     desk = Desk(storage, library.outline, library.base_hash, spec, board)
     fleet = Fleet(desk, board, library.registry, book or UsageBook(storage), spec)
     extension = Extension(
-        routers=(files.router, jobs.router, runs.router, usage.router, admin.router),
+        routers=(files.router, jobs.router, runs.router, demo.router, usage.router, admin.router),
         state={"fleet": fleet},
         uploads={"/v1/files": spec.limits.file_bytes, "/v1/runs": spec.limits.file_bytes},
         metrics=lambda: _gauges(board),

@@ -2,9 +2,14 @@
 
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
 
 # several workers on few cores: one thread each is faster than many that wait for each other
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -39,3 +44,12 @@ def tiny(tiny_folder: Path) -> Base:
 def tiny64(tiny_folder: Path) -> Base:
     """The tiny base in fp64, where laws hold to 1e-5 without doubt."""
     return load_base(str(tiny_folder), device="cpu", dtype=torch.float64)
+
+
+@pytest.fixture(scope="module")
+def browser() -> "Iterator[Browser]":
+    """A real browser. A module that uses it may not call `asyncio.run` on this thread."""
+    from tests.browser import chromium
+
+    with chromium() as running:
+        yield running

@@ -10,7 +10,7 @@ from fastapi.responses import Response
 from pydantic.json_schema import SkipJsonSchema
 
 from serving.http.images import ERRORS
-from serving.http.intake import ref_of
+from serving.http.intake import Intake, ref_of
 from serving.http.problems import ApiError
 from serving.http.service import service_of
 from serving.http.wire import (
@@ -23,6 +23,7 @@ from serving.http.wire import (
     AdapterVersion,
     AdapterVersions,
     Deleted,
+    ImageDefaults,
     ModelInfo,
     ModelPage,
     Name,
@@ -42,7 +43,7 @@ AdapterId = Annotated[str, Path(max_length=300)]
 Version = Annotated[str, Path(pattern=r"^[0-9a-f]{6,64}$", description="a version, or a unique prefix of it")]
 
 
-@router.get("/v1/models", responses=ERRORS, tags=["models"])
+@router.get("/v1/models", responses=ERRORS, tags=["models"], response_model_exclude_none=True)
 async def list_models(
     request: Request,
     after: After = None,
@@ -54,18 +55,18 @@ async def list_models(
     library = service.intake.library
     last = None if after is None else after.removeprefix(f"{library.base}:")
     found, more = await asyncio.to_thread(library.page, tenant, last, limit)
-    base = [] if after else [_base_model(library.base)]
+    base = [] if after else [_base_model(service.intake)]
     return ModelPage(data=[*base, *(_model(resolved, library.base) for resolved in found)], has_more=more)
 
 
-@router.get("/v1/models/{model:path}", responses=ERRORS, tags=["models"])
+@router.get("/v1/models/{model:path}", responses=ERRORS, tags=["models"], response_model_exclude_none=True)
 async def show_model(request: Request, model: Name) -> ModelInfo:
     """One model by its id."""
     service = service_of(request)
     tenant = service.tenant(request)
     library = service.intake.library
     resolved = await asyncio.to_thread(service.intake.model, tenant, model)
-    return _base_model(library.base) if resolved is None else _model(resolved, library.base)
+    return _base_model(service.intake) if resolved is None else _model(resolved, library.base)
 
 
 @router.get("/v1/adapters", responses=ERRORS)
@@ -208,8 +209,23 @@ async def delete_adapter(request: Request, id: Name) -> Deleted:
     return Deleted(id=id)
 
 
-def _base_model(name: str) -> ModelInfo:
-    return ModelInfo(id=name, created=0, owned_by="dreamfleet")
+def _base_model(intake: Intake) -> ModelInfo:
+    facts, limits = intake.facts, intake.spec.limits
+    defaults = ImageDefaults(
+        size=f"{facts.resolution}x{facts.resolution}",
+        multiple=facts.multiple_px,
+        largest_side=limits.side_px,
+        largest_pixels=limits.pixels,
+        steps=intake.steps,
+        largest_steps=limits.steps,
+        guidance_scale=intake.guidance_scale,
+        scheduler=intake.scheduler,
+        negative_prompt=facts.negative,
+        largest_n=limits.images,
+        largest_adapters=limits.adapters,
+        largest_weight=limits.weight,
+    )
+    return ModelInfo(id=intake.library.base, created=0, owned_by="dreamfleet", defaults=defaults)
 
 
 def _model(resolved: Resolved, base: str) -> ModelInfo:

@@ -25,6 +25,7 @@ from serving.config import ServeSpec
 from serving.errors import GenerationFailed
 from serving.http import (
     adapters as api_adapters,
+    exports as api_exports,
     images as api_images,
 )
 from serving.http.access.guard import UPLOAD, Guard
@@ -32,6 +33,7 @@ from serving.http.access.tenants import Keys, Quota
 from serving.http.access.timeouts import BodyTimeout
 from serving.http.intake import Intake
 from serving.http.library import Library
+from serving.http.pages import add_studio
 from serving.http.problems import REQUEST_ID, ApiError, Problem, describe
 from serving.http.replies import KeyReused, Replies
 from serving.http.sdapi import info, routes
@@ -104,10 +106,12 @@ def create_app(
         app.add_exception_handler(kind, _told)
     for name, value in extension.state.items():
         setattr(app.state, name, value)
-    for router in (api_images.router, api_adapters.router, routes.router, info.router, *extension.routers):
+    own = (api_images.router, api_exports.router, api_adapters.router, routes.router, info.router)
+    for router in (*own, *extension.routers):
         app.include_router(router, dependencies=SECURITY)
     app.get("/healthz", tags=["operation"], responses={503: {"model": Health}})(_health)
     app.get("/metrics", tags=["operation"], response_class=Response)(_metrics)
+    add_studio(app)
     uploads = {UPLOAD: spec.limits.upload_bytes, **extension.uploads}
     app.add_middleware(BodyLimit, usual=spec.limits.body_bytes, uploads=uploads)
     app.add_middleware(BodyTimeout)

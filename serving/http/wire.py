@@ -165,6 +165,23 @@ class CompletedImage(BaseModel):
     usage: TokenUsage = Field(description="of this image; the prompts count with image 0")
 
 
+class ImageDefaults(BaseModel):
+    """What a request for images gets that does not say, and what it may ask for."""
+
+    size: str
+    multiple: int = Field(description="width and height are multiples of it")
+    largest_side: int
+    largest_pixels: int = Field(description="width x height x n")
+    steps: int
+    largest_steps: int
+    guidance_scale: float
+    scheduler: SamplerName
+    negative_prompt: bool = Field(description="whether it has a meaning on this base")
+    largest_n: int
+    largest_adapters: int
+    largest_weight: float
+
+
 class ModelInfo(BaseModel):
     """A base, or an adapter on it, as OpenAI lists models."""
 
@@ -172,6 +189,7 @@ class ModelInfo(BaseModel):
     object: Literal["model"] = "model"
     created: int
     owned_by: str
+    defaults: ImageDefaults | None = Field(default=None, description="of a base")
 
 
 class ModelPage(BaseModel):

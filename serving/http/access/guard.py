@@ -21,7 +21,7 @@ OPEN = "/healthz"  # load balancers ask by address
 KEYED = ("/v1/", "/sdapi/")
 UPLOAD = "/v1/adapters"
 UPLOADS = (UPLOAD, "/v1/files")
-TRAINING = ("/v1/adapters", "/v1/files", "/v1/fine_tuning", "/v1/runs")
+TRAINING = ("/v1/adapters", "/v1/demo", "/v1/files", "/v1/fine_tuning", "/v1/runs")
 ADMIN = ("/v1/tenants", "/v1/keys")
 _READING = frozenset({"GET", "HEAD", "OPTIONS"})
 

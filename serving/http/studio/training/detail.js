@@ -1,0 +1,254 @@
+/** One subject in training, live: loss, samples, checkpoints, what happened. */
+
+import { follow, listCheckpoints, serveCheckpoint } from "../api/training.js";
+import { chart } from "../charts/chart.js";
+import { h, icon, ICONS, put } from "../frame/dom.js";
+import { date, decimal, span, when } from "../frame/format.js";
+import { notify, problemBox, tell } from "../frame/notice.js";
+import { poll } from "../frame/poll.js";
+import { link } from "../frame/router.js";
+import { picture } from "../pictures/picture.js";
+import { view } from "../pictures/viewer.js";
+import { controls } from "./controls.js";
+import { showEntry } from "./entries.js";
+import { listSamples } from "./samples.js";
+import { lineOf, share, tagOf } from "./words.js";
+
+const POLL_MS = 2000;
+
+/** The page of job/<id> or run/<run>/<subject>. */
+export async function subjectPage({ parts, signal }) {
+  let entry = await showEntry(parts, { signal });
+  document.title = `${entry.id} · dreamfleet`;
+  const tag = h("span");
+  const line = h("p", {});
+  const bar = h("i");
+  const actions = h("div", { class: "page-head-actions" });
+  const problems = h("div", { class: "stack" });
+  const facts = h("dl", { class: "facts" });
+  const samples = samplesPanel();
+  const checkpoints = h("section", { class: "panel", hidden: true, "aria-label": "Checkpoints" });
+  const story = storyPanel(entry);
+  let known = "";
+
+  async function refresh() {
+    entry = await showEntry(parts, { signal });
+    show();
+    await samples.show(entry, signal);
+    if (entry.kind === "job") put(checkpoints, await checkpointTable(entry, signal, refresh));
+    checkpoints.hidden = !checkpoints.childElementCount;
+  }
+
+  function show() {
+    const [text, tone] = tagOf(entry);
+    tag.className = `tag ${tone}`;
+    tag.textContent = text;
+    line.textContent = entry.status === "failed" ? "" : lineOf(entry);
+    bar.style.setProperty("width", `${share(entry) * 100}%`);
+    put(
+      problems,
+      entry.status === "failed" && problemBox(entry.error?.message ?? "It failed."),
+      entry.progress.warnings.map((text) => problemBox(text, "warn")),
+    );
+    put(
+      facts,
+      factsOf(entry)
+        .filter(([, value]) => value)
+        .map(([name, value]) => [h("dt", {}, name), h("dd", { class: "numeric" }, value)]),
+    );
+    if (known === entry.status) return;
+    known = entry.status;
+    put(actions, entry.status === "succeeded" && done(entry), controls(entry, refresh));
+  }
+
+  show();
+  void refresh().catch(tell);
+  void poll(POLL_MS, signal, () => (entry.ended ? null : refresh()));
+  void listen(entry, story, signal)
+    .then(refresh)
+    .catch(() => {});
+  return h(
+    "div",
+    {},
+    h("a", { class: "back", href: "#/training" }, icon(ICONS.back, 16), "Training"),
+    h(
+      "div",
+      { class: "page-head" },
+      h("div", {}, h("div", { class: "row" }, h("h1", { tabindex: "-1" }, entry.id), tag), line),
+      actions,
+    ),
+    h("div", { class: "meter wide" }, bar),
+    problems,
+    h(
+      "div",
+      { class: "two-columns" },
+      h("div", { class: "stack" }, story.loss, samples.node, checkpoints),
+      h("div", { class: "stack" }, h("section", { class: "panel", "aria-label": "Facts" }, facts), story.log),
+    ),
+  );
+}
+
+function done(entry) {
+  const [tenant, id] = entry.adapter.split("/");
+  return [
+    h("a", { class: "button main-action", href: link(["create"], { adapter: entry.adapter }) }, "Draw with it"),
+    h("a", { class: "button", href: link(["adapters", tenant, id]) }, "Open the adapter"),
+  ];
+}
+
+function factsOf({ progress, finish, created, run, group, settings, ended }) {
+  return [
+    ["Step", `${progress.step} of ${progress.max_steps}`],
+    ["Loss", progress.loss === null || progress.loss === undefined ? null : decimal(progress.loss, 4)],
+    ["Images/s", progress.images_per_second ? decimal(progress.images_per_second, 1) : null],
+    ["Pack", progress.together ? `${progress.together}, on lane ${progress.lane}` : null],
+    ["Queue", progress.place ? String(progress.place) : null],
+    ["Finish", finish && !ended && finish > Date.now() / 1000 ? `${when(finish)}, ${date(finish)}` : null],
+    ["Trained", progress.seconds ? span(progress.seconds) : null],
+    ["Submitted", date(created)],
+    ["Attempts", progress.attempts.length > 1 ? String(progress.attempts.length) : null],
+    ["Prompt", settings?.instance_prompt?.replaceAll("{class}", settings.class ?? "")],
+    [group ? "Run" : "Job", h("code", {}, run)],
+  ];
+}
+
+/** The loss curve and the log; both grow with `add`. */
+function storyPanel(entry) {
+  const points = [];
+  const data = () => ({ series: [{ name: "loss", color: "var(--curve-1)", points }], x: "step", low: 0, height: 240 });
+  const curve = chart(data());
+  const list = h("ol", { class: "story" });
+  const add = (event) => {
+    if (entry.kind === "run" && !event.message.startsWith(`${entry.id}:`)) return;
+    const { step, train_loss: loss } = event.data;
+    if (event.type === "metrics" && Number.isFinite(loss)) {
+      while (points.length && points.at(-1)[0] >= step) points.pop(); // it went back to a checkpoint
+      points.push([step, loss]);
+      curve.show(data());
+      return;
+    }
+    list.prepend(
+      h(
+        "li",
+        { class: event.level },
+        h("span", { class: "muted small numeric" }, new Date(event.created_at * 1000).toLocaleTimeString("en-GB")),
+        h("span", {}, event.message.replace(`${entry.id}: `, "")),
+      ),
+    );
+  };
+  return {
+    add,
+    loss: h("section", { class: "panel", "aria-label": "Loss" }, h("h2", {}, "Loss"), curve),
+    log: h("section", { class: "panel", "aria-label": "What happened" }, h("h2", {}, "What happened"), list),
+  };
+}
+
+async function listen(entry, story, signal) {
+  for await (const event of follow(entry.kind === "job" ? entry.base : entry.control, { signal })) story.add(event);
+}
+
+/** The samples, a row for each step, the latest first. */
+function samplesPanel() {
+  const rows = h("div", { class: "sample-rows" });
+  const node = h("section", { class: "panel", "aria-label": "Samples", hidden: true }, h("h2", {}, "Samples"), rows);
+  let known = 0;
+  const show = async (entry, signal) => {
+    const found = await listSamples(entry, { signal });
+    if (found.length === known) return;
+    known = found.length;
+    node.hidden = !known;
+    const items = found.map((one) => ({
+      path: one.url,
+      title: `${entry.id}, step ${one.step}`,
+      facts: [["Step", String(one.step)]],
+    }));
+    const steps = [...new Set(found.map((one) => one.step))].sort((a, b) => b - a);
+    put(
+      rows,
+      steps.map((step) =>
+        h(
+          "div",
+          { class: "sample-row" },
+          h("span", { class: "muted small numeric" }, `step ${step}`),
+          found.map(
+            (one, at) =>
+              one.step === step &&
+              h(
+                "button",
+                {
+                  class: "tile",
+                  type: "button",
+                  "aria-label": `Sample ${one.index + 1} of step ${step}`,
+                  onclick: () => view(items, at),
+                },
+                picture(() => one.url),
+              ),
+          ),
+        ),
+      ),
+    );
+  };
+  return { node, show };
+}
+
+async function checkpointTable(entry, signal, refresh) {
+  const found = await listCheckpoints(entry.run, { signal });
+  if (!found.length) return null;
+  const names = ["likeness", "fidelity", "balance", "copying"].filter((name) =>
+    found.some((one) => name in one.metrics),
+  );
+  const serve = async (one) => {
+    try {
+      await serveCheckpoint(entry.run, one.id);
+      notify(`Step ${one.step_number} is served now.`);
+      await refresh();
+    } catch (error) {
+      tell(error);
+    }
+  };
+  const line = (one) =>
+    h(
+      "tr",
+      { class: one.chosen ? "is-chosen" : null },
+      h("th", { scope: "row" }, `step ${one.step_number}`),
+      names.map((name) => h("td", { class: "number" }, name in one.metrics ? decimal(one.metrics[name], 3) : "")),
+      h(
+        "td",
+        { class: "small" },
+        one.current && h("span", { class: "tag good" }, "served"),
+        one.chosen && h("span", { class: "tag accent" }, "chosen"),
+        one.reason && h("p", { class: "muted" }, one.reason),
+      ),
+      h(
+        "td",
+        {},
+        entry.status === "succeeded" &&
+          !one.current &&
+          h("button", { class: "button small", type: "button", onclick: () => serve(one) }, "Make current"),
+      ),
+    );
+  return [
+    h("h2", {}, "Checkpoints"),
+    h(
+      "div",
+      { class: "scroll" },
+      h(
+        "table",
+        {},
+        h(
+          "thead",
+          {},
+          h(
+            "tr",
+            {},
+            h("th", { scope: "col" }, "Step"),
+            names.map((name) => h("th", { scope: "col", class: "number" }, name)),
+            h("th", { scope: "col" }, "Choice"),
+            h("td", {}),
+          ),
+        ),
+        h("tbody", {}, found.map(line)),
+      ),
+    ),
+  ];
+}
