@@ -57,7 +57,8 @@ def train_pack(run: LocalRun, pack: PackPlan) -> None:
 
     record, root = run.submission.record, run.submission.manifest.root
     dtype = precision(pack.profile.mixed_precision, best_device())
-    base = load_base(record.base, dtype=dtype, root=root, park_text=True)
+    quantization = record.manifest.base_quantization
+    base = load_base(record.base, dtype=dtype, root=root, park_text=True, quantization=quantization)
     work(base, pack, run, run.submission.store, tenant=record.tenant, root=root)
 
 

@@ -163,7 +163,15 @@ def _base(order: Order, record: RunRecord) -> "Base":
         torch.set_num_threads(order.threads)
     device = best_device()
     dtype = precision(order.plan.profile.mixed_precision, device)
-    base = load_base(record.base, device=device, dtype=dtype, root=record.manifest.root, park_text=True)
+    asked = record.manifest
+    base = load_base(
+        record.base,
+        device=device,
+        dtype=dtype,
+        root=asked.root,
+        park_text=True,
+        quantization=asked.base_quantization,
+    )
     if base.hash != record.base_hash:
         raise UserError(
             f"Base '{record.base}' on node {os.uname().nodename} is not the one the run was submitted with "

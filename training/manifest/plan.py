@@ -10,6 +10,7 @@ from typing import Literal
 
 from training.base.files.outline import Outline
 from training.base.footprint import MOST_PICTURES, PROCESS_BYTES, STATE_BYTES, drawing_bytes, training_bytes, vae_bytes
+from training.base.quantization import Quantization, value_bytes
 from training.manifest.manifest import Manifest
 from training.manifest.subject import SubjectSpec, ZeroSpec
 from training.storage.closed import Closed
@@ -78,7 +79,11 @@ def plan_run(manifest: Manifest, base: Outline, *, lanes: int = 1, max_rows: int
     groups: dict[tuple[Profile, int], list[SubjectSpec]] = {}
     for subject in manifest.subjects:
         groups.setdefault((profile_of(subject, base), _rows_class(subject)), []).append(subject)
-    packs = [pack for (profile, _), group in groups.items() for pack in _packs(profile, group, base, lanes, max_rows)]
+    packs = [
+        pack
+        for (profile, _), group in groups.items()
+        for pack in _packs(profile, group, base, manifest.base_quantization, lanes, max_rows)
+    ]
     sizes = {subject.id: adapter_bytes(subject, base) / 1e6 for subject in manifest.subjects}
     checkpoints = sum(
         8 * sizes[s.id] * min(s.train.keep_checkpoints, ceil(s.train.max_steps / s.train.checkpoint_every))
@@ -94,7 +99,7 @@ def plan_run(manifest: Manifest, base: Outline, *, lanes: int = 1, max_rows: int
 
 
 def _packs(
-    profile: Profile, group: Sequence[SubjectSpec], base: Outline, lanes: int, max_rows: int
+    profile: Profile, group: Sequence[SubjectSpec], base: Outline, kind: Quantization, lanes: int, max_rows: int
 ) -> Iterable[PackPlan]:
     rows = max(rows_of(subject) for subject in group)
     count = min(lanes, len(group))
@@ -110,7 +115,7 @@ def _packs(
             rows=rows,
             words=max(len(subject.words.tokens) for subject in subjects),
             state_bytes=state,
-            memory_mb=_memory_mb(profile, state, slots * rows, max(map(_pictures, group)) * slots, base),
+            memory_mb=_memory_mb(profile, state, slots * rows, max(map(_pictures, group)) * slots, base, kind),
         )
 
 
@@ -121,7 +126,11 @@ def reserve(manifest: Manifest, base: Outline) -> tuple[PackPlan, ...]:
         if subject.train.strategy == "auto" and subject.train.against_zero is None:
             profile = profile_of(subject, base).model_copy(update={"zero": subject.train.zero})
             groups.setdefault(profile, []).append(subject)
-    return tuple(pack for profile, group in groups.items() for pack in _packs(profile, group, base, 1, MAX_ROWS))
+    return tuple(
+        pack
+        for profile, group in groups.items()
+        for pack in _packs(profile, group, base, manifest.base_quantization, 1, MAX_ROWS)
+    )
 
 
 def with_slots(pack: PackPlan, slots: int) -> PackPlan:
@@ -166,7 +175,15 @@ def _pictures(subject: SubjectSpec) -> int:
     return len(subject.sample_seeds)
 
 
-def _memory_mb(profile: Profile, state_bytes: int, rows: int, pictures: int, base: Outline) -> float:
+def weights_bytes(base: Outline, wide: int, kind: Quantization) -> float:
+    """Of a whole base whose values take `wide` bytes, those of the denoiser's linear layers as `kind` has them."""
+    linear = sum(prod(shape) for shape in base.layers[base.facts.denoiser].values() if len(shape) == 2)
+    return wide * (base.parameters - linear) + value_bytes(kind, wide) * linear
+
+
+def _memory_mb(
+    profile: Profile, state_bytes: int, rows: int, pictures: int, base: Outline, kind: Quantization
+) -> float:
     """Of one device: the process, the base, its share of the state, and the greediest of what it does in turn.
 
     A lane measures the activations before it starts.
@@ -181,7 +198,7 @@ def _memory_mb(profile: Profile, state_bytes: int, rows: int, pictures: int, bas
         drawing_bytes(pictures, cells, facts.drawn_bytes),
         vae_bytes(profile.resolution**2, facts.pixel_bytes),
     )
-    return (PROCESS_BYTES + wide * base.parameters + state_bytes / workers + wide / 2 * busy) / 1e6
+    return (PROCESS_BYTES + weights_bytes(base, wide, kind) + state_bytes / workers + wide / 2 * busy) / 1e6
 
 
 def unmatched_targets(subject: SubjectSpec, base: Outline) -> list[str]:

@@ -160,7 +160,7 @@ def _problems(manifest: Manifest, base: Outline) -> Iterator[str]:
                 f"subject '{subject.id}': target {target!r} is also the layer '{layer}', in which the rows of a batch "
                 f"cannot wear adapters of their own. Use {', '.join(base.facts.layers)}."
             )
-        yield from meaningless(subject, base.facts)
+        yield from meaningless(subject, base.facts, manifest.base_quantization)
         for name, what in (("images", subject.images), ("prior.folder", subject.prior.folder)):
             if what is None or "://" in what or what.startswith(UPLOADED):
                 continue
@@ -174,9 +174,9 @@ def _problems(manifest: Manifest, base: Outline) -> Iterator[str]:
 
 
 def _find(subject: SubjectSpec, submission: Submission) -> Found:
-    base_hash, root = submission.record.base_hash, submission.manifest.root
+    base, root = submission.record.base_identity, submission.manifest.root
     try:
-        return Found(fingerprint(subject, base_hash, submission.files.read(subject), root), None)
+        return Found(fingerprint(subject, base, submission.files.read(subject), root), None)
     except UserError as error:
         return Found(None, str(error))
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from training.base.facts import FLOW_SAMPLERS, Facts, check_class, check_files, read_config, with_defaults
 from training.base.families.blocks import DOUBLE_BLOCKS, FLUX_2_GROWTH, inner_growth
-from training.base.family import Cond, Parts, RowFacts, Words
+from training.base.family import NOTHING, Cond, Parts, RowFacts, Words
 from training.base.files.weights import load_model
 from training.base.footprint import PIXEL_BYTES
 from training.base.originals import Original, any_like, below, by_rules
@@ -124,7 +124,7 @@ class Flux1:
         config: dict[str, Any] = json.loads((self.folder / SCHEDULER).read_text(encoding="utf-8"))
         return Flow(config, mu=linear_mu(config, PATCH))
 
-    def load(self, device: "torch.device", dtype: "torch.dtype") -> Parts:
+    def load(self, device: "torch.device", dtype: "torch.dtype", quantized: Mapping[str, Any] = NOTHING) -> Parts:
         """See `Family`."""
         from diffusers import AutoencoderKL, FluxTransformer2DModel
         from transformers import AutoTokenizer, CLIPTextModel, T5EncoderModel
@@ -135,7 +135,9 @@ class Flux1:
             "text_encoder": CLIPTextModel,
             "text_encoder_2": T5EncoderModel,
         }
-        models = {component: load_model(kind, self.folder, component, dtype) for component, kind in kinds.items()}
+        models = {
+            component: load_model(kind, self.folder, component, dtype, quantized) for component, kind in kinds.items()
+        }
         clip = AutoTokenizer.from_pretrained(self.folder / "tokenizer")
         return Parts(models, {"text_encoder": clip, "text_encoder_2": self.tokenizer()}, device, dtype)
 

@@ -6,7 +6,9 @@ Weights are safetensors, whole or in shards, also as a variant (`diffusion_pytor
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from training.errors import UserError
@@ -60,10 +62,16 @@ def find_weights(folder: Path, component: str) -> Weights:
     )
 
 
-def load_model(kind: Any, folder: Path, component: str, dtype: Any) -> Any:
-    """A component of class `kind` from its safetensors files, whichever variant they are; never from a pickle."""
+def load_model(
+    kind: Any, folder: Path, component: str, dtype: Any, quantized: Mapping[str, Any] = MappingProxyType({})
+) -> Any:
+    """A component of class `kind` from its safetensors files, whichever variant they are; never from a pickle.
+
+    `quantized`: diffusers' configs of components whose linear layers are kept in fewer bits.
+    """
+    more = {"quantization_config": quantized[component]} if component in quantized else {}
     variant = find_weights(folder, component).variant
-    return kind.from_pretrained(folder / component, torch_dtype=dtype, variant=variant, use_safetensors=True)
+    return kind.from_pretrained(folder / component, torch_dtype=dtype, variant=variant, use_safetensors=True, **more)
 
 
 def read_header(file: Path) -> dict[str, Any]:

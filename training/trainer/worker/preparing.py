@@ -48,7 +48,7 @@ class Preparing:
         spec = task.trained
         self._say([spec.id], Doing(Phase.READING))
         files = task.files if task.files is not None else read_files(spec, self._run.storage, self._root)
-        if fingerprint(task.spec, self._base.hash, files, self._root) != task.fingerprint:
+        if fingerprint(task.spec, self._base.identity, files, self._root) != task.fingerprint:
             raise UserError(CHANGED)
         taken = take_in(spec, files, self._base.facts.resolution)
         for refusal in taken.photos.refusals:
