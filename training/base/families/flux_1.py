@@ -49,6 +49,7 @@ ORIGINALS = (
     ("final_layer.linear", Original(("proj_out",))),
     ("final_layer.adaLN_modulation.1", Original(("norm_out.linear",), swapped=True)),
 )  # fmt: skip
+NAMING = partial(by_rules, ORIGINALS)
 SCHEDULER = "scheduler/scheduler_config.json"
 CLIP_TOKENIZER = (("tokenizer/tokenizer.json",), ("tokenizer/vocab.json", "tokenizer/merges.txt"))
 T5_TOKENIZER = (("tokenizer_2/tokenizer.json",), ("tokenizer_2/spiece.model",))
@@ -80,7 +81,7 @@ class Flux1:
             title=self.title,
             architecture="flux-1-dev" if self._guided else "flux-1-schnell",
             kohya_base="flux1",
-            originals=partial(by_rules, ORIGINALS),
+            originals=NAMING,
             denoiser="transformer",
             text_encoders=(),
             frozen_encoders=("text_encoder", "text_encoder_2"),

@@ -46,6 +46,7 @@ ORIGINALS = (
     ("final_layer.linear", Original(("proj_out",))),
     ("final_layer.adaLN_modulation.1", Original(("norm_out.linear",), swapped=True)),
 )  # fmt: skip
+NAMING = partial(by_rules, ORIGINALS)
 SCHEDULER = "scheduler/scheduler_config.json"
 TOKENIZERS = (("tokenizer/tokenizer.json",), ("tokenizer/vocab.json", "tokenizer/merges.txt"))
 PATCH = 2  # cells of the VAE a side of a latent cell
@@ -77,7 +78,7 @@ class Flux2Klein:
             title=self.title,
             architecture="flux-2-klein",
             kohya_base="flux-2-klein",
-            originals=partial(by_rules, ORIGINALS),
+            originals=NAMING,
             denoiser="transformer",
             text_encoders=(),
             frozen_encoders=("text_encoder",),
