@@ -100,6 +100,10 @@ class ServeSpec(Closed):
     steps: int | None = Field(default=None, ge=1, le=1000)
     guidance_scale: float | None = Field(default=None, ge=0, le=50)
     scheduler: SamplerName | None = None
+    add_trigger: bool = Field(
+        default=False,
+        description="an adapter's trigger is put before a prompt that lacks it; the answer has it as `revised_prompt`",
+    )
     picture_parameters: bool = Field(
         default=True, description="PNG files hold prompt, seed and settings, as AUTOMATIC1111 writes and reads them"
     )
