@@ -5,11 +5,20 @@ prompts, priors, batch sizes) may differ inside one.
 """
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 from math import ceil, prod
 from typing import Literal
 
 from training.base.files.outline import Outline
-from training.base.footprint import MOST_PICTURES, PROCESS_BYTES, STATE_BYTES, drawing_bytes, training_bytes, vae_bytes
+from training.base.footprint import (
+    AVERAGE_BYTES,
+    MOST_PICTURES,
+    PROCESS_BYTES,
+    STATE_BYTES,
+    drawing_bytes,
+    training_bytes,
+    vae_bytes,
+)
 from training.base.quantization import Quantization, value_bytes
 from training.manifest.manifest import Manifest
 from training.manifest.subject import SubjectSpec, ZeroSpec
@@ -65,7 +74,7 @@ class Plan(Closed):
 def profile_of(subject: SubjectSpec, base: Outline) -> Profile:
     """What a subject must have in common with those it shares a pack with."""
     return Profile(
-        resolution=subject.train.resolution or base.facts.resolution,
+        resolution=max(subject.train.resolution or base.facts.resolution, *subject.train.resolutions, 0),
         targets=tuple(sorted(subject.lora.targets)),
         text_encoder_targets=tuple(sorted(subject.lora.text_encoder_targets)) if subject.lora.text_encoder else (),
         mixed_precision=subject.train.mixed_precision,
@@ -106,7 +115,7 @@ def _packs(
     for turn in range(count):
         subjects = group[turn::count]
         slots = min(max(1, max_rows // rows), len(subjects)) if profile.zero is None else 1
-        state = slots * STATE_BYTES * max(adapter_parameters(subject, base) for subject in subjects)
+        state = slots * max(map(partial(_state_bytes, base=base), subjects))
         yield PackPlan(
             profile=profile,
             subjects=tuple(subject.id for subject in subjects),
@@ -161,6 +170,12 @@ def adapter_parameters(subject: SubjectSpec, base: Outline) -> int:
             if len(shape) > 1 and _ends(name, ends):
                 total += subject.lora.rank * (shape[0] + prod(shape[1:]))
     return total
+
+
+def _state_bytes(subject: SubjectSpec, base: Outline) -> int:
+    """What is held of a subject's adapter while it trains, with its moving average where it asks for one."""
+    each = STATE_BYTES + (AVERAGE_BYTES if subject.train.ema_decay is not None else 0)
+    return each * adapter_parameters(subject, base)
 
 
 def adapter_bytes(subject: SubjectSpec, base: Outline) -> int:

@@ -52,7 +52,8 @@ class Photo:
     """One usable photo: RGB on white, upright, shorter side at most twice the resolution.
 
     `sha256` is the file's, `source_size` its upright (width, height) in px as it was read (a JPEG of 100 megapixels is
-    read at half its sides), `mask` (L, 255 = the subject) its transparency if it had any.
+    read at half its sides), `mask` (L, 255 = the subject) its transparency if it had any, `drawn_mask` the same as a
+    file beside it says.
     """
 
     name: str
@@ -61,6 +62,12 @@ class Photo:
     source_size: tuple[int, int]
     caption: str | None = None
     mask: Image.Image | None = None
+    drawn_mask: Image.Image | None = None
+
+    @property
+    def subject_mask(self) -> Image.Image | None:
+        """Where the subject is: what a file says, else its transparency."""
+        return self.drawn_mask or self.mask
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +127,8 @@ def photos(
     """
     ordered = sorted((file for file in files if not _hidden(file.name)), key=lambda file: file.name)
     wanted = [file for file in ordered if not _sidecar(file.name) and not file.is_folder]
+    masks = {of: file for file in wanted if (of := _mask_of(file.name))}
+    wanted = [file for file in wanted if not _mask_of(file.name)]
     if len({file.name for file in ordered}) < len(ordered):
         raise UserError("Two of the files have the same name. Give every photo a name of its own.")
     if len(wanted) > max_photos:
@@ -132,9 +141,10 @@ def photos(
     rejected = [Rejected(file.name, file.problem) for file in ordered if file.is_folder]
     for file in wanted:
         try:
-            good.append(_photo(file, words.get(file.name), limits, resolution))
+            good.append(_photo(file, words.get(file.name), limits, resolution, masks.pop(_stem(file.name), None)))
         except ImageError as error:
             rejected.append(Rejected(file.name, error.reason))
+    rejected += [Rejected(mask.name, "a mask of no photo that is there") for mask in masks.values()]
     if len(good) < min_photos:
         raise TooFewPhotos(len(good), min_photos, tuple(rejected))
     found = (*_report(good, resolution, crop), *_masks(good, backgrounds), *caption_warnings) if with_report else ()
@@ -202,13 +212,37 @@ def _read_file(path: Path) -> PhotoFile:
         return PhotoFile(path.name, b"", f"unreadable: {error.strerror}")
 
 
-def _photo(file: PhotoFile, caption: str | None, limits: ImageLimits, resolution: int) -> Photo:
+def _photo(
+    file: PhotoFile, caption: str | None, limits: ImageLimits, resolution: int, drawn: PhotoFile | None
+) -> Photo:
     if file.problem:
         raise ImageError(file.name, file.problem)
     picture = read_picture(file.data, file.name, limits)
     kept = _reduced(picture, KEPT_RESOLUTIONS * resolution)
     digest = hashlib.sha256(file.data).hexdigest()
-    return Photo(file.name, kept.image, digest, picture.image.size, caption, kept.mask)
+    mask = None if drawn is None else _drawn_mask(drawn, picture.image.size, kept.image.size)
+    return Photo(file.name, kept.image, digest, picture.image.size, caption, kept.mask, mask)
+
+
+def _drawn_mask(file: PhotoFile, size: tuple[int, int], kept: tuple[int, int]) -> Image.Image:
+    """A mask file (white is the subject) at the size that its photo is kept at. It must have the photo's own shape."""
+    if file.problem:
+        raise ImageError(file.name, f"its mask {file.name}: {file.problem}")
+    mask = read_picture(file.data, file.name, ImageLimits(min_side_px=1)).image.convert("L")
+    if abs(mask.width * size[1] - mask.height * size[0]) > max(size):  # a px of rounding
+        have = f"{mask.width} x {mask.height} px"
+        raise ImageError(file.name, f"its mask {file.name} has {have}, and the photo {size[0]} x {size[1]}")
+    return mask.resize(kept, Image.Resampling.LANCZOS)
+
+
+def _mask_of(name: str) -> str | None:
+    """The stem of the photo that a file `NAME.mask.png` is the mask of; None for other files."""
+    stem = PurePath(name).stem
+    return stem.removesuffix(".mask") if stem.endswith(".mask") else None
+
+
+def _stem(name: str) -> str:
+    return PurePath(name).stem
 
 
 def _reduced(picture: MaskedImage, side_px: int) -> MaskedImage:

@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 import torch
+from torch import Tensor
 
 from training.adapters.adapter import Adapter
 from training.adapters.bank import Bank
@@ -57,6 +58,7 @@ class Pack:
         self._step = Step(base, bank, self._learner)
         self._part = part
         self._members: dict[int, Member] = {}
+        self._averages: dict[int, Tensor] = {}  # by slot, [P]: of subjects that keep a moving average
         self._recomputes = gradient_checkpointing
         bank.inject()
         if gradient_checkpointing:
@@ -86,6 +88,9 @@ class Pack:
         spec, state = subject.spec, subject.state
         adapter = state.adapter if state else initial_adapter(self.base, list(self.bank.sites), spec)
         self.bank.put(slot, self.bank.pack(adapter))
+        if spec.train.ema_decay is not None:
+            learned = state.learned if state else adapter
+            self._averages[slot] = self.bank.flat(self.bank.pack(learned)).to(self.bank.weights_SP)
         self._learner.join(slot, spec.train, self._optimizer_state(state) if state else None)
         self._members[slot] = Member.enter(subject, slot, fp16=self.base.dtype == torch.float16)
 
@@ -95,6 +100,7 @@ class Pack:
         subject = Subject(member.spec, member.subject.instance, member.subject.prior, self.state(id))
         self._learner.leave(member.slot, member.train)
         self.bank.clear(member.slot)
+        self._averages.pop(member.slot, None)
         del self._members[member.slot]
         return subject
 
@@ -113,13 +119,22 @@ class Pack:
             optimizer_numbers=remembered.numbers,
             loss_scale=member.loss_scale,
             history=member.history_tensor,
+            averaged=self._averaged(member),
         )
+
+    def wear(self, id: str, adapter: Adapter) -> None:
+        """Puts what has been learned at some step into a subject's slot, to be drawn and published."""
+        member = self._member(id)
+        self.bank.put(member.slot, self.bank.pack(adapter))
+        self._averages.pop(member.slot, None)
 
     def adapter(self, id: str) -> Adapter:
         """What a subject has learned, its scale folded in: what is published."""
         member = self._member(id)
         self._learner.show()
-        return self.bank.unpack(self.bank.take(member.slot), member.spec.lora.rank, member.spec.lora.scale)
+        lora, average_P = member.spec.lora, self._averages.get(member.slot)
+        row = self.bank.take(member.slot) if average_P is None else self.bank.row_of(average_P, member.slot)
+        return self.bank.unpack(row, lora.rank, lora.scale)
 
     def slot(self, id: str) -> tuple[int, float]:
         """Slot and scale of a subject, for sampling from the bank while it trains."""
@@ -185,7 +200,23 @@ class Pack:
         """Takes the optimizer steps that are due; those that overflowed are not reported."""
         norms = self._learner.step(due, {member.slot: self._rates(member) for member in due})
         finished = [member.finish(norm) for member, norm in zip(due, norms, strict=True)]
+        for member, report in zip(due, finished, strict=True):
+            if report is not None and report.failure is None and member.slot in self._averages:
+                self._follow(member)
         return [report for report in finished if report is not None]
+
+    @torch.no_grad()
+    def _follow(self, member: Member) -> None:
+        """Moves a subject's average towards its weights after a step, as diffusers' `EMAModel` does."""
+        assert member.train.ema_decay is not None
+        keep = min(member.train.ema_decay, member.step / (9 + member.step)) if member.step > 1 else 0.0
+        self._averages[member.slot].lerp_(self.bank.weights_SP[member.slot], 1 - keep)
+
+    def _averaged(self, member: Member) -> Adapter | None:
+        average_P = self._averages.get(member.slot)
+        if average_P is None:
+            return None
+        return self.bank.unpack(self.bank.row_of(average_P.cpu(), member.slot), member.spec.lora.rank)
 
     def _rates(self, member: Member) -> Rates:
         factor = member.rate(member.step)

@@ -47,7 +47,8 @@ class Step:
                 conds = self._conds(batch, members, order)
                 goal = self._base_predictions(batch, goal, noisy, levels.times_N)
                 prediction = self._base.predict(noisy, levels.times_N, conds, batch.rows)
-                losses_N = row_losses(prediction, goal) * self._row_weights(batch, members, levels.snr_N)
+                losses_N = row_losses(prediction, goal, _cell_weights(batch))
+                losses_N = losses_N * self._row_weights(batch, members, levels.snr_N)
                 instance_M, prior_M = _by_member(losses_N, batch, len(members))
                 factor_M = losses_N.new_tensor([m.spec.prior.weight for m in members])
                 divide_M = losses_N.new_tensor([m.loss_scale / m.train.gradient_accumulation_steps for m in members])
@@ -125,6 +126,15 @@ class Step:
         if all(math.isinf(gamma) for gamma in gammas):
             return share_N
         return share_N * self._base.process.snr_weights(snr_N, snr_N.new_tensor(gammas))
+
+
+def _cell_weights(batch: Batch) -> Tensor | None:
+    """The weights [N, 1, h, w] of the cells of rows of one size; None where no row has any."""
+    given = [weights for weights in batch.weights if weights is not None]
+    if not given:
+        return None
+    plain = torch.ones_like(given[0])
+    return torch.stack([plain if weights is None else weights for weights in batch.weights])[:, None]
 
 
 def _by_member(losses_N: Tensor, batch: Batch, members: int) -> tuple[Tensor, Tensor]:
