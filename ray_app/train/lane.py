@@ -133,10 +133,13 @@ def _work(order: Order, source: QueueSource, first: bool) -> None:
     record = run.record()
     base = _base(order, record)
     if first:
+        from training.trainer.assistant import read_training_adapter
         from training.trainer.worker.worker import work
 
-        source.specs = {subject.id: subject for subject in record.manifest.subjects}
-        work(base, order.plan, source, run, tenant=record.tenant, root=record.manifest.root)
+        asked = record.manifest
+        source.specs = {subject.id: subject for subject in asked.subjects}
+        base, worn = read_training_adapter(base, asked.training_adapter, asked.root, record.worn)
+        work(base, order.plan, source, run, tenant=record.tenant, root=asked.root, training_adapter=worn)
     else:
         from training.trainer.fitting import follow_pack
 

@@ -39,6 +39,7 @@ class Base:
     parts: Parts
     prompts: FrozenPrompts | None = None
     quantization: Quantization = "none"
+    worn: str = ""  # the hash of an adapter that every row wears while others train
 
     @property
     def facts(self) -> Facts:
@@ -48,7 +49,7 @@ class Base:
     @property
     def identity(self) -> str:
         """What decides what it computes: its files, and how its denoiser is quantised."""
-        return identity_of(self.hash, self.quantization)
+        return identity_of(self.hash, self.quantization, self.worn)
 
     @property
     def process(self) -> Process:

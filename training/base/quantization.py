@@ -72,9 +72,11 @@ def value_bytes(kind: Quantization, plain: float) -> float:
     return plain if kind == "none" else _KINDS[kind].value_bytes
 
 
-def identity_of(base_hash: str, kind: Quantization) -> str:
-    """What decides what a base computes: the hash of its files and, where it is quantised, how."""
-    return base_hash if kind == "none" else f"{base_hash} {kind}"
+def identity_of(base_hash: str, kind: Quantization, worn: str = "") -> str:
+    """What decides what a base computes while adapters train: the hash of its files, how it is quantised, if it is,
+    and the hash of what every row wears then, if anything."""
+    marks = [base_hash, *([] if kind == "none" else [kind]), *([worn] if worn else [])]
+    return " ".join(marks)
 
 
 def without_saved_weights(model: "nn.Module") -> None:

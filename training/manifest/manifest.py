@@ -35,6 +35,11 @@ class Manifest(Closed):
         exclude_if=lambda value: value == "none",
         description="bits of the denoiser's weights while adapters train",
     )
+    training_adapter: str | None = Field(
+        default=None,
+        exclude_if=lambda value: value is None,
+        description="a file: an adapter that every row wears in training, and nobody afterwards; for distilled bases",
+    )
     subjects: tuple[SubjectSpec, ...] = Field(min_length=1, max_length=100_000)
     root: str = "."
 
@@ -47,6 +52,7 @@ class _Header(Closed):
     tenant: Id = "default"
     base: str = Field("pocket", min_length=1)
     base_quantization: Quantization = "none"
+    training_adapter: str | None = None
     defaults: dict[str, Any] = {}
     subjects: list[dict[str, Any]] = Field(min_length=1, max_length=100_000)
 
@@ -86,6 +92,7 @@ def parse_manifest(text: str, *, name: str = "manifest", root: str = ".") -> Man
         tenant=header.tenant,
         base=header.base,
         base_quantization=header.base_quantization,
+        training_adapter=header.training_adapter,
         subjects=tuple(subjects),
         root=root,
     )

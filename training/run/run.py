@@ -67,11 +67,12 @@ class RunRecord(Closed):
     created: float = Field(default_factory=time.time)
     finished: float | None = None
     manifest: Manifest
+    worn: str = ""  # the hash of the manifest's training adapter
 
     @property
     def base_identity(self) -> str:
         """The base that is trained on, with how it is quantised."""
-        return identity_of(self.base_hash, self.manifest.base_quantization)
+        return identity_of(self.base_hash, self.manifest.base_quantization, self.worn)
 
 
 class RunStore:

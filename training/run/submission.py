@@ -19,6 +19,7 @@ from training.manifest.subject import SubjectSpec
 from training.photos.intake import UPLOADED, FileCache, fingerprint, take_in
 from training.photos.photos import PhotoFile, list_photo_files
 from training.run.run import ENDED, RunRecord, RunStore, SubjectRecord, digest_of, find_unfinished, new_run_id
+from training.storage.file_hash import hash_file
 from training.storage.registry import Registry
 from training.storage.storage import Storage
 
@@ -72,7 +73,8 @@ def submit(path: str | Path, storage: Storage, *, upload: bool = False, keep_las
     if keep_last:
         manifest = manifest.model_copy(update={"subjects": tuple(map(_keeping_last, manifest.subjects))})
     base_hash = hash_base(find_base(manifest.base, manifest.root))
-    digest = digest_of(manifest, base_hash)
+    worn = "" if manifest.training_adapter is None else hash_file(Path(manifest.root, manifest.training_adapter))
+    digest = digest_of(manifest, f"{base_hash} {worn}".strip())
     record = find_unfinished(storage, manifest.name, digest)
     taken_up = record is not None
     if record is None:
@@ -85,6 +87,7 @@ def submit(path: str | Path, storage: Storage, *, upload: bool = False, keep_las
             base_hash=base_hash,
             digest=digest,
             manifest=manifest,
+            worn=worn,
         )
         store.create(record, Path(path).read_text(encoding="utf-8"))
     store, files = RunStore(storage, record.run), FileCache(storage, manifest.root)
@@ -149,6 +152,14 @@ def _keeping_last(subject: SubjectSpec) -> SubjectSpec:
 
 
 def _problems(manifest: Manifest, base: Outline) -> Iterator[str]:
+    if manifest.training_adapter is not None:
+        file = Path(manifest.root, manifest.training_adapter)
+        if not file.is_file():
+            yield f"training_adapter '{manifest.training_adapter}': there is no file '{file}'. Give an adapter's file."
+        for subject in manifest.subjects:
+            if subject.train.strategy == "zero" or subject.evaluate.early_stop:
+                setting = "`train.strategy: zero`" if subject.train.strategy == "zero" else "`evaluate.early_stop`"
+                yield f"subject '{subject.id}': {setting} knows no `training_adapter`. Leave out one of the two."
     for subject in manifest.subjects:
         for target in unmatched_targets(subject, base):
             yield (

@@ -16,6 +16,7 @@ from training.adapters.adapter import Adapter
 from training.adapters.bank import Bank
 from training.adapters.layout import find_sites
 from training.base.base import Base
+from training.trainer.assistant import Assistant
 from training.trainer.batch import WHOLE, Turn, make_batch
 from training.trainer.checkpoint import SubjectState
 from training.trainer.learner import Learner, LocalLearner, Rates
@@ -39,7 +40,8 @@ class Pack:
     """As many subjects over `base` as `bank` has slots.
 
     `most_rows` of a step go through one forward (None: all); the others follow in further ones, whose gradients are
-    added. `part`: of each kind of a subject's rows only these are run here. The bank is injected until `close`.
+    added. `part`: of each kind of a subject's rows only these are run here. `training_adapter` is worn by all rows of
+    its steps, and not by pictures. The bank is injected until `close`.
     """
 
     def __init__(
@@ -50,12 +52,14 @@ class Pack:
         *,
         part: slice = WHOLE,
         gradient_checkpointing: bool = False,
+        training_adapter: Adapter | None = None,
     ) -> None:
         self.base = base
         self.bank = bank
         self.most_rows: int | None = None
         self._learner = learner or LocalLearner(bank)
-        self._step = Step(base, bank, self._learner)
+        self._assistant = None if training_adapter is None else Assistant(base, training_adapter)
+        self._step = Step(base, bank, self._learner, self._assistant)
         self._part = part
         self._members: dict[int, Member] = {}
         self._averages: dict[int, Tensor] = {}  # by slot, [P]: of subjects that keep a moving average
@@ -67,6 +71,8 @@ class Pack:
     def close(self) -> None:
         """Takes the bank off the base, which is then as it was."""
         self.bank.eject()
+        if self._assistant is not None:
+            self._assistant.close()
         if self._recomputes:
             self.base.recompute(False)
 
