@@ -69,6 +69,13 @@ class Desk:
         text = body.manifest if isinstance(body.manifest, str) else yaml.safe_dump(body.manifest, allow_unicode=True)
         manifest = filled(parse_manifest(text), self.base.facts)
         self._check_base(manifest.base)
+        if manifest.base_quantization != "none" or manifest.training_adapter is not None:
+            raise ApiError(
+                400,
+                "A fleet trains on its base as it is served: leave out base_quantization and training_adapter, or use "
+                "`dreamfleet train` without a fleet.",
+                param="manifest",
+            )
         if manifest.tenant not in (tenant, "default"):
             raise ApiError(400, f"The manifest's tenant is '{manifest.tenant}', your key's '{tenant}'.", param="tenant")
         if len(manifest.subjects) > self.spec.limits.subjects:

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field, StringConstraints
 
 from training.base.facts import BaseHash, SamplerName
+from training.base.quantization import Quantization
 from training.storage.card import MAX_BYTES
 from training.storage.closed import Closed
 
@@ -44,6 +45,10 @@ class EngineSpec(Closed):
     )
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         default="auto", description="auto: fp32 on a CPU, on CUDA what suits the base: fp16, bf16 for transformers"
+    )
+    base_quantization: Quantization = Field(
+        default="none",
+        description="bits of the denoiser's weights: int8 and fp8 by torchao, nf4 by bitsandbytes on CUDA",
     )
     threads: int | None = Field(default=None, ge=1, description="CPU threads of the compute thread")
     slots: int = Field(default=16, ge=1, le=65536, description="adapters on the device at once")
@@ -108,6 +113,10 @@ class ServeSpec(Closed):
     steps: int | None = Field(default=None, ge=1, le=1000, description="denoising steps; none: the base's own")
     guidance_scale: float | None = Field(default=None, ge=0, le=50, description="guidance; none: the base's own")
     scheduler: SamplerName | None = Field(default=None, description="sampler; none: the base's own")
+    add_trigger: bool = Field(
+        default=False,
+        description="an adapter's trigger is put before a prompt that lacks it; the answer has it as `revised_prompt`",
+    )
     picture_parameters: bool = Field(
         default=True, description="PNG files hold prompt, seed and settings, as AUTOMATIC1111 writes and reads them"
     )

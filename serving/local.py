@@ -51,7 +51,8 @@ class LocalEngines:
 def make_engine(spec: ServeSpec) -> Engine:
     """Loads the base and lays a bank over it."""
     device = torch.device(spec.engine.device) if spec.engine.device else best_device()
-    base = load_base(spec.base, device=device, dtype=_dtype(spec, device))
+    quantization = spec.engine.base_quantization
+    base = load_base(spec.base, device=device, dtype=_dtype(spec, device), quantization=quantization)
     storage = open_storage(spec.storage)
     disk = None
     if not isinstance(storage, LocalStorage) and spec.disk_bytes:

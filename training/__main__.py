@@ -52,13 +52,16 @@ def train_manifest(path: str, storage: str) -> int:
 def train_pack(run: LocalRun, pack: PackPlan) -> None:
     """Trains the subjects of one pack on the best device of this machine."""
     from training.base.base import best_device, load_base
+    from training.trainer.assistant import read_training_adapter
     from training.trainer.fitting import precision
     from training.trainer.worker.worker import work
 
     record, root = run.submission.record, run.submission.manifest.root
     dtype = precision(pack.profile.mixed_precision, best_device())
-    base = load_base(record.base, dtype=dtype, root=root, park_text=True)
-    work(base, pack, run, run.submission.store, tenant=record.tenant, root=root)
+    quantization = record.manifest.base_quantization
+    base = load_base(record.base, dtype=dtype, root=root, park_text=True, quantization=quantization)
+    base, worn = read_training_adapter(base, record.manifest.training_adapter, root, record.worn)
+    work(base, pack, run, run.submission.store, tenant=record.tenant, root=root, training_adapter=worn)
 
 
 def show(view: View, beat: Beat | None) -> None:

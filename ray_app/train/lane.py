@@ -19,6 +19,7 @@ from pydantic import TypeAdapter
 
 from ray_app.silence import silence
 from ray_app.train.homes import task_of
+from training.base.quantization import Quantization
 from training.errors import UserError
 from training.manifest.plan import PackPlan
 from training.run.lease import Lease
@@ -147,17 +148,22 @@ def _work(order: Order, source: QueueSource, first: bool) -> None:
     run = RunStore(storage, order.run)
     record = run.record() if order.run else None
     if record is not None:
-        base = _base(order, record.base, record.base_hash, record.manifest.root)
-        specs = {subject.id: subject for subject in record.manifest.subjects}
+        asked = record.manifest
+        base = _base(order, record.base, record.base_hash, asked.root, asked.base_quantization)
+        specs = {subject.id: subject for subject in asked.subjects}
         source.task_of = lambda lease: lease.task(specs[lease.id])
     else:
         base = _base(order, order.base, order.base_hash, ".")
         source.task_of = partial(task_of, storage)
     if first:
+        from training.trainer.assistant import read_training_adapter
         from training.trainer.worker.worker import work
 
-        tenant, root = (record.tenant, record.manifest.root) if record is not None else ("", ".")
-        work(base, order.plan, source, run, tenant=tenant, root=root)
+        if record is None:
+            work(base, order.plan, source, run, tenant="")
+        else:
+            base, worn = read_training_adapter(base, asked.training_adapter, asked.root, record.worn)
+            work(base, order.plan, source, run, tenant=record.tenant, root=asked.root, training_adapter=worn)
     else:
         from training.trainer.fitting import follow_pack
 
@@ -177,7 +183,7 @@ def _unknown(lease: Lease) -> Task:
     raise RuntimeError(f"nobody has said what {lease.id} is")
 
 
-def _base(order: Order, name: str, wanted: str, root: str) -> "Base":
+def _base(order: Order, name: str, wanted: str, root: str, quantization: Quantization = "none") -> "Base":
     """The base on this worker's device. Raises UserError if it is not the one of the hash `wanted`."""
     import torch
 
@@ -188,7 +194,7 @@ def _base(order: Order, name: str, wanted: str, root: str) -> "Base":
         torch.set_num_threads(order.threads)
     device = best_device()
     dtype = precision(order.plan.profile.mixed_precision, device)
-    base = load_base(name, device=device, dtype=dtype, root=root, park_text=True)
+    base = load_base(name, device=device, dtype=dtype, root=root, park_text=True, quantization=quantization)
     if base.hash != wanted:
         raise UserError(
             f"Base '{name}' on node {os.uname().nodename} is not the one the run was submitted with "

@@ -3,7 +3,6 @@
 import asyncio
 import io
 import zipfile
-from collections.abc import Collection
 from typing import Annotated
 
 from fastapi import APIRouter, Query, Request
@@ -14,7 +13,7 @@ from serving.http.images import ERRORS
 from serving.http.library import Library
 from serving.http.service import service_of
 from training.adapters.adapter import load_adapter
-from training.adapters.formats.formats import Format, Label, export_adapter, label_of
+from training.adapters.formats.formats import Format, export_adapter, label_of
 
 router = APIRouter(tags=["adapters"])
 
@@ -49,12 +48,11 @@ def _export(library: Library, tenant: str, id: str, version: str, format: Format
     """A file's name and content. Raises UnknownAdapter, CorruptAdapter, and AdapterError for what does not fit."""
     resolved, _ = library.files(tenant, id, version)
     adapter = load_adapter(library.registry.weights(resolved))
-    modules: Collection[str] = ()
-    label: Label | None = None
-    if format in ("kohya", "lora_diffusion"):  # these say what the base is, or count its modules
-        outline = library.outline
-        modules, label = library.shapes().keys(), label_of(resolved.id, outline.folder, outline.facts.resolution)
-    files = export_adapter(adapter, format, modules, label)
+    if format in ("kohya", "ai_toolkit", "lora_diffusion"):  # these name or count the base's layers
+        of = library.outline
+        files = export_adapter(adapter, format, of.shapes, label_of(resolved.id, of.facts), of.names)
+    else:
+        files = export_adapter(adapter, format)
     if len(files) == 1:
         ((name, data),) = files.items()
         return (name if resolved.id in name else f"{resolved.id}-{name}"), data

@@ -84,7 +84,12 @@ async def _collect(service: Service, wanted: GenerateRequest) -> list[FinishedPi
 
 def _answer(pictures: list[FinishedPicture], wanted: GenerateRequest, body: ImagesBody, service: Service) -> Response:
     data = [
-        ImageData(b64_json=base64.b64encode(picture.data).decode(), seed=picture.seed, adapters=used(wanted))
+        ImageData(
+            b64_json=base64.b64encode(picture.data).decode(),
+            seed=picture.seed,
+            adapters=used(wanted),
+            revised_prompt=wanted.prompt if wanted.prompt != body.prompt else None,
+        )
         for picture in pictures
     ]
     answer = ImagesAnswer(
@@ -112,14 +117,18 @@ async def _streamed(request: Request, service: Service, wanted: GenerateRequest,
         await events.aclose()
         raise
     return StreamingResponse(
-        _server_sent(first, events, wanted, service.intake.library),
+        _server_sent(first, events, wanted, service.intake.library, body.prompt),
         media_type="text/event-stream",
         headers={"Cache-Control": "no-store"},
     )
 
 
 async def _server_sent(
-    first: "asyncio.Task[Event]", events: AsyncGenerator[Event, None], wanted: GenerateRequest, library: Library
+    first: "asyncio.Task[Event]",
+    events: AsyncGenerator[Event, None],
+    wanted: GenerateRequest,
+    library: Library,
+    prompt: str,
 ) -> AsyncGenerator[bytes, None]:
     pending = first
     try:
@@ -132,7 +141,7 @@ async def _server_sent(
                 event = pending.result()
             except StopAsyncIteration:
                 return
-            name, data = _as_event(event, wanted, library)
+            name, data = _as_event(event, wanted, library, prompt)
             yield f"event: {name}\ndata: {data}\n\n".encode()
             pending = asyncio.ensure_future(anext(events))
     except Exception as error:
@@ -143,7 +152,7 @@ async def _server_sent(
         await events.aclose()
 
 
-def _as_event(event: Event, wanted: GenerateRequest, library: Library) -> tuple[str, str]:
+def _as_event(event: Event, wanted: GenerateRequest, library: Library, prompt: str) -> tuple[str, str]:
     image = base64.b64encode(event.data).decode()
     size, now = f"{wanted.width}x{wanted.height}", int(time.time())
     if isinstance(event, FinishedPicture):
@@ -152,6 +161,7 @@ def _as_event(event: Event, wanted: GenerateRequest, library: Library) -> tuple[
             image_index=event.index,
             seed=event.seed,
             adapters=used(wanted),
+            revised_prompt=wanted.prompt if wanted.prompt != prompt else None,
             created_at=now,
             size=size,
             output_format=wanted.output_format,

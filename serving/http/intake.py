@@ -19,6 +19,8 @@ from serving.http.wire import ImagesBody, TokenDetails, TokenUsage, UsedAdapter,
 from training.base.facts import Facts, SamplerName
 from training.storage.version import Resolved, UnknownAdapter
 
+Worn = tuple[Resolved, float]  # an adapter's version, and its weight
+
 
 @dataclass(frozen=True, slots=True)
 class Intake:
@@ -59,13 +61,14 @@ class Intake:
             )
         self.library.load_tokenizer()  # on this thread, so that counting tokens later does not hold up the event loop
         width, height = self._size(body.size)
+        worn = self.worn(tenant, body.model, body.adapters or ())
         return self.checked(
             GenerateRequest(
                 request_id=request_id,
                 tenant=tenant,
-                prompt=self.prompt(body.prompt, "prompt"),
+                prompt=self.told(self.prompt(body.prompt, "prompt"), worn),
                 negative_prompt=self.prompt(body.negative_prompt or "", "negative_prompt"),
-                adapters=self.adapters(tenant, body.model, body.adapters or ()),
+                adapters=uses(worn),
                 width=width,
                 height=height,
                 count=body.n or 1,
@@ -128,13 +131,19 @@ class Intake:
         named = self._named_by(model)
         return self._resolve(tenant, named, "model") if named else None
 
-    def adapters(self, tenant: str, model: str | None, worn: Sequence[WornAdapter]) -> tuple[AdapterUse, ...]:
-        """The versions that a model name and a mix mean now. Raises ApiError."""
+    def worn(self, tenant: str, model: str | None, worn: Sequence[WornAdapter]) -> tuple[Worn, ...]:
+        """The versions that a model name and a mix mean now, with their weights. Raises ApiError."""
         named = self._named_by(model)
         mix = [*([(named, 1.0, "model")] if named else []), *((one.id, one.weight, "adapters") for one in worn)]
-        return tuple(
-            AdapterUse(ref=ref_of(self._resolve(tenant, name, param)), weight=weight) for name, weight, param in mix
-        )
+        return tuple((self._resolve(tenant, name, param), weight) for name, weight, param in mix)
+
+    def told(self, prompt: str, worn: Sequence[Worn]) -> str:
+        """`prompt`, with the triggers that it lacks before it, if the server adds them."""
+        if not self.spec.add_trigger:
+            return prompt
+        triggers = dict.fromkeys(one.trigger for one, weight in worn if weight > 0 and one.trigger)
+        lacking = [trigger for trigger in triggers if trigger.casefold() not in prompt.casefold()]
+        return ", ".join(part for part in (*lacking, prompt) if part)
 
     def _named_by(self, model: str | None) -> str | None:
         """The adapter that a model name holds; None if it is the base."""
@@ -212,6 +221,11 @@ def used(request: GenerateRequest) -> list[UsedAdapter]:
 def ref_of(resolved: Resolved) -> AdapterRef:
     """The reference by which engines know a version."""
     return AdapterRef(tenant=resolved.tenant, id=resolved.id, version=resolved.version)
+
+
+def uses(worn: Sequence[Worn]) -> tuple[AdapterUse, ...]:
+    """The mix as the engine takes it."""
+    return tuple(AdapterUse(ref=ref_of(one), weight=weight) for one, weight in worn)
 
 
 def any_seed() -> int:

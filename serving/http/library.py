@@ -47,7 +47,7 @@ class Library:
         self.outline = outline
         self.base = public_name(outline.name)
         self.base_hash = hash_base(outline.folder)
-        self._serves = (self.base_hash, *outline.facts.serves, *serves)
+        self._serves = (*outline.facts.serves, *serves)
         self._fits: dict[str, str | None] = {}  # by version, of adapters of other bases: why it does not fit
         self.known = Known(registry, refresh_s)
         self._usage: dict[str, tuple[float, StoredUsage]] = {}
@@ -272,7 +272,8 @@ class Library:
         except CorruptAdapter:
             return None
         mine = resolved is not None and (resolved.tenant == tenant or resolved.public)
-        return resolved if resolved and mine and resolved.card.base_hash.startswith(self._serves) else None
+        served = resolved is not None and resolved.card.base_hash.startswith((self.base_hash, *self._serves))
+        return resolved if mine and served else None
 
     def _forget(self, tenant: str, id: str) -> None:
         self._usage.pop(tenant, None)

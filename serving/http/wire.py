@@ -96,12 +96,16 @@ class UsedAdapter(BaseModel):
     weight: float
 
 
+Revised = Field(None, exclude_if=lambda value: value is None, description="with an adapter's trigger that was added")
+
+
 class ImageData(BaseModel):
     """One image, with the settings that make it again."""
 
     b64_json: str
     seed: int
     adapters: list[UsedAdapter]
+    revised_prompt: str | None = Revised
 
 
 class TokenDetails(BaseModel):
@@ -157,6 +161,7 @@ class CompletedImage(BaseModel):
     image_index: int
     seed: int
     adapters: list[UsedAdapter]
+    revised_prompt: str | None = Revised
     created_at: int
     size: str
     output_format: ImageFormat

@@ -19,6 +19,7 @@ from training.base.files.folder import find_base, hash_base
 from training.base.footprint import images_at_once
 from training.base.frozen_prompts import HOST, FrozenPrompts
 from training.base.noise.process import Process
+from training.base.quantization import Quantization, identity_of, quantization_config, without_saved_weights
 from training.base.words import first_vector
 
 DRAWN = RowFacts()
@@ -37,11 +38,18 @@ class Base:
     family: Family
     parts: Parts
     prompts: FrozenPrompts | None = None
+    quantization: Quantization = "none"
+    worn: str = ""  # the hash of an adapter that every row wears while others train
 
     @property
     def facts(self) -> Facts:
         """Sizes, components and defaults."""
         return self.family.facts
+
+    @property
+    def identity(self) -> str:
+        """What decides what it computes: its files, and how its denoiser is quantised."""
+        return identity_of(self.hash, self.quantization, self.worn)
 
     @property
     def process(self) -> Process:
@@ -153,23 +161,28 @@ def load_base(
     dtype: torch.dtype = torch.float32,
     root: str = ".",
     park_text: bool = False,
+    quantization: Quantization = "none",
 ) -> Base:
     """Loads a base, frozen and in eval mode.
 
     `name`: `pocket`, a diffusers folder or a hub id; `root`: where relative folders start. `park_text`: of a family
-    whose text encoders nobody trains, they are on the device only while prompts are encoded, each once. Raises
-    UserError if the base is not found, or of a family that is not supported.
+    whose text encoders nobody trains, they are on the device only while prompts are encoded, each once.
+    `quantization`: of the denoiser's linear layers. Raises UserError if the base is not found, or of a family that is
+    not supported, or the quantisation cannot be had.
     """
     folder = find_base(name, root)
     family = check_base(name, folder)
     target = torch.device(device) if device is not None else best_device()
-    parts = family.load(target, dtype)
+    config = quantization_config(quantization, target, dtype)
+    parts = family.load(target, dtype, {} if config is None else {family.facts.denoiser: config})
     facts = family.facts
+    if config is not None:
+        without_saved_weights(parts.models[facts.denoiser])
     parked = facts.frozen_encoders if park_text and not facts.text_encoders else ()
     for component, model in parts.models.items():
         model.requires_grad_(False).eval().to(HOST if component in parked else target)
     prompts = FrozenPrompts({name: parts.models[name] for name in parked}, target) if parked else None
-    return Base(name, hash_base(folder), folder, family, parts, prompts)
+    return Base(name, hash_base(folder), folder, family, parts, prompts, quantization)
 
 
 def best_device() -> torch.device:

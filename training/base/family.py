@@ -22,6 +22,9 @@ Cond = Mapping[str, "Tensor"]  # one prompt as the denoiser takes it, without a 
 Words = Mapping[str, "Tensor"]  # textual-inversion word -> [V, D]: V token places, D the encoders' widths together
 
 
+NOTHING: Mapping[str, Any] = {}
+
+
 class RowFacts(NamedTuple):
     """What a denoiser may want to know of a row beside latents, time and prompt. Pixels are (down, across).
 
@@ -68,8 +71,8 @@ class Family(Protocol):
     def process(self) -> "Process":
         """The noise process of training and sampling."""
 
-    def load(self, device: "torch.device", dtype: "torch.dtype") -> Parts:
-        """All models, frozen and in eval mode, on `device`."""
+    def load(self, device: "torch.device", dtype: "torch.dtype", quantized: Mapping[str, Any] = NOTHING) -> Parts:
+        """All models, frozen and in eval mode; `quantized`: diffusers' configs of components in fewer bits."""
 
     def tokenizer(self) -> Any:
         """The tokenizer in whose tokens prompts are counted."""

@@ -7,6 +7,7 @@ those of 16 bit, measured with SD 1.x at 256 px in bf16 on a CPU.
 PROCESS_BYTES = 1.1e9  # Python, torch, diffusers, transformers, and what the allocator does not give back
 # weight, gradient and Adam's two moments of a trained parameter, in fp32
 STATE_BYTES = 16
+AVERAGE_BYTES = 4  # and its moving average, where it is kept
 # per width of the network and cell: a row that trains (of it 0.87 are saved for backward) and one that draws; per width
 # of the VAE and pixel
 TRAINED_BYTES = 326e6 / (320 * 32**2)

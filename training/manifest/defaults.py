@@ -6,6 +6,7 @@ Also what a subject asks for that has no meaning on the base.
 from collections.abc import Iterator
 
 from training.base.facts import Facts
+from training.base.quantization import Quantization
 from training.manifest.manifest import Manifest
 from training.manifest.subject import USUAL_TIMESTEPS, SubjectSpec
 
@@ -27,8 +28,13 @@ def fill_subject(subject: SubjectSpec, facts: Facts) -> SubjectSpec:
     return subject.model_copy(update={"lora": asked.model_copy(update=news)})
 
 
-def meaningless(subject: SubjectSpec, facts: Facts) -> Iterator[str]:
+def meaningless(subject: SubjectSpec, facts: Facts, quantization: Quantization = "none") -> Iterator[str]:
     """What the subject asks for that the base cannot give, in words."""
+    if quantization != "none" and subject.train.strategy != "plain" and subject.train.zero.stage == 3:
+        yield (
+            f"subject '{subject.id}': `train.zero.stage` 3 spreads the denoiser's own weights, which cannot be "
+            f"quantised then: `base_quantization` is {quantization}. Take stage 2, or none."
+        )
     train, who = subject.train, f"subject '{subject.id}'"
     if train.min_snr_gamma is not None and not facts.min_snr:
         yield (

@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeVar
 import yaml
 from pydantic import BaseModel, Field, ValidationError
 
+from training.base.quantization import Quantization
 from training.errors import UserError
 from training.manifest.subject import ID_PATTERN, Id, SubjectSettings, SubjectSpec
 from training.storage.closed import Closed
@@ -29,6 +30,16 @@ class Manifest(Closed):
     name: Id
     tenant: Id = "default"
     base: str = Field("pocket", min_length=1)
+    base_quantization: Quantization = Field(  # left out of what identifies a submission where there is none
+        default="none",
+        exclude_if=lambda value: value == "none",
+        description="bits of the denoiser's weights while adapters train",
+    )
+    training_adapter: str | None = Field(
+        default=None,
+        exclude_if=lambda value: value is None,
+        description="a file: an adapter that every row wears in training, and nobody afterwards; for distilled bases",
+    )
     subjects: tuple[SubjectSpec, ...] = Field(min_length=1, max_length=100_000)
     root: str = "."
 
@@ -40,6 +51,8 @@ class _Header(Closed):
     name: Id
     tenant: Id = "default"
     base: str = Field("pocket", min_length=1)
+    base_quantization: Quantization = "none"
+    training_adapter: str | None = None
     defaults: dict[str, Any] = {}
     subjects: list[dict[str, Any]] = Field(min_length=1, max_length=100_000)
 
@@ -74,7 +87,14 @@ def parse_manifest(text: str, *, name: str = "manifest", root: str = ".") -> Man
     if problems or header is None:
         raise ManifestError("\n".join(f"{name}:{line}: {message}" for line, message in sorted(set(problems))))
     return Manifest(
-        version=1, name=header.name, tenant=header.tenant, base=header.base, subjects=tuple(subjects), root=root
+        version=1,
+        name=header.name,
+        tenant=header.tenant,
+        base=header.base,
+        base_quantization=header.base_quantization,
+        training_adapter=header.training_adapter,
+        subjects=tuple(subjects),
+        root=root,
     )
 
 

@@ -5,11 +5,21 @@ prompts, priors, batch sizes) may differ inside one.
 """
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 from math import ceil, log2, prod
 from typing import Literal
 
 from training.base.files.outline import Outline
-from training.base.footprint import MOST_PICTURES, PROCESS_BYTES, STATE_BYTES, drawing_bytes, training_bytes, vae_bytes
+from training.base.footprint import (
+    AVERAGE_BYTES,
+    MOST_PICTURES,
+    PROCESS_BYTES,
+    STATE_BYTES,
+    drawing_bytes,
+    training_bytes,
+    vae_bytes,
+)
+from training.base.quantization import Quantization, value_bytes
 from training.manifest.manifest import Manifest
 from training.manifest.subject import SubjectSpec, ZeroSpec
 from training.storage.closed import Closed
@@ -64,7 +74,7 @@ class Plan(Closed):
 def profile_of(subject: SubjectSpec, base: Outline) -> Profile:
     """What a subject must have in common with those it shares a pack with."""
     return Profile(
-        resolution=subject.train.resolution or base.facts.resolution,
+        resolution=max(subject.train.resolution or base.facts.resolution, *subject.train.resolutions, 0),
         targets=tuple(sorted(subject.lora.targets)),
         text_encoder_targets=tuple(sorted(subject.lora.text_encoder_targets)) if subject.lora.text_encoder else (),
         mixed_precision=subject.train.mixed_precision,
@@ -78,7 +88,11 @@ def plan_run(manifest: Manifest, base: Outline, *, lanes: int = 1, max_rows: int
     groups: dict[tuple[Profile, int], list[SubjectSpec]] = {}
     for subject in manifest.subjects:
         groups.setdefault((profile_of(subject, base), _rows_class(subject)), []).append(subject)
-    packs = [pack for (profile, _), group in groups.items() for pack in _packs(profile, group, base, lanes, max_rows)]
+    packs = [
+        pack
+        for (profile, _), group in groups.items()
+        for pack in _packs(profile, group, base, manifest.base_quantization, lanes, max_rows)
+    ]
     sizes = {subject.id: adapter_bytes(subject, base) / 1e6 for subject in manifest.subjects}
     checkpoints = sum(
         8 * sizes[s.id] * min(s.train.keep_checkpoints, ceil(s.train.max_steps / s.train.checkpoint_every))
@@ -94,14 +108,14 @@ def plan_run(manifest: Manifest, base: Outline, *, lanes: int = 1, max_rows: int
 
 
 def _packs(
-    profile: Profile, group: Sequence[SubjectSpec], base: Outline, lanes: int, max_rows: int
+    profile: Profile, group: Sequence[SubjectSpec], base: Outline, kind: Quantization, lanes: int, max_rows: int
 ) -> Iterable[PackPlan]:
     rows = max(rows_of(subject) for subject in group)
     count = min(lanes, len(group))
     for turn in range(count):
         subjects = group[turn::count]
         slots = min(max(1, max_rows // rows), len(subjects)) if profile.zero is None else 1
-        state = slots * STATE_BYTES * max(adapter_parameters(subject, base) for subject in subjects)
+        state = slots * max(map(partial(_state_bytes, base=base), subjects))
         yield PackPlan(
             profile=profile,
             subjects=tuple(subject.id for subject in subjects),
@@ -110,18 +124,22 @@ def _packs(
             rows=rows,
             words=max(len(subject.words.tokens) for subject in subjects),
             state_bytes=state,
-            memory_mb=_memory_mb(profile, state, slots * rows, max(map(_pictures, group)) * slots, base),
+            memory_mb=_memory_mb(profile, state, slots * rows, max(map(_pictures, group)) * slots, base, kind),
         )
 
 
 def reserve(manifest: Manifest, base: Outline) -> tuple[PackPlan, ...]:
     """Gangs for subjects that leave the choice to us: opened for those that turn out too large for one device."""
     groups: dict[Profile, list[SubjectSpec]] = {}
-    for subject in manifest.subjects:
+    for subject in manifest.subjects if manifest.training_adapter is None else ():
         if subject.train.strategy == "auto" and subject.train.against_zero is None:
             profile = profile_of(subject, base).model_copy(update={"zero": subject.train.zero})
             groups.setdefault(profile, []).append(subject)
-    return tuple(pack for profile, group in groups.items() for pack in _packs(profile, group, base, 1, MAX_ROWS))
+    return tuple(
+        pack
+        for profile, group in groups.items()
+        for pack in _packs(profile, group, base, manifest.base_quantization, 1, MAX_ROWS)
+    )
 
 
 def lane_plan(subject: SubjectSpec, base: Outline, *, max_rows: int = MAX_ROWS) -> PackPlan:
@@ -145,7 +163,7 @@ def lane_plan(subject: SubjectSpec, base: Outline, *, max_rows: int = MAX_ROWS) 
         rows=rows,
         words=2 ** ceil(log2(words)) if words else 0,
         state_bytes=state,
-        memory_mb=_memory_mb(profile, state, slots * rows, MOST_PICTURES * slots, base),
+        memory_mb=_memory_mb(profile, state, slots * rows, MOST_PICTURES * slots, base, "none"),
     )
 
 
@@ -179,6 +197,12 @@ def adapter_parameters(subject: SubjectSpec, base: Outline) -> int:
     return total
 
 
+def _state_bytes(subject: SubjectSpec, base: Outline) -> int:
+    """What is held of a subject's adapter while it trains, with its moving average where it asks for one."""
+    each = STATE_BYTES + (AVERAGE_BYTES if subject.train.ema_decay is not None else 0)
+    return each * adapter_parameters(subject, base)
+
+
 def adapter_bytes(subject: SubjectSpec, base: Outline) -> int:
     """Size of the published file: fp16 weights; the header is some ten kB more."""
     return 2 * adapter_parameters(subject, base)
@@ -191,7 +215,15 @@ def _pictures(subject: SubjectSpec) -> int:
     return len(subject.sample_seeds)
 
 
-def _memory_mb(profile: Profile, state_bytes: int, rows: int, pictures: int, base: Outline) -> float:
+def weights_bytes(base: Outline, wide: int, kind: Quantization) -> float:
+    """Of a whole base whose values take `wide` bytes, those of the denoiser's linear layers as `kind` has them."""
+    linear = sum(prod(shape) for shape in base.layers[base.facts.denoiser].values() if len(shape) == 2)
+    return wide * (base.parameters - linear) + value_bytes(kind, wide) * linear
+
+
+def _memory_mb(
+    profile: Profile, state_bytes: int, rows: int, pictures: int, base: Outline, kind: Quantization
+) -> float:
     """Of one device: the process, the base, its share of the state, and the greediest of what it does in turn.
 
     A lane measures the activations before it starts.
@@ -206,7 +238,7 @@ def _memory_mb(profile: Profile, state_bytes: int, rows: int, pictures: int, bas
         drawing_bytes(pictures, cells, facts.drawn_bytes),
         vae_bytes(profile.resolution**2, facts.pixel_bytes),
     )
-    return (PROCESS_BYTES + wide * base.parameters + state_bytes / workers + wide / 2 * busy) / 1e6
+    return (PROCESS_BYTES + weights_bytes(base, wide, kind) + state_bytes / workers + wide / 2 * busy) / 1e6
 
 
 def unmatched_targets(subject: SubjectSpec, base: Outline) -> list[str]:

@@ -97,6 +97,9 @@ class TrainSpec(Closed):
     """The loop of one subject, with the usual names."""
 
     resolution: int | None = Field(None, ge=16, le=2048, description="pixels a side; the base's own by default")
+    resolutions: tuple[Annotated[int, Field(ge=16, le=2048)], ...] = Field(
+        (), max_length=4, exclude_if=lambda value: not value, description="further sizes that each photo is learned at"
+    )
     crop: Literal["center", "random", "face", "bucket"] = Field(
         "center", description="bucket: no square, but the aspect bucket that crops least of each photo"
     )
@@ -130,6 +133,16 @@ class TrainSpec(Closed):
     mixed_precision: Literal["auto", "no", "fp16", "bf16"] = "auto"
     min_snr_gamma: float | None = Field(None, gt=0)
     noise_offset: float = Field(0.0, ge=0, le=1)
+    background_weight: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        exclude_if=lambda value: value is None,
+        description="of what a photo's mask leaves out in the loss; a mask is its transparency or a file NAME.mask.png",
+    )
+    ema_decay: float | None = Field(
+        None, gt=0, lt=1, exclude_if=lambda value: value is None, description="the weights' moving average is published"
+    )
     # left out of what identifies a training where it is the usual one, as DDPM bases have no other
     timesteps: TimestepsSpec = Field(USUAL_TIMESTEPS, exclude_if=lambda value: value == USUAL_TIMESTEPS)
     strategy: Literal["auto", "plain", "zero"] = Field(
@@ -149,8 +162,10 @@ class TrainSpec(Closed):
             return "needs `optimizer: adamw`: the others cannot be sharded"
         if self.mixed_precision == "fp16":
             return "needs `mixed_precision: bf16` or `no`: fp16 scales its losses per device"
-        if self.cropping == "bucket":
-            return "needs another `crop` than bucket: all workers take rows of one size"
+        if self.cropping == "bucket" or self.resolutions:
+            return "needs another `crop` than bucket, and no `resolutions`: all workers take rows of one size"
+        if self.ema_decay is not None:
+            return "cannot keep a moving average: leave out `ema_decay`"
         return None
 
     @model_validator(mode="after")

@@ -17,7 +17,7 @@ from training.photos.photo_report import Rejected, Seen, TooFewPhotos, report
 from training.photos.variants import Crop
 from training.photos.warning import PhotoWarning, shown
 from training.storage.image_file import ImageError, ImageLimits, open_image
-from training.storage.images import decode_image, shrunk
+from training.storage.images import decode_image, read_image, shrunk
 
 MAX_PHOTOS = 200
 # Photos are kept at twice the resolution at most: no crop needs more, and 200 camera originals would need 24 GB.
@@ -29,7 +29,8 @@ class Photo:
     """One usable photo: RGB on white, upright, shorter side at most twice the resolution.
 
     `sha256` is the file's, `source_size` its upright (width, height) in px as it was read (a JPEG of 100 megapixels is
-    read at half its sides), `mask` (L, 255 = the subject) its transparency if it had any.
+    read at half its sides), `mask` (L, 255 = the subject) its transparency if it had any, `drawn_mask` the same as a
+    file beside it says.
     """
 
     name: str
@@ -38,6 +39,12 @@ class Photo:
     source_size: tuple[int, int]
     caption: str | None = None
     mask: Image.Image | None = None
+    drawn_mask: Image.Image | None = None
+
+    @property
+    def subject_mask(self) -> Image.Image | None:
+        """Where the subject is: what a file says, else its transparency."""
+        return self.drawn_mask or self.mask
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +80,8 @@ def photos(
     """
     ordered = sorted((file for file in files if not file.is_hidden), key=lambda file: file.name)
     wanted = [file for file in ordered if not file.is_sidecar and not file.is_folder]
+    masks = {of: file for file in wanted if (of := _mask_of(file.name))}
+    wanted = [file for file in wanted if not _mask_of(file.name)]
     if len({file.name for file in ordered}) < len(ordered):
         raise UserError("Two of the files have the same name. Give every photo a name of its own.")
     if len(wanted) > max_photos:
@@ -89,12 +98,15 @@ def photos(
                 raise ImageError(file.name, file.problem)
             opened = open_image(file.data, file.name, limits)
             read = decode_image(opened)
+            kept = shrunk(read, KEPT_RESOLUTIONS * resolution)
+            drawn = masks.pop(PurePath(file.name).stem, None)
+            mask = None if drawn is None else _drawn_mask(drawn, read.image.size, kept.image.size)
         except ImageError as error:
             rejected.append(Rejected(file.name, error.reason))
             continue
-        kept = shrunk(read, KEPT_RESOLUTIONS * resolution)
         digest = hashlib.sha256(file.data).hexdigest()
-        good.append(Photo(file.name, kept.image, digest, read.image.size, words.get(file.name), kept.mask))
+        good.append(Photo(file.name, kept.image, digest, read.image.size, words.get(file.name), kept.mask, mask))
+    rejected += [Rejected(mask.name, "a mask of no photo that is there") for mask in masks.values()]
     if len(good) < min_photos:
         raise TooFewPhotos(len(good), min_photos, tuple(rejected))
     if not with_report:
@@ -102,3 +114,20 @@ def photos(
     seen = [Seen(p.name, p.image, min(p.source_size), p.sha256, p.mask is not None) for p in good]
     warnings = (*report(seen, resolution, crop, backgrounds), *caption_warnings)
     return Photos(tuple(good), tuple(rejected), warnings)
+
+
+def _drawn_mask(file: PhotoFile, size: tuple[int, int], kept: tuple[int, int]) -> Image.Image:
+    """A mask file (white is the subject) at the size that its photo is kept at. It must have the photo's own shape."""
+    if file.problem:
+        raise ImageError(file.name, f"its mask {file.name}: {file.problem}")
+    mask = read_image(file.data, file.name, ImageLimits(min_side_px=1)).convert("L")
+    if abs(mask.width * size[1] - mask.height * size[0]) > max(size):  # a px of rounding
+        have = f"{mask.width} x {mask.height} px"
+        raise ImageError(file.name, f"its mask {file.name} has {have}, and the photo {size[0]} x {size[1]}")
+    return mask.resize(kept, Image.Resampling.LANCZOS)
+
+
+def _mask_of(name: str) -> str | None:
+    """The stem of the photo that a file `NAME.mask.png` is the mask of; None for other files."""
+    stem = PurePath(name).stem
+    return stem.removesuffix(".mask") if stem.endswith(".mask") else None

@@ -49,10 +49,14 @@ class _Detector(Protocol):
 
 
 class Framed(NamedTuple):
-    """A variant of an image. `crop_px`: (down, across) where it begins in the image, resized and mirrored as it is."""
+    """A variant of an image. `crop_px`: (down, across) where it begins in the image, resized and mirrored as it is.
+
+    `mask_HW`: the same part of the image's mask, uint8, if it has one.
+    """
 
     pixels_HW3: Pixels
     crop_px: tuple[int, int]
+    mask_HW: Pixels | None = None
 
 
 def variants(
@@ -88,23 +92,32 @@ def framed(
     flip: bool = False,
     color_jitter: bool = False,
     seed: int = 0,
+    mask: Image.Image | None = None,
 ) -> list[Framed]:
-    """The `variants` of an image, each with the place of its crop."""
+    """The `variants` of an image, each with the place of its crop and that part of the image's `mask` (L)."""
     size = (resolution, resolution)
     if crop == "bucket":
         size = assign_bucket(*image.size, bucket_sizes(resolution))
     rgb = image.convert("RGB")
     covering = cover(rgb, size)
     identity = hashlib.sha256(f"{rgb.size}".encode() + rgb.tobytes()).hexdigest()
+    covered = None if mask is None else cover(mask.convert("L"), size)
     made: list[Framed] = []
     for place, (left, top) in enumerate(_places(covering, size, crop, crops, f"{seed}/{identity}")):
-        cropped_HW3 = np.asarray(covering.crop((left, top, left + size[0], top + size[1])))
+        box = (left, top, left + size[0], top + size[1])
+        cropped_HW3 = np.asarray(covering.crop(box))
+        mask_HW = None if covered is None else np.asarray(covered.crop(box))
         alike = [cropped_HW3, *(_jittered(cropped_HW3, f"{seed}/{identity}/{place}") if color_jitter else ())]
-        made += [Framed(pixels_HW3, (top, left)) for pixels_HW3 in alike]
+        made += [Framed(pixels_HW3, (top, left), mask_HW) for pixels_HW3 in alike]
     if flip:
         free = covering.width - size[0]
-        made += [Framed(np.ascontiguousarray(p_HW3[:, ::-1]), (top, free - left)) for p_HW3, (top, left) in made]
+        made += [_mirrored(one, (one.crop_px[0], free - one.crop_px[1])) for one in made]
     return made
+
+
+def _mirrored(one: Framed, crop_px: tuple[int, int]) -> Framed:
+    mask_HW = None if one.mask_HW is None else np.ascontiguousarray(one.mask_HW[:, ::-1])
+    return Framed(np.ascontiguousarray(one.pixels_HW3[:, ::-1]), crop_px, mask_HW)
 
 
 def cover(image: Image.Image, size: Size) -> Image.Image:

@@ -15,6 +15,7 @@ from typing import Literal
 
 from pydantic import Field, ValidationError
 
+from training.base.quantization import identity_of
 from training.errors import UserError
 from training.manifest.manifest import Manifest
 from training.run.source import Why
@@ -66,6 +67,12 @@ class RunRecord(Closed):
     created: float = Field(default_factory=time.time)
     finished: float | None = None
     manifest: Manifest
+    worn: str = ""  # the hash of the manifest's training adapter
+
+    @property
+    def base_identity(self) -> str:
+        """The base that is trained on, with how it is quantised."""
+        return identity_of(self.base_hash, self.manifest.base_quantization, self.worn)
 
 
 class RunStore:

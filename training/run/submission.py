@@ -19,6 +19,7 @@ from training.manifest.subject import SubjectSpec
 from training.photos.files import UPLOADED, FileCache, PhotoFile, is_local, list_photo_files
 from training.photos.intake import fingerprint, take_in
 from training.run.run import ENDED, RunRecord, RunStore, SubjectRecord, digest_of, find_unfinished, new_run_id
+from training.storage.file_hash import hash_file
 from training.storage.registry import Registry
 from training.storage.storage import Storage
 
@@ -72,7 +73,8 @@ def submit(path: str | Path, storage: Storage, *, upload: bool = False, keep_las
     if keep_last:
         manifest = manifest.model_copy(update={"subjects": tuple(map(_keeping_last, manifest.subjects))})
     base_hash = hash_base(find_base(manifest.base, manifest.root))
-    digest = digest_of(manifest, base_hash)
+    worn = "" if manifest.training_adapter is None else hash_file(Path(manifest.root, manifest.training_adapter))
+    digest = digest_of(manifest, f"{base_hash} {worn}".strip())
     record = find_unfinished(storage, manifest.name, digest)
     taken_up = record is not None
     if record is None:
@@ -85,6 +87,7 @@ def submit(path: str | Path, storage: Storage, *, upload: bool = False, keep_las
             base_hash=base_hash,
             digest=digest,
             manifest=manifest,
+            worn=worn,
         )
         store.create(record, Path(path).read_text(encoding="utf-8"))
     store, files = RunStore(storage, record.run), FileCache(storage, manifest.root)
@@ -149,6 +152,14 @@ def _keeping_last(subject: SubjectSpec) -> SubjectSpec:
 
 
 def _problems(manifest: Manifest, base: Outline) -> Iterator[str]:
+    if manifest.training_adapter is not None:
+        file = Path(manifest.root, manifest.training_adapter)
+        if not file.is_file():
+            yield f"training_adapter '{manifest.training_adapter}': there is no file '{file}'. Give an adapter's file."
+        for subject in manifest.subjects:
+            if subject.train.strategy == "zero" or subject.evaluate.early_stop:
+                setting = "`train.strategy: zero`" if subject.train.strategy == "zero" else "`evaluate.early_stop`"
+                yield f"subject '{subject.id}': {setting} knows no `training_adapter`. Leave out one of the two."
     for subject in manifest.subjects:
         for target in unmatched_targets(subject, base):
             yield (
@@ -160,7 +171,7 @@ def _problems(manifest: Manifest, base: Outline) -> Iterator[str]:
                 f"subject '{subject.id}': target {target!r} is also the layer '{layer}', in which the rows of a batch "
                 f"cannot wear adapters of their own. Use {', '.join(base.facts.layers)}."
             )
-        yield from meaningless(subject, base.facts)
+        yield from meaningless(subject, base.facts, manifest.base_quantization)
         for name, what in (("images", subject.images), ("prior.folder", subject.prior.folder)):
             if what is None or not is_local(what):
                 continue
@@ -174,9 +185,9 @@ def _problems(manifest: Manifest, base: Outline) -> Iterator[str]:
 
 
 def _find(subject: SubjectSpec, submission: Submission) -> Found:
-    base_hash, root = submission.record.base_hash, submission.manifest.root
+    base, root = submission.record.base_identity, submission.manifest.root
     try:
-        return Found(fingerprint(subject, base_hash, submission.files.read(subject), root), None)
+        return Found(fingerprint(subject, base, submission.files.read(subject), root), None)
     except UserError as error:
         return Found(None, str(error))
 

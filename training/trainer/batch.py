@@ -41,6 +41,7 @@ class Batch:
     share: list[float] = field(default_factory=list)  # of the row in its mean
     is_prior: list[bool] = field(default_factory=list)
     from_base: list[bool] = field(default_factory=list)  # the target is the base's own prediction
+    weights: list[Tensor | None] = field(default_factory=list)  # [h, w] of the loss's cells, of mean 1; None: all 1
 
     def parts(self, kinds: Sequence[Hashable], most_rows: int | None = None) -> list["Batch"]:
         """The batch cut into what goes through one forward: rows of one kind (`kinds`, one a row), at most `most_rows`.
@@ -105,6 +106,16 @@ def _add_rows(
     batch.share += [1 / count] * len(mine)
     batch.is_prior += [kind != "instance"] * len(mine)
     batch.from_base += [kind == "prediction"] * len(mine)
+    behind = train.background_weight if kind == "instance" else None
+    batch.weights += [_cell_weights(images.images[index].subject_HW, behind) for index in mine]
+
+
+def _cell_weights(subject_HW: Tensor | None, background: float | None) -> Tensor | None:
+    """Of each cell of the loss: `background` beside the subject, scaled so that a row weighs what others do."""
+    if subject_HW is None or background is None:
+        return None
+    weights_HW = background + (1 - background) * subject_HW
+    return weights_HW / weights_HW.mean().clamp(min=1e-6)
 
 
 def _density(turn: Turn) -> Density:

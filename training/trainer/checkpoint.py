@@ -23,7 +23,10 @@ HISTORY = ("step", "loss", "instance_loss", "prior_loss", "learning_rate", "grad
 
 @dataclass
 class SubjectState:
-    """Everything that decides how a subject goes on. `history`: fp64 [steps, len(HISTORY)]."""
+    """Everything that decides how a subject goes on. `history`: fp64 [steps, len(HISTORY)].
+
+    `averaged` is the moving average of the adapter, where one is kept.
+    """
 
     step: int
     adapter: Adapter
@@ -32,11 +35,19 @@ class SubjectState:
     optimizer_numbers: dict[str, float] = field(default_factory=dict)
     loss_scale: float = 1.0
     history: Tensor = field(default_factory=lambda: torch.zeros(0, len(HISTORY), dtype=torch.float64))
+    averaged: Adapter | None = None
+
+    @property
+    def learned(self) -> Adapter:
+        """What is judged and published of it."""
+        return self.adapter if self.averaged is None else self.averaged
 
 
 def dump_state(state: SubjectState) -> bytes:
     """The checkpoint file of a state."""
     tensors = _named("adapter", state.adapter)
+    if state.averaged is not None:
+        tensors |= _named("averaged", state.averaged)
     for name, rows in state.optimizer_rows.items():
         tensors |= _named(f"optimizer.{name}", rows)
     tensors |= {f"tensor/{name}": tensor.contiguous() for name, tensor in state.optimizer_tensors.items()}
@@ -65,6 +76,7 @@ def load_state(data: bytes) -> SubjectState:
     return SubjectState(
         step=int(numbers["step"]),
         adapter=adapters.pop("adapter", Adapter(modules={})),
+        averaged=adapters.pop("averaged", None),
         optimizer_rows={group.removeprefix("optimizer."): rows for group, rows in adapters.items()},
         optimizer_tensors={n.removeprefix("tensor/"): t for n, t in tensors.items() if n.startswith("tensor/")},
         optimizer_numbers={name: float(value) for name, value in numbers["optimizer"].items()},

@@ -9,6 +9,7 @@ from math import ceil
 
 import torch
 
+from training.adapters.adapter import Adapter
 from training.base.base import Base
 from training.errors import TooLarge
 from training.manifest.plan import PackPlan, rows_of
@@ -34,8 +35,8 @@ class Opened:
             raise TooLarge(f"too large for one device: it takes {rows} rows, and {self.fit.why}")
 
 
-def open_pack(base: Base, plan: PackPlan) -> Opened:
-    """The pack of a plan, as large as is measured to fit."""
+def open_pack(base: Base, plan: PackPlan, training_adapter: Adapter | None = None) -> Opened:
+    """The pack of a plan, as large as is measured to fit; all rows of its steps wear `training_adapter`."""
     profile = plan.profile
     fit = _measure(base, plan)
     targets = {base.facts.denoiser: profile.targets}
@@ -49,7 +50,7 @@ def open_pack(base: Base, plan: PackPlan) -> Opened:
         gang_pack = GangPack(base, bank, gang, profile.zero, gradient_checkpointing=recompute)
         note = f"each subject is spread over {plan.workers} devices, ZeRO stage {profile.zero.stage}"
         return Opened(gang_pack, 1, fit, (note,))
-    pack = Pack(base, bank, gradient_checkpointing=fit.checkpointing)
+    pack = Pack(base, bank, gradient_checkpointing=fit.checkpointing, training_adapter=training_adapter)
     limit = max(1, fit.rows // plan.rows)
     if fit.rows < plan.rows:
         pack.most_rows = max(1, fit.rows)

@@ -12,8 +12,10 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from safetensors.torch import load, save
 from torch import Tensor
+from torch.nn import functional
 
 from training.base.base import DRAWN, Base
 from training.base.family import RowFacts
@@ -27,11 +29,15 @@ SIZES = "sizes"  # in a cached file, int64 [V, 4]: a photo's height and width, i
 
 
 class Posterior(NamedTuple):
-    """What the VAE says of one image: mean and std [C, h, w], in fp32 on the CPU; `row`: what it was cropped from."""
+    """What the VAE says of one image: mean and std [C, h, w], in fp32 on the CPU; `row`: what it was cropped from.
+
+    `subject_HW`: the share of each latent cell that shows the subject, fp32 [h, w], if that is known.
+    """
 
     mean_CHW: Tensor
     std_CHW: Tensor
     row: RowFacts = DRAWN
+    subject_HW: Tensor | None = None
 
 
 def posteriors(mean_VCHW: Tensor, std_VCHW: Tensor) -> tuple[Posterior, ...]:
@@ -92,12 +98,15 @@ def encode_photos(base: Base, photos: Sequence[Photo], spec: TrainSpec, prompt: 
     resolution = spec.resolution or base.facts.resolution
     pixels: list[Pixels] = []
     rows: list[RowFacts] = []
+    masks: list[Pixels | None] = []
     for photo in photos:
         width, height = photo.source_size
         for one in _photo_variants(photo, spec, resolution):
             pixels.append(one.pixels_HW3)
             rows.append(RowFacts((height, width), one.crop_px))
-    images = [image._replace(row=row) for image, row in zip(encode_pixels(base, pixels), rows, strict=True)]
+            masks.append(one.mask_HW)
+    encoded = zip(encode_pixels(base, pixels), rows, masks, strict=True)
+    images = [image._replace(row=row, subject_HW=_cells(mask, image.mean_CHW)) for image, row, mask in encoded]
     return LatentSet(tuple(images), photo_prompts(photos, spec, prompt, len(pixels)))
 
 
@@ -106,19 +115,30 @@ def _photo_variants(photo: Photo, spec: TrainSpec, resolution: int) -> list[Fram
     images = [photo.image] * (1 + spec.backgrounds)
     if photo.mask is not None:
         images[1:] = on_backgrounds(photo.image, photo.mask, spec.backgrounds, spec.seed)
+    mask = photo.subject_mask if spec.background_weight is not None else None
     return [
         variant
         for image in images
+        for side in (resolution, *spec.resolutions)
         for variant in framed(
             image,
-            resolution,
+            side,
             crop=spec.cropping,
             crops=spec.crops,
             flip=spec.flip,
             color_jitter=spec.color_jitter,
             seed=spec.seed,
+            mask=mask,
         )
     ]
+
+
+def _cells(mask_HW: Pixels | None, latent_CHW: Tensor) -> Tensor | None:
+    """The mean of a mask (255 is all) over the pixels of each latent cell."""
+    if mask_HW is None:
+        return None
+    pixels = torch.from_numpy(mask_HW.astype(np.float32)) / 255
+    return functional.adaptive_avg_pool2d(pixels[None, None], (latent_CHW.shape[1], latent_CHW.shape[2]))[0, 0]
 
 
 def photo_prompts(photos: Sequence[Photo], spec: TrainSpec, prompt: str, count: int) -> tuple[str, ...]:
@@ -152,7 +172,11 @@ def photos_key(base: Base, photos: Sequence[Photo], spec: TrainSpec) -> str:
     """The cache key of `encode_photos`' tensors: everything they depend on."""
     resolution = spec.resolution or base.facts.resolution
     settings = (resolution, spec.cropping, spec.crops, spec.flip, spec.color_jitter, spec.backgrounds, spec.seed)
-    return content_key("latents", base.hash, str(base.dtype), *settings, *(photo.sha256 for photo in photos))
+    more: list[object] = [f"also {side}" for side in spec.resolutions]
+    if spec.background_weight is not None:
+        masks = [(photo.subject_mask or Image.new("L", (0, 0))).tobytes() for photo in photos]
+        more += [f"mask {hashlib.sha256(mask).hexdigest()}" for mask in masks]
+    return content_key("latents", base.hash, str(base.dtype), *settings, *(photo.sha256 for photo in photos), *more)
 
 
 def content_key(kind: str, *parts: object) -> str:
@@ -167,9 +191,11 @@ def load_latents(storage: Storage, key: str) -> tuple[Posterior, ...] | None:
         return None
     tensors = load(storage.get(key))
     sizes = tensors.pop(SIZES, None)
-    count = len(tensors) // 2
+    count = sum(name.endswith(".mean") for name in tensors)
     rows = [DRAWN] * count if sizes is None else [RowFacts((h, w), (y, x)) for h, w, y, x in sizes.tolist()]
-    return tuple(Posterior(tensors[f"{i}.mean"], tensors[f"{i}.std"], rows[i]) for i in range(count))
+    return tuple(
+        Posterior(tensors[f"{i}.mean"], tensors[f"{i}.std"], rows[i], tensors.get(f"{i}.subject")) for i in range(count)
+    )
 
 
 def save_latents(storage: Storage, key: str, images: Sequence[Posterior]) -> None:
@@ -181,5 +207,6 @@ def save_latents(storage: Storage, key: str, images: Sequence[Posterior]) -> Non
     ]
     if sizes:
         means[SIZES] = torch.tensor(sizes)
+    means |= {f"{i}.subject": image.subject_HW for i, image in enumerate(images) if image.subject_HW is not None}
     # cloned: safetensors refuses views of one memory
     storage.put(key, save({name: value.clone() for name, value in (means | stds).items()}))

@@ -34,18 +34,26 @@ def saved_bytes(base: Base, resolution: int | None = None) -> int:
     cond = {name: part.detach().requires_grad_(part.is_floating_point()) for name, part in base.encode([""])[0].items()}
     times = torch.zeros(1, device=base.device)
     seen: dict[int, int] = {}
-    frozen = {parameter.untyped_storage().data_ptr() for parameter in base.denoiser.parameters()}
+    frozen = {place for parameter in base.denoiser.parameters() for place in _storages(parameter)}
 
     def count(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in frozen:
-            seen[storage.data_ptr()] = storage.nbytes()
+        seen.update({place: size for place, size in _storages(tensor).items() if place not in frozen})
         return tensor
 
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
         kept = base.predict(latents, times, [cond])
     del kept
     return sum(seen.values())
+
+
+def _storages(tensor: Tensor) -> dict[int, int]:
+    """Bytes of the memory that a tensor lies in, by its address; a quantised one lies in several."""
+    if hasattr(tensor, "__tensor_flatten__"):
+        names, _ = tensor.__tensor_flatten__()
+        parts = [_storages(part) for name in names if (part := getattr(tensor, name)) is not None]
+        return {place: size for part in parts for place, size in part.items()}
+    storage = tensor.untyped_storage()
+    return {storage.data_ptr(): storage.nbytes()}
 
 
 def free_bytes(device: torch.device) -> int:

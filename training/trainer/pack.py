@@ -11,11 +11,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from training.adapters.adapter import Adapter
 from training.adapters.bank import Bank
 from training.adapters.layout import find_sites
 from training.base.base import Base
+from training.trainer.assistant import Assistant
 from training.trainer.batch import WHOLE, Turn, make_batch
 from training.trainer.checkpoint import SubjectState
 from training.trainer.learner import Learner, LocalLearner, Rates
@@ -39,7 +41,8 @@ class Pack:
     """As many subjects over `base` as `bank` has slots.
 
     `most_rows` of a step go through one forward (None: all); the others follow in further ones, whose gradients are
-    added. `part`: of each kind of a subject's rows only these are run here. The bank is injected until `close`.
+    added. `part`: of each kind of a subject's rows only these are run here. `training_adapter` is worn by all rows of
+    its steps, and not by pictures. The bank is injected until `close`.
     """
 
     def __init__(
@@ -50,14 +53,17 @@ class Pack:
         *,
         part: slice = WHOLE,
         gradient_checkpointing: bool = False,
+        training_adapter: Adapter | None = None,
     ) -> None:
         self.base = base
         self.bank = bank
         self.most_rows: int | None = None
         self._learner = learner or LocalLearner(bank)
-        self._step = Step(base, bank, self._learner)
+        self._assistant = None if training_adapter is None else Assistant(base, training_adapter)
+        self._step = Step(base, bank, self._learner, self._assistant)
         self._part = part
         self._members: dict[int, Member] = {}
+        self._averages: dict[int, Tensor] = {}  # by slot, [P]: of subjects that keep a moving average
         self._recomputes = gradient_checkpointing
         bank.inject()
         if gradient_checkpointing:
@@ -66,6 +72,8 @@ class Pack:
     def close(self) -> None:
         """Takes the bank off the base, which is then as it was."""
         self.bank.eject()
+        if self._assistant is not None:
+            self._assistant.close()
         if self._recomputes:
             self.base.recompute(False)
 
@@ -87,6 +95,9 @@ class Pack:
         spec, state = subject.spec, subject.state
         adapter = state.adapter if state else initial_adapter(self.base, list(self.bank.sites), spec)
         self.bank.put(slot, self.bank.pack(adapter))
+        if spec.train.ema_decay is not None:
+            learned = state.learned if state else adapter
+            self._averages[slot] = self.bank.flat(self.bank.pack(learned)).to(self.bank.weights_SP)
         self._learner.join(slot, spec.train, self._optimizer_state(state) if state else None)
         self._members[slot] = Member.enter(subject, slot, fp16=self.base.dtype == torch.float16)
 
@@ -96,6 +107,7 @@ class Pack:
         subject = replace(member.subject, state=self.state(id))
         self._learner.leave(member.slot, member.train)
         self.bank.clear(member.slot)
+        self._averages.pop(member.slot, None)
         del self._members[member.slot]
         return subject
 
@@ -114,13 +126,22 @@ class Pack:
             optimizer_numbers=remembered.numbers,
             loss_scale=member.loss_scale,
             history=member.history_tensor,
+            averaged=self._averaged(member),
         )
+
+    def wear(self, id: str, adapter: Adapter) -> None:
+        """Puts what has been learned at some step into a subject's slot, to be drawn and published."""
+        member = self._member(id)
+        self.bank.put(member.slot, self.bank.pack(adapter))
+        self._averages.pop(member.slot, None)
 
     def adapter(self, id: str) -> Adapter:
         """What a subject has learned, its scale folded in: what is published."""
         member = self._member(id)
         self._learner.show()
-        return self.bank.unpack(self.bank.take(member.slot), member.spec.lora.rank, member.spec.lora.scale)
+        lora, average_P = member.spec.lora, self._averages.get(member.slot)
+        row = self.bank.take(member.slot) if average_P is None else self.bank.row_of(average_P, member.slot)
+        return self.bank.unpack(row, lora.rank, lora.scale)
 
     def slot(self, id: str) -> tuple[int, float]:
         """Slot and scale of a subject, for sampling from the bank while it trains."""
@@ -186,7 +207,23 @@ class Pack:
         """Takes the optimizer steps that are due; those that overflowed are not reported."""
         norms = self._learner.step(due, {member.slot: self._rates(member) for member in due})
         finished = [member.finish(norm) for member, norm in zip(due, norms, strict=True)]
+        for member, report in zip(due, finished, strict=True):
+            if report is not None and report.failure is None and member.slot in self._averages:
+                self._follow(member)
         return [report for report in finished if report is not None]
+
+    @torch.no_grad()
+    def _follow(self, member: Member) -> None:
+        """Moves a subject's average towards its weights after a step, as diffusers' `EMAModel` does."""
+        assert member.train.ema_decay is not None
+        keep = min(member.train.ema_decay, member.step / (9 + member.step)) if member.step > 1 else 0.0
+        self._averages[member.slot].lerp_(self.bank.weights_SP[member.slot], 1 - keep)
+
+    def _averaged(self, member: Member) -> Adapter | None:
+        average_P = self._averages.get(member.slot)
+        if average_P is None:
+            return None
+        return self.bank.unpack(self.bank.row_of(average_P.cpu(), member.slot), member.spec.lora.rank)
 
     def _rates(self, member: Member) -> Rates:
         factor = member.rate(member.step)

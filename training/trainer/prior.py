@@ -39,7 +39,7 @@ def prior_key(base: Base, subject: SubjectSpec, prompts: Sequence[str]) -> str:
     prior = subject.prior
     settings = (prior.images, prior.steps, prior.guidance_scale, prior.seed, subject.negative_prompt)
     resolution = subject.train.resolution or base.facts.resolution
-    return content_key("priors", base.hash, str(base.dtype), "\n".join(prompts), resolution, *settings)
+    return content_key("priors", base.identity, str(base.dtype), "\n".join(prompts), resolution, *settings)
 
 
 def prepare_prior(

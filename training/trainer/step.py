@@ -5,6 +5,7 @@ Shape suffixes: N rows of the batch, M members, C, H, W of a latent.
 
 import math
 from collections.abc import Hashable, Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from training.adapters.bank import Bank, Route
 from training.base.base import Base
 from training.base.family import Cond
 from training.base.noise.process import row_losses
+from training.trainer.assistant import Assistant
 from training.trainer.batch import Batch
 from training.trainer.learner import Learner
 from training.trainer.member import Member
@@ -23,10 +25,11 @@ Places = dict[tuple[int, str], int]  # (member, prompt) -> its place among the p
 class Step:
     """Runs batches over one base and bank. Prompts that nobody trains are encoded once."""
 
-    def __init__(self, base: Base, bank: Bank, learner: Learner) -> None:
+    def __init__(self, base: Base, bank: Bank, learner: Learner, assistant: Assistant | None = None) -> None:
         self._base = base
         self._bank = bank
         self._learner = learner
+        self._assistant = assistant
         self._frozen: dict[str, Cond] = {}
 
     def run(self, batch: Batch, members: Sequence[Member], *, last: bool) -> tuple[list[float], list[float]]:
@@ -43,11 +46,13 @@ class Step:
         with self._bank.reading(self._learner.weights()):
             order = self._trained_prompts(batch, members)
             route = self._route(self._base.facts.denoiser, [members[place] for place in batch.member])
-            with self._bank.using(route, *self._text_routes(order, members)):
+            worn = nullcontext() if self._assistant is None else self._assistant.worn(len(batch.prompts))
+            with worn, self._bank.using(route, *self._text_routes(order, members)):
                 conds = self._conds(batch, members, order)
                 goal = self._base_predictions(batch, goal, noisy, levels.times_N)
                 prediction = self._base.predict(noisy, levels.times_N, conds, batch.rows)
-                losses_N = row_losses(prediction, goal) * self._row_weights(batch, members, levels.snr_N)
+                losses_N = row_losses(prediction, goal, _cell_weights(batch))
+                losses_N = losses_N * self._row_weights(batch, members, levels.snr_N)
                 instance_M, prior_M = _by_member(losses_N, batch, len(members))
                 factor_M = losses_N.new_tensor([m.spec.prior.weight for m in members])
                 divide_M = losses_N.new_tensor([m.loss_scale / m.train.gradient_accumulation_steps for m in members])
@@ -113,7 +118,8 @@ class Step:
         rows = [row for row, wanted in enumerate(batch.from_base) if wanted]
         if not rows:
             return goal
-        with torch.no_grad(), self._bank.using():
+        worn = nullcontext() if self._assistant is None else self._assistant.worn(len(rows))
+        with torch.no_grad(), worn, self._bank.using():
             plain = [self._frozen_cond(batch.prompts[row]) for row in rows]
             sizes = [batch.rows[row] for row in rows]
             goal[rows] = self._base.predict(noisy[rows], times_N[rows], plain, sizes).to(goal)
@@ -125,6 +131,15 @@ class Step:
         if all(math.isinf(gamma) for gamma in gammas):
             return share_N
         return share_N * self._base.process.snr_weights(snr_N, snr_N.new_tensor(gammas))
+
+
+def _cell_weights(batch: Batch) -> Tensor | None:
+    """The weights [N, 1, h, w] of the cells of rows of one size; None where no row has any."""
+    given = [weights for weights in batch.weights if weights is not None]
+    if not given:
+        return None
+    plain = torch.ones_like(given[0])
+    return torch.stack([plain if weights is None else weights for weights in batch.weights])[:, None]
 
 
 def _by_member(losses_N: Tensor, batch: Batch, members: int) -> tuple[Tensor, Tensor]:

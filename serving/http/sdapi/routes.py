@@ -16,7 +16,7 @@ from fastapi import APIRouter, Request
 from serving.engine.request import FinishedPicture, GenerateRequest
 from serving.http.images import ERRORS
 from serving.http.infotext import infotext
-from serving.http.intake import any_seed, read_picture_field
+from serving.http.intake import any_seed, read_picture_field, uses
 from serving.http.problems import ApiError
 from serving.http.sdapi.prompt import refuse_tags, split_prompt
 from serving.http.sdapi.samplers import read_sampler, sampler_label
@@ -135,6 +135,7 @@ def _wanted(service: Service, tenant: str, body: Txt2ImgBody, name: str) -> Gene
     steps = body.steps or intake.steps
     side = intake.facts.resolution
     width, height = body.width or side, body.height or side
+    mix = intake.worn(tenant, None, worn)
     image, strength = None, 1.0
     if isinstance(body, Img2ImgBody):
         image = read_picture_field(body.init_images[0], "init_images", width, height)
@@ -143,9 +144,9 @@ def _wanted(service: Service, tenant: str, body: Txt2ImgBody, name: str) -> Gene
         GenerateRequest(
             request_id=name,
             tenant=tenant,
-            prompt=prompt,
+            prompt=intake.told(prompt, mix),
             negative_prompt=negative_prompt,
-            adapters=intake.adapters(tenant, None, worn),
+            adapters=uses(mix),
             width=width,
             height=height,
             count=body.batch_size * body.n_iter,
@@ -167,7 +168,7 @@ def _images_of(
     library = service.intake.library
     texts = [infotext(wanted, picture.seed, library.base, library.base_hash) for picture in pictures]
     info = {
-        "prompt": body.prompt,
+        "prompt": body.prompt if wanted.prompt in body.prompt else wanted.prompt,  # where a trigger was added
         "negative_prompt": body.negative_prompt,
         "seed": wanted.seed,
         "all_seeds": [picture.seed for picture in pictures],

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from training.base.facts import FLOW_SAMPLERS, Facts, check_class, check_files, read_config, with_defaults
 from training.base.families.blocks import DOUBLE_BLOCKS, FLUX_2_GROWTH, inner_growth
-from training.base.family import Cond, Parts, RowFacts, Words
+from training.base.family import NOTHING, Cond, Parts, RowFacts, Words
 from training.base.files.weights import load_model
 from training.base.footprint import PIXEL_BYTES
 from training.base.originals import Original, any_like, below, by_rules
@@ -49,6 +49,7 @@ ORIGINALS = (
     ("final_layer.linear", Original(("proj_out",))),
     ("final_layer.adaLN_modulation.1", Original(("norm_out.linear",), swapped=True)),
 )  # fmt: skip
+NAMING = partial(by_rules, ORIGINALS)
 SCHEDULER = "scheduler/scheduler_config.json"
 CLIP_TOKENIZER = (("tokenizer/tokenizer.json",), ("tokenizer/vocab.json", "tokenizer/merges.txt"))
 T5_TOKENIZER = (("tokenizer_2/tokenizer.json",), ("tokenizer_2/spiece.model",))
@@ -80,7 +81,7 @@ class Flux1:
             title=self.title,
             architecture="flux-1-dev" if self._guided else "flux-1-schnell",
             kohya_base="flux1",
-            originals=partial(by_rules, ORIGINALS),
+            originals=NAMING,
             denoiser="transformer",
             text_encoders=(),
             frozen_encoders=("text_encoder", "text_encoder_2"),
@@ -124,7 +125,7 @@ class Flux1:
         config: dict[str, Any] = json.loads((self.folder / SCHEDULER).read_text(encoding="utf-8"))
         return Flow(config, mu=linear_mu(config, PATCH))
 
-    def load(self, device: "torch.device", dtype: "torch.dtype") -> Parts:
+    def load(self, device: "torch.device", dtype: "torch.dtype", quantized: Mapping[str, Any] = NOTHING) -> Parts:
         """See `Family`."""
         from diffusers import AutoencoderKL, FluxTransformer2DModel
         from transformers import AutoTokenizer, CLIPTextModel, T5EncoderModel
@@ -135,7 +136,9 @@ class Flux1:
             "text_encoder": CLIPTextModel,
             "text_encoder_2": T5EncoderModel,
         }
-        models = {component: load_model(kind, self.folder, component, dtype) for component, kind in kinds.items()}
+        models = {
+            component: load_model(kind, self.folder, component, dtype, quantized) for component, kind in kinds.items()
+        }
         clip = AutoTokenizer.from_pretrained(self.folder / "tokenizer")
         return Parts(models, {"text_encoder": clip, "text_encoder_2": self.tokenizer()}, device, dtype)
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from training.base.facts import FLOW_SAMPLERS, Facts, check_class, check_files, read_config, with_defaults
 from training.base.families.blocks import DOUBLE_BLOCKS, FLUX_2_GROWTH, inner_growth
-from training.base.family import Cond, Parts, RowFacts, Words
+from training.base.family import NOTHING, Cond, Parts, RowFacts, Words
 from training.base.files.weights import load_model
 from training.base.footprint import PIXEL_BYTES
 from training.base.originals import Original, any_like, below, by_rules
@@ -46,6 +46,7 @@ ORIGINALS = (
     ("final_layer.linear", Original(("proj_out",))),
     ("final_layer.adaLN_modulation.1", Original(("norm_out.linear",), swapped=True)),
 )  # fmt: skip
+NAMING = partial(by_rules, ORIGINALS)
 SCHEDULER = "scheduler/scheduler_config.json"
 TOKENIZERS = (("tokenizer/tokenizer.json",), ("tokenizer/vocab.json", "tokenizer/merges.txt"))
 PATCH = 2  # cells of the VAE a side of a latent cell
@@ -77,7 +78,7 @@ class Flux2Klein:
             title=self.title,
             architecture="flux-2-klein",
             kohya_base="flux-2-klein",
-            originals=partial(by_rules, ORIGINALS),
+            originals=NAMING,
             denoiser="transformer",
             text_encoders=(),
             frozen_encoders=("text_encoder",),
@@ -118,13 +119,15 @@ class Flux2Klein:
 
         return Flow(json.loads((self.folder / SCHEDULER).read_text(encoding="utf-8")), mu=empirical_mu)
 
-    def load(self, device: "torch.device", dtype: "torch.dtype") -> Parts:
+    def load(self, device: "torch.device", dtype: "torch.dtype", quantized: Mapping[str, Any] = NOTHING) -> Parts:
         """See `Family`. Of the language model without its head."""
         from diffusers import AutoencoderKLFlux2, Flux2Transformer2DModel
         from transformers import Qwen3ForCausalLM
 
         kinds = {"transformer": Flux2Transformer2DModel, "vae": AutoencoderKLFlux2, "text_encoder": Qwen3ForCausalLM}
-        models = {component: load_model(kind, self.folder, component, dtype) for component, kind in kinds.items()}
+        models = {
+            component: load_model(kind, self.folder, component, dtype, quantized) for component, kind in kinds.items()
+        }
         models["text_encoder"] = models["text_encoder"].model
         return Parts(models, {"text_encoder": self.tokenizer()}, device, dtype)
 

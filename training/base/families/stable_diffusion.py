@@ -21,7 +21,7 @@ from training.base.families.unet import (
     unet_facts,
     unet_features,
 )
-from training.base.family import Cond, Parts, RowFacts, Words
+from training.base.family import NOTHING, Cond, Parts, RowFacts, Words
 from training.base.files.weights import load_model
 from training.base.originals import any_like
 
@@ -78,13 +78,13 @@ class StableDiffusion:
         config: dict[str, Any] = json.loads((self.folder / SCHEDULER).read_text(encoding="utf-8"))
         return Ddpm(config)
 
-    def load(self, device: "torch.device", dtype: "torch.dtype") -> Parts:
+    def load(self, device: "torch.device", dtype: "torch.dtype", quantized: Mapping[str, Any] = NOTHING) -> Parts:
         """See `Family`."""
         from diffusers import AutoencoderKL
         from transformers import CLIPTextModel
 
         models = {
-            "unet": load_unet(self.folder, device, dtype),
+            "unet": load_unet(self.folder, device, dtype, quantized),
             "vae": load_model(AutoencoderKL, self.folder, "vae", dtype),
             "text_encoder": load_model(CLIPTextModel, self.folder, "text_encoder", dtype),
         }

@@ -23,7 +23,7 @@ from training.base.families.unet import (
     unet_facts,
     unet_features,
 )
-from training.base.family import Cond, Parts, RowFacts, Words
+from training.base.family import NOTHING, Cond, Parts, RowFacts, Words
 from training.base.files.weights import load_model
 from training.base.originals import any_like
 from training.errors import UserError
@@ -100,7 +100,7 @@ class StableDiffusionXL:
         # what Euler's configs do not say and DDIM would otherwise take its own default for
         return Ddpm({"clip_sample": False, "set_alpha_to_one": False} | self._scheduler, forced={"clip_sample": False})
 
-    def load(self, device: "torch.device", dtype: "torch.dtype") -> Parts:
+    def load(self, device: "torch.device", dtype: "torch.dtype", quantized: Mapping[str, Any] = NOTHING) -> Parts:
         """See `Family`. The VAE overflows in fp16, unless its config says that it does not: it is in fp32 then."""
         import torch
         from diffusers import AutoencoderKL
@@ -108,7 +108,7 @@ class StableDiffusionXL:
 
         vae_dtype = torch.float32 if dtype == torch.float16 and self._upcast else dtype
         models = {
-            "unet": load_unet(self.folder, device, dtype),
+            "unet": load_unet(self.folder, device, dtype, quantized),
             "vae": load_model(AutoencoderKL, self.folder, "vae", vae_dtype),
             "text_encoder": load_model(CLIPTextModel, self.folder, "text_encoder", dtype),
             "text_encoder_2": load_model(CLIPTextModelWithProjection, self.folder, "text_encoder_2", dtype),

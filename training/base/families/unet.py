@@ -1,6 +1,6 @@
 """What the families with a UNet and an AutoencoderKL share: facts from their configs, checks, loading, features."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -80,13 +80,13 @@ def check_width(name: str, unet: dict[str, Any], written: int) -> None:
         )
 
 
-def load_unet(folder: Path, device: "torch.device", dtype: "torch.dtype") -> Any:
+def load_unet(folder: Path, device: "torch.device", dtype: "torch.dtype", quantized: Mapping[str, Any]) -> Any:
     """The UNet, with the attention that is fastest on the device."""
     import torch
     from diffusers import UNet2DConditionModel
     from diffusers.models.attention_processor import AttnProcessor
 
-    unet = load_model(UNet2DConditionModel, folder, "unet", dtype)
+    unet = load_model(UNet2DConditionModel, folder, "unet", dtype, quantized)
     if device.type == "cpu" and dtype == torch.bfloat16:
         # fused attention's backward is slow on a CPU in bf16: plain attention makes a pack 1.6 times as fast
         unet.set_attn_processor(AttnProcessor())

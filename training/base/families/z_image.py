@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from training.base.facts import FLOW_SAMPLERS, Facts, check_class, check_files, read_config, with_defaults
-from training.base.family import Cond, Parts, RowFacts, Words
+from training.base.family import NOTHING, Cond, Parts, RowFacts, Words
 from training.base.files.weights import load_model
 from training.base.footprint import PIXEL_BYTES
 from training.base.originals import Original, any_like, below, by_rules
@@ -110,13 +110,15 @@ class ZImage:
         config: dict[str, Any] = json.loads((self.folder / SCHEDULER).read_text(encoding="utf-8"))
         return Flow(config, mu=linear_mu(config, PATCH))
 
-    def load(self, device: "torch.device", dtype: "torch.dtype") -> Parts:
+    def load(self, device: "torch.device", dtype: "torch.dtype", quantized: Mapping[str, Any] = NOTHING) -> Parts:
         """See `Family`."""
         from diffusers import AutoencoderKL, ZImageTransformer2DModel
         from transformers import Qwen3Model
 
         kinds = {"transformer": ZImageTransformer2DModel, "vae": AutoencoderKL, "text_encoder": Qwen3Model}
-        models = {component: load_model(kind, self.folder, component, dtype) for component, kind in kinds.items()}
+        models = {
+            component: load_model(kind, self.folder, component, dtype, quantized) for component, kind in kinds.items()
+        }
         return Parts(models, {"text_encoder": self.tokenizer()}, device, dtype)
 
     def tokenizer(self) -> Any:

@@ -5,14 +5,22 @@ Everything that would make it fail minutes later, in a worker that loads it, is 
 
 from pathlib import Path
 
+from training.base.facts import read_config
 from training.base.families import open_family
 from training.base.family import Family
 from training.base.files.weights import find_weights, read_header
+from training.errors import UserError
 
 
 def check_base(name: str, folder: Path) -> Family:
     """The family of the base in a diffusers folder. Raises UserError saying why it cannot be trained."""
     family = open_family(folder, name)
+    if kind := read_config(folder, family.facts.denoiser).get("quantization_config"):
+        raise UserError(
+            f"Base '{name}': its {family.facts.denoiser} is quantised in the files "
+            f"({kind.get('quant_method', 'unknown')}). Take the base in 16 or 32 bit, and set `base_quantization` for "
+            "what it takes while it trains or is served."
+        )
     for component in family.facts.weighted:
         for file in find_weights(folder, component).files:
             read_header(file)

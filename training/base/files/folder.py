@@ -4,15 +4,16 @@
 """
 
 import hashlib
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
 from math import prod
 from pathlib import Path
 
-from training.base.facts import DEFAULTS_FILE
+from training.base.facts import DEFAULTS_FILE, read_config
 from training.base.families import open_family
-from training.base.files.weights import checkpoint_version, find_weights, read_header
+from training.base.files.weights import TITLES, checkpoint_version, find_weights, read_header
 from training.errors import UserError
 from training.storage.file_hash import cache_folder, hash_file
 
@@ -42,15 +43,41 @@ def find_base(name: str, root: str | Path = ".") -> Path:
 
 def _converted(file: Path) -> Path:
     """The diffusers folder of a checkpoint in one file, made once a content and kept in the user's cache."""
-    checkpoint_version(file)  # said before gigabytes are hashed
-    folder = cache_folder() / "bases" / f"{file.stem}-{hash_file(file)[:16]}"
+    rest = _rest_of(file, checkpoint_version(file))  # said before gigabytes are hashed
+    digest = hash_file(file)[:16] + (f"-{hash_base(rest)[:16]}" if rest else "")
+    folder = cache_folder() / "bases" / f"{file.stem}-{digest}"
     if not (folder / "model_index.json").is_file():
         # a process of its own, so that planning needs no torch
         command = [sys.executable, "-m", "training.base.files.single_file", str(file), str(folder)]
+        command += [str(rest)] if rest else []
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             said = done.stderr.strip().splitlines()
             raise UserError(f"Base '{file}' cannot be converted: {said[-1] if said else 'no reason given'}")
+    return folder
+
+
+def _rest_of(file: Path, version: str) -> Path | None:
+    """Where the other components of a file that holds a transformer alone are, as `<file>.json` beside it says.
+
+    Raises UserError unless it says so, and the folder is of the same family.
+    """
+    if version not in TITLES:
+        return None
+    beside, title = file.with_suffix(".json"), TITLES[version]
+    rest = json.loads(beside.read_text(encoding="utf-8")).get("rest") if beside.is_file() else None
+    if not isinstance(rest, str):
+        raise UserError(
+            f"Base '{file.name}' holds the transformer of {title} alone. Say where its text encoder and VAE are: write "
+            f'{{"rest": "FOLDER_OR_HUB_ID"}}, of a whole base of {title}, into \'{beside.name}\' beside it.'
+        )
+    folder = find_base(rest, file.parent)
+    found = read_config(folder, open_family(folder, rest).facts.denoiser).get("_class_name")
+    if found != version:
+        raise UserError(
+            f"Base '{file.name}' holds a transformer of {title}, and '{rest}', which '{beside.name}' names, has a "
+            f"{found}. Name a base of {title}."
+        )
     return folder
 
 

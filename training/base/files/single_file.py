@@ -6,12 +6,14 @@ shapes of what is converted are in `released.py`; CLIP's tokenizer ships with th
 
 import gzip
 import json
+import os
 import shutil
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
+from training.base.facts import DEFAULTS_FILE
 from training.base.files.folder import EMBEDDED
 from training.base.files.released import Configs, configs
 from training.base.files.weights import checkpoint_version, read_header
@@ -43,6 +45,41 @@ def convert(file: Path, folder: Path, described: Configs | None = None) -> None:
         if folder.exists():
             return  # somebody else was first; the same
         shutil.move(made, folder)
+
+
+def convert_transformer(file: Path, folder: Path, rest: Path) -> None:
+    """Writes the diffusers folder of a file that holds a transformer alone, in bf16; the rest is `rest`'s, linked.
+
+    It is there as a whole or not at all. Raises UserError if the file lacks a part or has other shapes.
+    """
+    import diffusers
+    import torch
+
+    kind = getattr(diffusers, checkpoint_version(file))
+    try:
+        model = kind.from_single_file(
+            str(file), config=str(rest), subfolder="transformer", local_files_only=True, torch_dtype=torch.bfloat16
+        )
+    except NotImplementedError:  # of a part that is still on the meta device
+        raise UserError("it lacks parts of the transformer, or holds another one. Download it again.") from None
+    except (KeyError, ValueError, RuntimeError) as error:
+        raise UserError(f"it does not fit '{rest / 'transformer' / 'config.json'}': {error}") from None
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+        made = Path(scratch, "made")
+        others = shutil.ignore_patterns("transformer", ".git*", DEFAULTS_FILE)
+        shutil.copytree(rest, made, ignore=others, copy_function=_link)
+        model.save_pretrained(made / "transformer")
+        if not folder.exists():
+            shutil.move(made, folder)
+
+
+def _link(source: str, target: str) -> None:
+    """A hard link, or a copy where the file system has none; what a link of the hub's cache points at."""
+    try:
+        os.link(os.path.realpath(source), target)
+    except OSError:
+        shutil.copy2(source, target)
 
 
 def write_configs(folder: Path, described: Configs) -> dict[str, Any]:
@@ -118,6 +155,9 @@ def _describe(file: Path) -> Configs:
 
 if __name__ == "__main__":
     try:
-        convert(Path(sys.argv[1]), Path(sys.argv[2]))
+        if len(sys.argv) > 3:
+            convert_transformer(Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]))
+        else:
+            convert(Path(sys.argv[1]), Path(sys.argv[2]))
     except UserError as error:
         sys.exit(str(error))

@@ -6,7 +6,9 @@ Weights are safetensors, whole or in shards, also as a variant (`diffusion_pytor
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from training.errors import UserError
@@ -20,12 +22,23 @@ _VERSION_KEYS = {
     "cond_stage_model.model.token_embedding.weight": "2",
     "conditioner.embedders.0.transformer.text_model.embeddings.token_embedding.weight": "xl",
 }
+# by these, with or without ComfyUI's prefix, files that hold a transformer alone; the later are in the earlier's, too
+TRANSFORMERS = {
+    "double_stream_modulation_img.lin.weight": "Flux2Transformer2DModel",
+    "double_blocks.0.img_attn.qkv.weight": "FluxTransformer2DModel",
+    "x_pad_token": "ZImageTransformer2DModel",
+}
+TITLES = {
+    "Flux2Transformer2DModel": "FLUX.2",
+    "FluxTransformer2DModel": "FLUX.1",
+    "ZImageTransformer2DModel": "Z-Image",
+}
+_NATIVE = "model.diffusion_model."
+_SCALES = (".scale_weight", ".weight_scale", ".scale_input", "scaled_fp8")  # of ComfyUI's quantised files
 _FIRST_LAYER = "model.diffusion_model.input_blocks.0.0.weight"
 _OTHER_FAMILIES = {
     "conditioner.embedders.": "a refiner of Stable Diffusion XL",
     "model.diffusion_model.joint_blocks.": "Stable Diffusion 3",
-    "double_blocks.": "FLUX",
-    "model.diffusion_model.double_blocks.": "FLUX",
     "lora_": "an adapter, not a base",
 }
 
@@ -60,10 +73,16 @@ def find_weights(folder: Path, component: str) -> Weights:
     )
 
 
-def load_model(kind: Any, folder: Path, component: str, dtype: Any) -> Any:
-    """A component of class `kind` from its safetensors files, whichever variant they are; never from a pickle."""
+def load_model(
+    kind: Any, folder: Path, component: str, dtype: Any, quantized: Mapping[str, Any] = MappingProxyType({})
+) -> Any:
+    """A component of class `kind` from its safetensors files, whichever variant they are; never from a pickle.
+
+    `quantized`: diffusers' configs of components whose linear layers are kept in fewer bits.
+    """
+    more = {"quantization_config": quantized[component]} if component in quantized else {}
     variant = find_weights(folder, component).variant
-    return kind.from_pretrained(folder / component, torch_dtype=dtype, variant=variant, use_safetensors=True)
+    return kind.from_pretrained(folder / component, torch_dtype=dtype, variant=variant, use_safetensors=True, **more)
 
 
 def read_header(file: Path) -> dict[str, Any]:
@@ -87,20 +106,31 @@ def read_header(file: Path) -> dict[str, Any]:
 
 
 def checkpoint_version(file: Path) -> str:
-    """Which Stable Diffusion a checkpoint in one file is: "1", "2" or "xl".
+    """What a checkpoint in one file is: a Stable Diffusion "1", "2" or "xl", or the class of the transformer in it.
 
-    Raises UserError for others, and for inpainting.
+    Raises UserError for others, for inpainting, and for quantised weights.
     """
     header = read_header(file)
+    if scale := next((key for key in header if key.endswith(_SCALES)), None):
+        raise UserError(
+            f"Base '{file.name}' has quantised weights with scales of their own ('{scale}'), which are not read. Take "
+            "its file of 16 bit, and set `base_quantization`."
+        )
+    for mark, kind in TRANSFORMERS.items():
+        if mark in header or _NATIVE + mark in header:
+            return kind
     version = next((found for key, found in _VERSION_KEYS.items() if key in header), None)
     if version is None:
         other = next(
             (name for start, name in _OTHER_FAMILIES.items() if any(key.startswith(start) for key in header)), ""
         )
         said = f": it is {other}" if other else ""
+        keys = sorted(header)
+        like = ", ".join(f"'{key}'" for key in keys[:: max(1, len(keys) // 3)][:3])
         raise UserError(
-            f"Base '{file.name}' has not the keys of a Stable Diffusion 1.x, 2.x or XL checkpoint{said}. Its keys are "
-            f"like '{min(header, default='')}'. Give one of these or a diffusers folder."
+            f"Base '{file.name}' has not the keys of a Stable Diffusion 1.x, 2.x or XL checkpoint, nor of a "
+            f"transformer of {', '.join(TITLES.values())}{said}. Its keys are like {like}. Give one of these or a "
+            "diffusers folder."
         )
     channels = header.get(_FIRST_LAYER, {}).get("shape", (0, 4))[1]
     check_channels(file.name, channels, 4)

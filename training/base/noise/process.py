@@ -122,10 +122,13 @@ class Process(Protocol):
         """
 
 
-def row_losses(prediction_NCHW: Tensor, target_NCHW: Tensor) -> Tensor:
-    """Mean squared error of each row, [N], at least in fp32."""
+def row_losses(prediction_NCHW: Tensor, target_NCHW: Tensor, weights_N1HW: Tensor | None = None) -> Tensor:
+    """Mean squared error of each row, [N], at least in fp32; `weights_N1HW` of its cells."""
     wide = torch.promote_types(prediction_NCHW.dtype, torch.float32)
-    return (prediction_NCHW.to(wide) - target_NCHW.to(wide)).square().flatten(1).mean(1)
+    squares_NCHW = (prediction_NCHW.to(wide) - target_NCHW.to(wide)).square()
+    if weights_N1HW is not None:
+        squares_NCHW = squares_NCHW * weights_N1HW.to(squares_NCHW)
+    return squares_NCHW.flatten(1).mean(1)
 
 
 def _rows(values_N: Tensor) -> Tensor:

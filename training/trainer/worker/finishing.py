@@ -96,7 +96,7 @@ class Finishing:
         spec, last = finished.spec, finished.state
         wanted = set(candidate_steps(spec.train.max_steps, spec.evaluate.candidates))
         earlier = [(step, state) for step, state in read_states(finished.home.run, spec.id) if step in wanted]
-        checkpoints = {step: state.adapter for step, state in earlier if step < last.step} | {last.step: last.adapter}
+        checkpoints = {step: state.learned for step, state in earlier if step < last.step} | {last.step: last.learned}
         side = spec.train.resolution or self._base.facts.resolution
         return Exam(
             spec=spec,
@@ -114,10 +114,11 @@ class Finishing:
         below = gate_failure(spec, evaluation)
         if below is not None:
             return Failure("bad subject", below)
-        if evaluation is not None and evaluation.choice.step != finished.state.step:
+        chosen = finished.state
+        if evaluation is not None and evaluation.choice.step != chosen.step:
             chosen = next(s for step, s in read_states(finished.home.run, spec.id) if step == evaluation.choice.step)
-            slot, _ = self._pack.slot(finished.key)
-            self._pack.bank.put(slot, self._pack.bank.pack(chosen.adapter))
+        if chosen is not finished.state or chosen.averaged is not None:
+            self._pack.wear(finished.key, chosen.learned)
         return None
 
     def _publish(self, finished: Finished, evaluation: Evaluation | None, pictures: Sequence[Image.Image]) -> str:

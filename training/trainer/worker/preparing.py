@@ -44,7 +44,7 @@ class Preparing:
         spec = task.trained
         self._say([task.key], Doing(Phase.READING))
         files = task.files if task.files is not None else read_files(spec, home.run.storage, home.root)
-        if fingerprint(task.spec, self._base.hash, files, home.root) != task.fingerprint:
+        if fingerprint(task.spec, self._base.identity, files, home.root) != task.fingerprint:
             raise UserError(CHANGED)
         taken = take_in(spec, files, self._base.facts.resolution)
         for refusal in taken.photos.refusals:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
+from training.adapters.adapter import Adapter
 from training.base.base import Base
 from training.manifest.plan import PackPlan
 from training.run.fault import Failure, apart, failure_of, reason_of, together
@@ -39,7 +40,9 @@ class _Held:
 class Worker:
     """The work of one device. `work` is the entry point. All ids are the subjects' keys."""
 
-    def __init__(self, base: Base, plan: PackPlan, source: Source, home: Home) -> None:
+    def __init__(
+        self, base: Base, plan: PackPlan, source: Source, home: Home, training_adapter: Adapter | None = None
+    ) -> None:
         self._source = source
         self._home = home
         self._held: dict[str, _Held] = {}
@@ -47,7 +50,7 @@ class Worker:
         self._beaten = 0.0
         self._stop = False
         self._rate: list[tuple[float, int]] = []
-        self._opened = open_pack(base, plan)
+        self._opened = open_pack(base, plan, training_adapter)
         self._pack = self._opened.pack
         self._beat.notes += self._opened.notes
         self._watch = Watch(base)
@@ -201,9 +204,18 @@ class Worker:
         self._beat.images_per_second = sum(rows for _, rows in self._rate) / seconds if seconds else 0.0
 
 
-def work(base: Base, plan: PackPlan, source: Source, run: RunStore, *, tenant: str, root: str = ".") -> None:
+def work(
+    base: Base,
+    plan: PackPlan,
+    source: Source,
+    run: RunStore,
+    *,
+    tenant: str,
+    root: str = ".",
+    training_adapter: Adapter | None = None,
+) -> None:
     """Trains what `source` leases, in one pack, until it has nothing more or says stop. See the module's docstring.
 
     `run`, `tenant` and `root` are those of tasks that name no home of their own.
     """
-    Worker(base, plan, source, Home(run, tenant, root)).work()
+    Worker(base, plan, source, Home(run, tenant, root), training_adapter).work()
