@@ -93,13 +93,13 @@ def photos(
     good: list[Photo] = []
     rejected = [Rejected(file.name, file.problem) for file in ordered if file.is_folder]
     for file in wanted:
+        drawn = masks.pop(PurePath(file.name).stem, None)
         try:
             if file.problem:
                 raise ImageError(file.name, file.problem)
             opened = open_image(file.data, file.name, limits)
             read = decode_image(opened)
             kept = shrunk(read, KEPT_RESOLUTIONS * resolution)
-            drawn = masks.pop(PurePath(file.name).stem, None)
             mask = None if drawn is None else _drawn_mask(drawn, read.image.size, kept.image.size)
         except ImageError as error:
             rejected.append(Rejected(file.name, error.reason))

@@ -18,7 +18,8 @@ from training.adapters.adapter import load_adapter
 from training.base.base import Base
 from training.base.noise.ddpm import Ddpm
 from training.manifest.subject import TrainSpec
-from training.photos.files import Photo, PhotoFile, photos
+from training.photos.files import PhotoFile
+from training.photos.photos import Photo, photos
 from training.photos.variants import framed
 from training.storage.registry import Registry
 from training.storage.storage import open_storage
