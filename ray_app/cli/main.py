@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 from ray_app.cli.adapters import adapters
+from ray_app.cli.detect import detect
 from ray_app.cli.evaluate import evaluate
 from ray_app.cli.keys import keys
 from ray_app.cli.runs import cancel, logs, retry, status
@@ -79,6 +80,7 @@ def base(name: str, as_json: bool) -> None:
 
 for command in (validate, train, drive, status, logs, cancel, retry, serve, generate, adapters, gc, evaluate, keys):
     main.add_command(command)
+main.add_command(detect)
 for command in (merge, resize, fuse, sweep):
     adapters.add_command(command)
 

@@ -10,6 +10,7 @@ import click
 from ray_app.cli import options
 from serving.config import EngineSpec, ServeSpec
 from serving.flags import flags
+from serving.marking.settings import MarkSpec
 from training.errors import UserError
 
 
@@ -21,7 +22,17 @@ from training.errors import UserError
 @click.option("--port", default=8000, show_default=True, type=click.IntRange(0, 65535))
 @click.option("--keys", type=click.Path(path_type=Path), help="keys file; without it only this machine may connect")
 @flags(EngineSpec, "engine")
-def serve(storage: str, address: str, base: str, host: str, port: int, keys: Path | None, engine: EngineSpec) -> None:
+@flags(MarkSpec, "marks")
+def serve(
+    storage: str,
+    address: str,
+    base: str,
+    host: str,
+    port: int,
+    keys: Path | None,
+    engine: EngineSpec,
+    marks: MarkSpec,
+) -> None:
     """Serve the base and every published adapter over HTTP, until Ctrl-C."""
     from ray_app.serve.deployments import Deployment, serve_forever
 
@@ -32,7 +43,7 @@ def serve(storage: str, address: str, base: str, host: str, port: int, keys: Pat
         host=host,
         port=port,
         keys=str(keys) if keys else None,
-        deployment=Deployment(server=ServeSpec(engine=engine)),
+        deployment=Deployment(server=ServeSpec(engine=engine, marks=marks)),
     )
 
 

@@ -23,10 +23,11 @@ from serving.config import Limits, ServeSpec
 from serving.errors import GenerationFailed
 from serving.http import (
     adapters as api_adapters,
+    detect as api_detect,
     images as api_images,
 )
 from serving.http.access.guard import UPLOAD, Guard
-from serving.http.access.tenants import Keys, Quota
+from serving.http.access.tenants import Keys, Meter, Quota
 from serving.http.access.timeouts import BodyTimeout
 from serving.http.intake import Intake
 from serving.http.library import Library
@@ -35,6 +36,7 @@ from serving.http.replies import KeyReused, Replies
 from serving.http.sdapi import info, routes
 from serving.http.service import Engines, Generate, Service, request_id, service_of
 from serving.http.wire import ErrorAnswer, Health
+from serving.marking.marks import Marks
 from training.errors import UserError
 
 # `guard.py` checks keys; this declares them in the OpenAPI document, so that /docs can send one
@@ -52,9 +54,17 @@ several in `adapters`. `/sdapi/v1` is what AUTOMATIC1111's clients call.
 
 
 def create_app(
-    generate: Generate, engines: Engines, library: Library, spec: ServeSpec, keys: Keys | None = None
+    generate: Generate,
+    engines: Engines,
+    library: Library,
+    spec: ServeSpec,
+    keys: Keys | None = None,
+    marks: Marks | None = None,
 ) -> FastAPI:
-    """The app. `generate` makes the events of a request; without `keys`, only this machine may call, as one tenant."""
+    """The app. `generate` makes the events of a request; without `keys`, only this machine may call, as one tenant.
+
+    `marks` puts signed metadata on picture files and keeps records of them; without it they leave as engines made them.
+    """
     app = FastAPIOffline(  # a /docs that loads nothing from elsewhere
         redoc_url=None,
         static_url="/docs/static",
@@ -77,12 +87,14 @@ def create_app(
         intake=Intake(spec, library),
         keys=keys,
         quota=Quota(spec.limits),
+        marks=marks,
+        looks=Meter("pictures to look at", 4, spec.marks.detect_per_minute),
     )
     app.state.replies = Replies[Response]()
     app.state.under = {}
     for kind in (ApiError, UserError, GenerationFailed, KeyReused, RequestValidationError, HTTPException):
         app.add_exception_handler(kind, _told)
-    for router in (api_images.router, api_adapters.router, routes.router, info.router):
+    for router in (api_images.router, api_adapters.router, api_detect.router, routes.router, info.router):
         app.include_router(router, dependencies=SECURITY)
     app.get("/healthz", tags=["operation"], responses={503: {"model": Health}})(_health)
     app.get("/metrics", tags=["operation"], response_class=Response)(_metrics)

@@ -19,6 +19,7 @@ from serving.http.service import Service, service_of
 
 OPEN = "/healthz"  # load balancers ask by address
 KEYED = ("/v1/", "/sdapi/")
+FREE = ("/v1/detect",)  # no key is needed; one that is sent must be valid
 UPLOAD = "/v1/adapters"
 _READING = frozenset({"GET", "HEAD", "OPTIONS"})
 
@@ -50,6 +51,9 @@ class Guard:
             return nullcontext()
         self._check_page(service, request)
         if not path.startswith(KEYED):
+            return nullcontext()
+        if path in FREE and request.method == "POST":
+            service.caller(request)
             return nullcontext()
         tenant = service.tenant(request, needed(request.method, path))
         return service.quota.upload(tenant) if (request.method, path) == ("POST", UPLOAD) else nullcontext()
