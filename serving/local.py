@@ -40,6 +40,10 @@ class LocalEngines:
         """See `Engines`."""
         self.loop.preload(ref)
 
+    async def withhold(self, names: frozenset[str]) -> None:
+        """See `Engines`."""
+        self.loop.withhold(names)
+
     async def stats(self) -> Mapping[str, EngineStats]:
         """See `Engines`."""
         return {"local": self.loop.stats()}

@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 from ray_app.cli.adapters import adapters
+from ray_app.cli.consent import audit, consent, subject
 from ray_app.cli.detect import detect
 from ray_app.cli.evaluate import evaluate
 from ray_app.cli.keys import keys
@@ -80,7 +81,8 @@ def base(name: str, as_json: bool) -> None:
 
 for command in (validate, train, drive, status, logs, cancel, retry, serve, generate, adapters, gc, evaluate, keys):
     main.add_command(command)
-main.add_command(detect)
+for command in (detect, consent, subject, audit):
+    main.add_command(command)
 for command in (merge, resize, fuse, sweep):
     adapters.add_command(command)
 

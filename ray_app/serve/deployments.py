@@ -85,6 +85,10 @@ class EngineReplica:
         """Brings a version into host memory; `ref` is a dumped AdapterRef."""
         self._loop.preload(AdapterRef.model_validate(ref))
 
+    async def withhold(self, names: list[str]) -> None:
+        """Ends what wears the adapters `tenant/id`, and starts nothing more that does."""
+        self._loop.withhold(frozenset(names))
+
     async def stats(self) -> tuple[str, dict[str, Any]]:
         """The replica's name and its counters, a dumped EngineStats."""
         return self._name, dataclasses.asdict(self._loop.stats())

@@ -103,6 +103,10 @@ class RayEngines:
         """See `Engines`."""
         await self._all("preload", ref.model_dump())
 
+    async def withhold(self, names: frozenset[str]) -> None:
+        """See `Engines`."""
+        await self._all("withhold", sorted(names))
+
     async def stats(self) -> Mapping[str, EngineStats]:
         """See `Engines`."""
         found = await self._all("stats")

@@ -25,7 +25,7 @@ from serving.engine.request import AdapterRef, GenerateRequest
 from serving.engine.samplers import ScheduleLines
 from serving.engine.scheduler import Scheduler
 from serving.engine.tiers.adapters import Adapters, Fetch, explain_load
-from serving.errors import DeadlineExceeded, GenerationFailed, QueueFull, Refused
+from serving.errors import DeadlineExceeded, GenerationFailed, QueueFull, Refused, Withheld
 from serving.marking.evidence import find_reader
 from serving.marking.noise import NoiseMark
 from training.base.base import Base
@@ -60,6 +60,7 @@ class Engine:
         self._forwards: dict[tuple[Hashable, ...], Forward] = {}
         self._finished: deque[Sample] = deque()
         self._outcomes: list[JobEvent] = []
+        self._withheld: frozenset[str] = frozenset()
         self._preview: PreviewMap | None = None
         self._image_s = 0.0  # between two images, smoothed
         self._last_image_s = 0.0
@@ -79,6 +80,9 @@ class Engine:
         """
         if len({use.ref for use in request.adapters}) > self.spec.slots:
             raise Refused(f"A request may mix up to {self.spec.slots} adapters here, not {len(request.adapters)}.")
+        for use in request.adapters:
+            if f"{use.ref.tenant}/{use.ref.id}" in self._withheld:
+                raise Withheld(f"Adapter '{use.ref.tenant}/{use.ref.id}' is withdrawn.")
         strength = None if pixels_CHW is None else request.strength
         size = self.base.latent_size(request.height, request.width)
         if request.reading:
@@ -108,6 +112,17 @@ class Engine:
     def forget(self, ref: AdapterRef) -> None:
         """Drops a version that is deleted or replaced; while requests use it, it stays."""
         self.adapters.forget(ref)
+
+    def withhold(self, names: frozenset[str]) -> None:
+        """From now on nothing wears the adapters `tenant/id`: requests that do end with Withheld, at once."""
+        self._withheld = names
+        for job in list(self.jobs):
+            worn = next((key for key in job.keys if f"{key.tenant}/{key.id}" in names), None)
+            if worn is not None:
+                self._fail(job, Withheld(f"Adapter '{worn.tenant}/{worn.id}' was withdrawn meanwhile."))
+        for key in {*self.adapters.slots.loaded(), *self.adapters.host.keys()}:
+            if f"{key.tenant}/{key.id}" in names:
+                self.adapters.forget(key)
 
     @property
     def idle(self) -> bool:

@@ -117,6 +117,10 @@ class EngineLoop:
         """Drops a version that is deleted or replaced, once no request uses it."""
         self._on_thread(lambda: self.engine.forget(ref))
 
+    def withhold(self, names: frozenset[str]) -> None:
+        """Ends what wears the adapters `tenant/id`, and starts nothing more that does."""
+        self._on_thread(lambda: self.engine.withhold(names))
+
     def preload(self, ref: AdapterRef) -> None:
         """Brings an adapter into host memory."""
         self._on_thread(lambda: self.engine.adapters.preload(ref))

@@ -5,6 +5,7 @@ may call is checked in `guard.py`, before a body is read.
 Knows nothing about tensors, slots or Ray.
 """
 
+import asyncio
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +24,7 @@ from serving.config import Limits, ServeSpec
 from serving.errors import GenerationFailed
 from serving.http import (
     adapters as api_adapters,
+    consents as api_consents,
     detect as api_detect,
     images as api_images,
 )
@@ -36,6 +38,7 @@ from serving.http.replies import KeyReused, Replies
 from serving.http.sdapi import info, routes
 from serving.http.service import Engines, Generate, Service, request_id, service_of
 from serving.http.wire import ErrorAnswer, Health
+from serving.http.withheld import WithheldNames
 from serving.marking.marks import Marks
 from training.errors import UserError
 
@@ -87,14 +90,23 @@ def create_app(
         intake=Intake(spec, library),
         keys=keys,
         quota=Quota(spec.limits),
+        withheld=WithheldNames(library),
         marks=marks,
         looks=Meter("pictures to look at", 4, spec.marks.detect_per_minute),
     )
     app.state.replies = Replies[Response]()
     app.state.under = {}
+    app.state.watch = None
     for kind in (ApiError, UserError, GenerationFailed, KeyReused, RequestValidationError, HTTPException):
         app.add_exception_handler(kind, _told)
-    for router in (api_images.router, api_adapters.router, api_detect.router, routes.router, info.router):
+    for router in (
+        api_images.router,
+        api_adapters.router,
+        api_detect.router,
+        api_consents.router,
+        routes.router,
+        info.router,
+    ):
         app.include_router(router, dependencies=SECURITY)
     app.get("/healthz", tags=["operation"], responses={503: {"model": Health}})(_health)
     app.get("/metrics", tags=["operation"], response_class=Response)(_metrics)
@@ -150,6 +162,15 @@ def _methods(request: Request) -> list[str]:
     return [method for method in ("DELETE", "GET", "PATCH", "POST", "PUT") if known(method)]
 
 
+def _watch(request: Request) -> None:
+    """Keeps reading what may not be served; begun by the first request on an event loop: before, nothing is served."""
+    service, loop = service_of(request), asyncio.get_running_loop()
+    before: tuple[asyncio.AbstractEventLoop, asyncio.Task[None]] | None = request.app.state.watch
+    if before is None or before[0] is not loop or before[1].done():
+        task = loop.create_task(service.withheld.watch(service.engines.withhold))
+        request.app.state.watch = loop, task
+
+
 class Observed:
     """Counts and times requests by route, gives each its id, and replies to errors that no handler expected."""
 
@@ -161,6 +182,7 @@ class Observed:
             await self._app(scope, receive, send)
             return
         request = Request(scope)
+        _watch(request)
         metrics = service_of(request).metrics
         name = request_id(request).encode()
         REQUEST_ID.set(name.decode())

@@ -21,8 +21,10 @@ from serving.http.infotext import infotext, with_infotext
 from serving.http.intake import Intake
 from serving.http.metrics import Metrics
 from serving.http.problems import ApiError
+from serving.http.withheld import WithheldNames
 from serving.marking.marks import Made, Marks
 from serving.marking.serials import Issued, WornVersion
+from training.storage.storage import Storage
 from training.storage.version import DEFAULT_TENANT
 
 Generate = Callable[[GenerateRequest], AsyncIterator[Event]]
@@ -38,6 +40,9 @@ class Engines(Protocol):
 
     async def preload(self, ref: AdapterRef) -> None:
         """Brings a version that will be wanted soon into every engine's host memory."""
+
+    async def withhold(self, names: frozenset[str]) -> None:
+        """Ends what wears the adapters `tenant/id` on every engine, and starts nothing more that does."""
 
     async def stats(self) -> Mapping[str, EngineStats]:
         """The counters of each engine, by replica."""
@@ -65,19 +70,28 @@ class Service:
     intake: Intake
     keys: Keys | None
     quota: Quota
+    withheld: WithheldNames
     marks: Marks | None = None
     looks: Meter = field(default_factory=lambda: Meter("pictures to look at", 4, 30))
     metrics: Metrics = field(default_factory=Metrics)
+
+    @property
+    def storage(self) -> Storage:
+        """Where adapters, consents and records are."""
+        return self.intake.library.registry.storage
 
     async def events(self, wanted: GenerateRequest) -> AsyncGenerator[Event, None]:
         """The events of a request, counted for its tenant; leaving them early cancels it. Raises QueueFull.
 
         PNG files of finished pictures hold their settings, where the server is configured so.
         """
+        self.withheld.check(wanted)
         with self.quota.request(wanted.tenant):
             events = self.generate(wanted)
             try:
                 async for event in events:
+                    if isinstance(event, Preview) and self.marks is not None and self.marks.spec.safety is not None:
+                        continue  # what is not finished is not checked, and what is not checked is not sent
                     yield await self._marked(event, wanted)
             finally:
                 if isinstance(events, AsyncGenerator):

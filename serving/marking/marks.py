@@ -20,6 +20,7 @@ from serving.marking.noise import NoiseMark
 from serving.marking.serials import Issued, Serials, WornVersion
 from serving.marking.settings import MarkSpec
 from serving.marking.xmp import with_xmp
+from training.base.safety import Unsafe, check_filter, check_safe
 from training.storage.picture_hash import picture_hash
 from training.storage.storage import Storage
 
@@ -46,13 +47,25 @@ class Marks:
         self.noise = noise_mark(spec, storage)
         self.serials = Serials(storage)
         self.credentials = _credentials(spec, storage)
+        if spec.safety is not None:
+            check_filter()
 
     def finish(self, data: bytes, form: ImageForm, made: Made) -> bytes:
-        """The file with all marks, its record written. Raises StorageError: a picture without a record is not sent."""
+        """The file with all marks, its record written.
+
+        Raises Unsafe for what the safety filter withholds; StorageError: a picture without a record is not sent.
+        """
         now = datetime.now(UTC).isoformat(timespec="seconds")
+        most = self.spec.most_unsafe(made.tenant)
+        with Image.open(io.BytesIO(data)) as image:
+            image.load()
+        score, refusal = None, None
+        if most is not None:
+            try:
+                score = check_safe(image, most, "The picture")
+            except Unsafe as error:
+                score, refusal = error.score, error
         if self.noise is not None:
-            with Image.open(io.BytesIO(data)) as image:
-                looks = picture_hash(image)
             self.serials.keep(
                 Issued(
                     serial=self.noise.serial(made.tenant, made.seed),
@@ -61,9 +74,13 @@ class Marks:
                     request=made.request,
                     index=made.index,
                     time=now,
-                    looks=looks,
+                    looks=picture_hash(image),
+                    unsafe=score,
+                    withheld=refusal is not None,
                 )
             )
+        if refusal is not None:
+            raise refusal
         return self.sign(data, form, made, now)
 
     def sign(self, data: bytes, form: ImageForm, made: Made, now: str | None = None) -> bytes:

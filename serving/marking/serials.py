@@ -31,7 +31,10 @@ class WornVersion(Closed):
 
 
 class Issued(Closed):
-    """One picture that was made. `time` is ISO 8601; `looks` is its perceptual hash."""
+    """One picture that was made. `time` is ISO 8601, `looks` its perceptual hash, `unsafe` the safety filter's score.
+
+    A picture that was `withheld` by the filter has been sent to nobody.
+    """
 
     serial: int
     tenant: str
@@ -40,6 +43,8 @@ class Issued(Closed):
     index: int
     time: str
     looks: str
+    unsafe: float | None = None
+    withheld: bool = False
 
 
 class Serials:

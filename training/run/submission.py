@@ -12,11 +12,13 @@ from typing import NamedTuple
 from training.base.files.folder import find_base, hash_base
 from training.base.files.outline import Outline, outline
 from training.errors import UserError
+from training.manifest.consent import consent_problems, require_consent
 from training.manifest.manifest import Manifest, load_manifest
 from training.manifest.plan import unmatched_targets
 from training.manifest.subject import SubjectSpec
 from training.photos.intake import UPLOADED, FileCache, fingerprint, take_in
 from training.photos.photos import PhotoFile, list_photo_files
+from training.run.personal import check_subject, photos_forgotten
 from training.run.run import ENDED, RunRecord, RunStore, SubjectRecord, digest_of, find_unfinished, new_run_id
 from training.storage.registry import Registry
 from training.storage.storage import Storage
@@ -110,6 +112,8 @@ def settle(submission: Submission, retry: bool = False) -> tuple[SubjectRecord, 
 
     def stand(subject: SubjectSpec) -> SubjectRecord:
         before = store.subject(subject.id)
+        if before is not None and before.state in _DONE and photos_forgotten(store, subject):
+            return before
         found = _find(subject, submission)
         now = _state(store, registry, record, subject, before, found, retry)
         if now != before:
@@ -147,7 +151,10 @@ def _keeping_last(subject: SubjectSpec) -> SubjectSpec:
 
 
 def _problems(manifest: Manifest, base: Outline) -> Iterator[str]:
+    policy = require_consent()
     for subject in manifest.subjects:
+        for problem in consent_problems(subject, policy):
+            yield f"subject '{subject.id}': {problem}"
         for target in unmatched_targets(subject, base):
             yield (
                 f"subject '{subject.id}': no layer of base '{base.name}' ends with target {target!r}. "
@@ -168,7 +175,9 @@ def _problems(manifest: Manifest, base: Outline) -> Iterator[str]:
 def _find(subject: SubjectSpec, submission: Submission) -> Found:
     base_hash, root = submission.record.base_hash, submission.manifest.root
     try:
-        return Found(fingerprint(subject, base_hash, submission.files.read(subject), root), None)
+        files = submission.files.read(subject)
+        check_subject(submission.store, submission.record.tenant, subject, files)
+        return Found(fingerprint(subject, base_hash, files, root), None)
     except UserError as error:
         return Found(None, str(error))
 

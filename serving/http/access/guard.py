@@ -19,7 +19,7 @@ from serving.http.service import Service, service_of
 
 OPEN = "/healthz"  # load balancers ask by address
 KEYED = ("/v1/", "/sdapi/")
-FREE = ("/v1/detect",)  # no key is needed; one that is sent must be valid
+FREE = ("/v1/detect", "/v1/reports")  # no key is needed; one that is sent must be valid
 UPLOAD = "/v1/adapters"
 _READING = frozenset({"GET", "HEAD", "OPTIONS"})
 
@@ -85,7 +85,7 @@ def needed(method: str, path: str) -> Scope | None:
     """The scope that a call needs; None: any key will do."""
     if method in _READING:
         return None
-    return "train" if path.startswith(UPLOAD) else "images"
+    return "train" if path.startswith((UPLOAD, "/v1/consents")) else "images"
 
 
 def is_loopback(host: str) -> bool:

@@ -25,6 +25,9 @@ COMMANDS = [
     "base",
     "keys",
     "detect",
+    "consent",
+    "subject",
+    "audit",
 ]
 
 

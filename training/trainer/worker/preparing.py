@@ -9,10 +9,11 @@ from training.errors import UserError
 from training.manifest.subject import SubjectSpec
 from training.photos.intake import Taken, fingerprint, read_files, take_in
 from training.photos.photos import Photos
+from training.run.personal import check_photos, note_latents
 from training.run.run import RunStore
 from training.run.source import Doing, Phase, Say, Task
 from training.trainer.checkpoint import SubjectState, read_states
-from training.trainer.latents import LatentSet, photo_latents
+from training.trainer.latents import LatentSet, photo_latents, photos_key
 from training.trainer.member import Subject
 from training.trainer.prior import prepare_prior
 
@@ -30,12 +31,14 @@ class Preparing:
         self,
         base: Base,
         run: RunStore,
+        tenant: str,
         root: str,
         say: Say,
         note: Callable[[str], None],
     ) -> None:
         self._base = base
         self._run = run
+        self._tenant = tenant
         self._root = root
         self._say = say
         self._note = note
@@ -51,6 +54,7 @@ class Preparing:
         if fingerprint(task.spec, self._base.hash, files, self._root) != task.fingerprint:
             raise UserError(CHANGED)
         taken = take_in(spec, files, self._base.facts.resolution)
+        check_photos(self._run, self._tenant, spec, [*taken.photos.good, *taken.held_out])
         for refusal in taken.photos.refusals:
             self._note(f"{spec.id}: {refusal}")
         return taken
@@ -59,6 +63,7 @@ class Preparing:
         """The subject, ready to join a pack: latents, prior, and the state of its latest whole checkpoint if any."""
         encoding = partial(self._say, [spec.id], Doing(Phase.ENCODING))
         prompt = spec.filled_instance_prompt
+        note_latents(self._run, spec.id, photos_key(self._base, found.good, spec.train))
         instance = photo_latents(self._base, self._run.storage, found.good, spec.train, prompt, encoding)
         wants_images = spec.prior.enabled and spec.prior.source != "prediction"
         prior = self._prior(spec, found) if wants_images else None

@@ -51,7 +51,7 @@ class Worker:
         self._pack = self._opened.pack
         self._beat.notes += self._opened.notes
         self._watch = Watch(base)
-        self._preparing = Preparing(base, run, root, self._say, self._beat.notes.append)
+        self._preparing = Preparing(base, run, tenant, root, self._say, self._beat.notes.append)
         self._keeping = Keeping(base, self._pack, run, self._miss)
         self._finishing = Finishing(base, self._pack, run, tenant, self._keeping.pictures, self._say)
 
