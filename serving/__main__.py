@@ -5,7 +5,7 @@ import sys
 import click
 import uvicorn
 
-from serving.config import EngineSpec, ServeSpec
+from serving.config import SERVER_FLAGS, EngineSpec, ServeSpec
 from serving.engine.loop import EngineLoop
 from serving.flags import flags
 from serving.http.access.guard import is_loopback
@@ -23,7 +23,7 @@ from training.errors import UserError
 @click.option(
     "--keys", envvar="DREAMFLEET_KEYS", default=None, help="File of tenants' keys; without: this machine only."
 )
-@click.option("--cors", multiple=True, help="An origin whose web pages may use the server, https://studio.example.")
+@flags(ServeSpec, "server", only=SERVER_FLAGS)
 @flags(EngineSpec, "engine")
 @flags(MarkSpec, "marks")
 def main(
@@ -32,12 +32,13 @@ def main(
     host: str,
     port: int,
     keys: str | None,
-    cors: tuple[str, ...],
+    server: ServeSpec,
     engine: EngineSpec,
     marks: MarkSpec,
 ) -> None:
     """Serves every adapter of a storage from one base."""
-    spec = ServeSpec(base=base, storage=storage, keys=keys, cors=cors, engine=engine, marks=marks)
+    given = {"base": base, "storage": storage, "keys": keys, "engine": engine, "marks": marks}
+    spec = server.model_copy(update=given)
     if keys is None and not is_loopback(host):
         raise UserError(
             f"Without keys the server binds to loopback only, not to {host}: anybody who reaches it could use and "

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from ray_app.cli import options
-from serving.config import EngineSpec, ServeSpec
+from serving.config import SERVER_FLAGS, EngineSpec, ServeSpec
 from serving.flags import flags
 from serving.marking.settings import MarkSpec
 from training.errors import UserError
@@ -21,6 +21,7 @@ from training.errors import UserError
 @click.option("--host", default="127.0.0.1", show_default=True, help="address to listen on")
 @click.option("--port", default=8000, show_default=True, type=click.IntRange(0, 65535))
 @click.option("--keys", type=click.Path(path_type=Path), help="keys file; without it only this machine may connect")
+@flags(ServeSpec, "server", only=SERVER_FLAGS)
 @flags(EngineSpec, "engine")
 @flags(MarkSpec, "marks")
 def serve(
@@ -30,6 +31,7 @@ def serve(
     host: str,
     port: int,
     keys: Path | None,
+    server: ServeSpec,
     engine: EngineSpec,
     marks: MarkSpec,
 ) -> None:
@@ -43,7 +45,7 @@ def serve(
         host=host,
         port=port,
         keys=str(keys) if keys else None,
-        deployment=Deployment(server=ServeSpec(engine=engine, marks=marks)),
+        deployment=Deployment(server=server.model_copy(update={"engine": engine, "marks": marks})),
     )
 
 

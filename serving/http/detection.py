@@ -20,7 +20,8 @@ from serving.marking.noise import FOUND
 from serving.marking.serials import Issued, Serials
 from serving.marking.views import View, cut_views, looked_at, usual_views
 from training.base.facts import Facts
-from training.storage.images import ImageError, ImageLimits, read_image
+from training.storage.image_file import ImageError, ImageLimits
+from training.storage.images import read_image
 from training.storage.picture_hash import distance, picture_hash
 
 LIMITS = ImageLimits(min_side_px=16, max_pixels=24_000_000)

@@ -13,8 +13,8 @@ from training.base.safety import check_safe
 from training.errors import UserError
 from training.manifest.consent import consent_problems, require_consent
 from training.manifest.subject import SubjectSpec
-from training.photos.intake import UPLOADED
-from training.photos.photos import Photo, PhotoFile
+from training.photos.files import UPLOADED, PhotoFile
+from training.photos.photos import Photo
 from training.photos.variants import can_find_faces, find_face
 from training.run.run import RunStore
 from training.storage.consents import check_unrevoked, keep_consent
