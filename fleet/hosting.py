@@ -14,6 +14,7 @@ from serving.engine.request import Event, FinishedPicture, GenerateRequest
 from serving.http.app import Extension, create_app, open_keys
 from serving.http.library import Library
 from serving.http.service import Engines, Generate
+from serving.marking.marks import Marks
 from training.run.usage import UsageBook, What
 
 
@@ -38,7 +39,8 @@ def make_fleet_app(
         metrics=lambda: _gauges(board),
     )
     counted = Counted(generate, fleet.usage)
-    return create_app(counted, engines, library, spec.server, open_keys(spec.server.keys), extension)
+    marks = Marks(spec.server.marks, storage)
+    return create_app(counted, engines, library, spec.server, open_keys(spec.server.keys), marks, extension)
 
 
 def _gauges(board: Board) -> bytes:

@@ -21,6 +21,7 @@ from serving.http.problems import ApiError
 from training.base.files.folder import public_name
 from training.base.files.outline import Outline
 from training.errors import UserError
+from training.manifest.consent import consent_problems, require_consent
 from training.manifest.defaults import fill_subject, filled
 from training.manifest.manifest import Manifest, parse_manifest
 from training.manifest.subject import SubjectSpec
@@ -109,6 +110,8 @@ class Desk:
 
     def _check(self, subject: SubjectSpec) -> None:
         check_subject(subject, self.base, self.spec)
+        for problem in consent_problems(subject, require_consent()):
+            raise ApiError(400, f"Subject '{subject.id}': {problem}", param="consent", code="no_consent")
 
     def _check_photos(self, subject: SubjectSpec, param: str) -> None:
         """Raises ApiError if the subject's photos cannot be trained on as it asks: too few, words nothing trains."""

@@ -11,6 +11,7 @@ from serving.flags import flags
 from serving.http.access.guard import is_loopback
 from serving.http.access.timeouts import TimedProtocol
 from serving.local import make_app, make_engine
+from serving.marking.settings import MarkSpec
 from training.errors import UserError
 
 
@@ -24,11 +25,20 @@ from training.errors import UserError
 )
 @flags(ServeSpec, "server", only=SERVER_FLAGS)
 @flags(EngineSpec, "engine")
+@flags(MarkSpec, "marks")
 def main(
-    storage: str, base: str, host: str, port: int, keys: str | None, server: ServeSpec, engine: EngineSpec
+    storage: str,
+    base: str,
+    host: str,
+    port: int,
+    keys: str | None,
+    server: ServeSpec,
+    engine: EngineSpec,
+    marks: MarkSpec,
 ) -> None:
     """Serves every adapter of a storage from one base."""
-    spec = server.model_copy(update={"base": base, "storage": storage, "keys": keys, "engine": engine})
+    given = {"base": base, "storage": storage, "keys": keys, "engine": engine, "marks": marks}
+    spec = server.model_copy(update=given)
     if keys is None and not is_loopback(host):
         raise UserError(
             f"Without keys the server binds to loopback only, not to {host}: anybody who reaches it could use and "

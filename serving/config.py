@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, StringConstraints
 
+from serving.marking.settings import MarkSpec
 from training.base.facts import BaseHash, SamplerName
 from training.base.quantization import Quantization
 from training.storage.card import MAX_BYTES
@@ -117,8 +118,11 @@ class ServeSpec(Closed):
         default=False,
         description="an adapter's trigger is put before a prompt that lacks it; the answer has it as `revised_prompt`",
     )
-    picture_parameters: bool = Field(
-        default=True, description="PNG files hold prompt, seed and settings, as AUTOMATIC1111 writes and reads them"
+    marks: MarkSpec = MarkSpec.model_construct()
+    picture_parameters: bool | None = Field(
+        default=None,
+        description="PNG files hold prompt, seed and settings, as AUTOMATIC1111 writes and reads them; by default "
+        "where the server has no keys: they would tell others a tenant's prompts",
     )
     disk_bytes: int = Field(default=10 * 2**30, ge=0, description="local disk for adapters of an object store; 0: none")
     refresh_s: float = Field(default=1.0, ge=0, description="how old what is known about `current` may be")

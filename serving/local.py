@@ -12,11 +12,12 @@ from serving.config import ServeSpec
 from serving.engine.engine import Engine
 from serving.engine.job import EngineStats
 from serving.engine.loop import EngineLoop
-from serving.engine.request import AdapterRef
+from serving.engine.request import AdapterRef, GenerateRequest, NoiseReading
 from serving.engine.tiers.disk import DiskCache
 from serving.engine.tiers.fetcher import Fetcher
 from serving.http.app import create_app, open_keys
 from serving.http.library import Library
+from serving.marking.marks import Marks, noise_mark
 from training.base.base import best_device, load_base
 from training.base.files.outline import outline
 from training.storage.registry import Registry
@@ -39,6 +40,10 @@ class LocalEngines:
         """See `Engines`."""
         self.loop.preload(ref)
 
+    async def withhold(self, names: frozenset[str]) -> None:
+        """See `Engines`."""
+        self.loop.withhold(names)
+
     async def stats(self) -> Mapping[str, EngineStats]:
         """See `Engines`."""
         return {"local": self.loop.stats()}
@@ -46,6 +51,10 @@ class LocalEngines:
     async def ready(self) -> bool:
         """See `Engines`."""
         return self.loop.healthy
+
+    async def read(self, request: GenerateRequest) -> NoiseReading:
+        """See `Engines`."""
+        return await self.loop.read(request)
 
 
 def make_engine(spec: ServeSpec) -> Engine:
@@ -57,12 +66,13 @@ def make_engine(spec: ServeSpec) -> Engine:
     disk = None
     if not isinstance(storage, LocalStorage) and spec.disk_bytes:
         disk = DiskCache(Path(tempfile.gettempdir(), "dreamfleet-adapters"), spec.disk_bytes)
-    return Engine(base, spec.engine, Fetcher(Registry(storage), disk))
+    return Engine(base, spec.engine, Fetcher(Registry(storage), disk), noise_mark(spec.marks, storage))
 
 
 def make_app(spec: ServeSpec, loop: EngineLoop) -> FastAPI:
     """The app over one local engine."""
-    return create_app(loop.stream, LocalEngines(loop), make_library(spec), spec, open_keys(spec.keys))
+    marks = Marks(spec.marks, open_storage(spec.storage))
+    return create_app(loop.stream, LocalEngines(loop), make_library(spec), spec, open_keys(spec.keys), marks)
 
 
 def make_library(spec: ServeSpec) -> Library:

@@ -192,7 +192,14 @@ def _files_of(folder: Path) -> list[Path]:
 
 
 def publish(
-    library: "Library", tenant: str, id: str, adapter: "Adapter", *, public: bool | None = None, trigger: str = ""
+    library: "Library",
+    tenant: str,
+    id: str,
+    adapter: "Adapter",
+    *,
+    public: bool | None = None,
+    trigger: str = "",
+    sources: tuple[str, ...] = (),
 ) -> "Resolved":
     """Publishes `adapter` whatever its rank; says on stderr which flags a server needs to take it."""
     from serving.config import MAX_RANK, MAX_WORDS, EngineSpec
@@ -200,7 +207,7 @@ def publish(
     from training.adapters.adapter import save_adapter
 
     spec = EngineSpec(rank=MAX_RANK, words=MAX_WORDS)
-    resolved = library.upload(tenant, id, save_adapter(adapter), spec, public=public, trigger=trigger)
+    resolved = library.upload(tenant, id, save_adapter(adapter), spec, public=public, trigger=trigger, sources=sources)
     if needed := EngineSpec().flags_for(adapter.rank, count_vectors(adapter)):
         smaller = ", or make the adapter smaller with `dreamfleet adapters resize`" if "--rank" in needed else ""
         click.echo(f"note: a server takes it only if started with {needed}{smaller}", err=True)

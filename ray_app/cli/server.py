@@ -10,6 +10,7 @@ import click
 from ray_app.cli import options
 from serving.config import SERVER_FLAGS, EngineSpec, ServeSpec
 from serving.flags import flags
+from serving.marking.settings import MarkSpec
 from training.errors import UserError
 
 
@@ -22,6 +23,7 @@ from training.errors import UserError
 @click.option("--keys", type=click.Path(path_type=Path), help="keys file; without it only this machine may connect")
 @flags(ServeSpec, "server", only=SERVER_FLAGS)
 @flags(EngineSpec, "engine")
+@flags(MarkSpec, "marks")
 def serve(
     storage: str,
     address: str,
@@ -31,6 +33,7 @@ def serve(
     keys: Path | None,
     server: ServeSpec,
     engine: EngineSpec,
+    marks: MarkSpec,
 ) -> None:
     """Serve the base and every published adapter over HTTP, until Ctrl-C."""
     from ray_app.serve.deployments import Deployment, serve_forever
@@ -42,7 +45,7 @@ def serve(
         host=host,
         port=port,
         keys=str(keys) if keys else None,
-        deployment=Deployment(server=server.model_copy(update={"engine": engine})),
+        deployment=Deployment(server=server.model_copy(update={"engine": engine, "marks": marks})),
     )
 
 

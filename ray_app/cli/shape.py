@@ -47,10 +47,11 @@ def merge(
     loaded = [_load(registry, part, tenant) for part in parts]
     merged = merge_adapters([(adapter, weight) for adapter, weight, _ in loaded])
     merged = reduce_rank(merged, rank) if rank else merged
+    sources = tuple(f"{one.name}@{one.version}" for _, _, one in loaded)
     if out.endswith(".safetensors"):
         write_file(Path(out), [save_adapter(merged)])
         return options.print_json({"file": out, "rank": merged.rank}) if as_json else click.echo(out)
-    resolved = publish(open_library(registry, base_for(loaded[0][2], base)), tenant, out, merged)
+    resolved = publish(open_library(registry, base_for(loaded[0][2], base)), tenant, out, merged, sources=sources)
     if as_json:
         return options.print_json(short(resolved))
     click.echo(f"{resolved.tenant}/{resolved.id}@{resolved.version[:12]} (rank {merged.rank})")
@@ -85,7 +86,8 @@ def resize(source: str, rank: int, out: str, base: str | None, storage: str, ten
         library = open_library(registry, base_for(resolved, base) if resolved else base or "pocket")
         card = resolved.card if resolved else None
         trigger, public = (card.trigger, resolved.public) if resolved and card else ("", None)
-        made = dict(short(publish(library, tenant, out, smaller, public=public, trigger=trigger)))
+        sources = (f"{resolved.name}@{resolved.version}",) if resolved else ()
+        made = dict(short(publish(library, tenant, out, smaller, public=public, trigger=trigger, sources=sources)))
     error = relative_error(adapter, smaller)
     if as_json:
         worst = {"module": error.worst_module, "error": error.worst}

@@ -73,6 +73,10 @@ class EngineReplica:
         async for event in self._loop.stream(GenerateRequest.model_validate(request)):
             yield event.model_dump()
 
+    async def read(self, request: dict[str, Any]) -> dict[str, Any]:
+        """What a picture's noise says, a dumped NoiseReading."""
+        return (await self._loop.read(GenerateRequest.model_validate(request))).model_dump()
+
     async def forget(self, ref: dict[str, str]) -> None:
         """Drops a version that is deleted or replaced; `ref` is a dumped AdapterRef."""
         self._loop.forget(AdapterRef.model_validate(ref))
@@ -80,6 +84,10 @@ class EngineReplica:
     async def preload(self, ref: dict[str, str]) -> None:
         """Brings a version into host memory; `ref` is a dumped AdapterRef."""
         self._loop.preload(AdapterRef.model_validate(ref))
+
+    async def withhold(self, names: list[str]) -> None:
+        """Ends what wears the adapters `tenant/id`, and starts nothing more that does."""
+        self._loop.withhold(frozenset(names))
 
     async def stats(self) -> tuple[str, dict[str, Any]]:
         """The replica's name and its counters, a dumped EngineStats."""
@@ -111,10 +119,12 @@ class Ingress:
         from ray_app.serve.engines import RayEngines
         from serving.http.app import create_app, open_keys
         from serving.local import make_library
+        from serving.marking.marks import Marks
 
         engines = RayEngines(self._engine, self._least)
         spec = self._server
-        return create_app(engines.generate, engines, make_library(spec), spec, open_keys(spec.keys))
+        marks = Marks(spec.marks, open_storage(spec.storage))
+        return create_app(engines.generate, engines, make_library(spec), spec, open_keys(spec.keys), marks)
 
 
 def build_app(args: Deployment) -> Any:

@@ -16,7 +16,7 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.serve.exceptions import DeploymentUnavailableError, RayServeException, ReplicaUnavailableError
 
 from serving.engine.job import EngineStats
-from serving.engine.request import AdapterRef, Event, GenerateRequest
+from serving.engine.request import AdapterRef, Event, GenerateRequest, NoiseReading
 from serving.errors import DeadlineExceeded, NotReady
 
 logger = logging.getLogger(__name__)
@@ -85,6 +85,16 @@ class RayEngines:
             if not ended:
                 stream.cancel()
 
+    async def read(self, request: GenerateRequest) -> NoiseReading:
+        """See `Engines`. Raises NotReady where no replica is there, and whatever error the replica raises."""
+        try:
+            found = await self._handle.read.remote(request.model_dump())
+        except RayTaskError as error:
+            raise error.cause from None
+        except (RayError, RayServeException):
+            raise NotReady("No engine can look at pictures at the moment; try again.") from None
+        return NoiseReading.model_validate(found)
+
     async def forget(self, ref: AdapterRef) -> None:
         """See `Engines`; a replica that does not reply within CONTROL_S is left out, as in all calls to all."""
         await self._all("forget", ref.model_dump())
@@ -92,6 +102,10 @@ class RayEngines:
     async def preload(self, ref: AdapterRef) -> None:
         """See `Engines`."""
         await self._all("preload", ref.model_dump())
+
+    async def withhold(self, names: frozenset[str]) -> None:
+        """See `Engines`."""
+        await self._all("withhold", sorted(names))
 
     async def stats(self) -> Mapping[str, EngineStats]:
         """See `Engines`."""

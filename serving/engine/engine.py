@@ -17,23 +17,31 @@ from torch import Tensor
 
 from serving.config import EngineSpec
 from serving.engine.forward import Forward
-from serving.engine.job import Done, EngineStats, Guess, Job, JobEvent, JobFailed, Sample
+from serving.engine.job import Done, EngineStats, Guess, Job, JobEvent, JobFailed, Recovered, Sample
 from serving.engine.pictures.preview import PreviewMap, fit_preview
 from serving.engine.prompts import PromptCache, Text
+from serving.engine.reading import backwards
 from serving.engine.request import AdapterRef, GenerateRequest
 from serving.engine.samplers import ScheduleLines
 from serving.engine.scheduler import Scheduler
 from serving.engine.tiers.adapters import Adapters, Fetch, explain_load
-from serving.errors import DeadlineExceeded, GenerationFailed, QueueFull, Refused
+from serving.errors import DeadlineExceeded, GenerationFailed, QueueFull, Refused, Withheld
+from serving.marking.evidence import find_reader
+from serving.marking.noise import NoiseMark
 from training.base.base import Base
 from training.errors import UserError
 
 
 class Engine:
-    """`fetch(ref)` reads an adapter; it is called on loader threads. `woken` is set when a load has ended."""
+    """`fetch(ref)` reads an adapter; it is called on loader threads. `woken` is set when a load has ended.
 
-    def __init__(self, base: Base, spec: EngineSpec, fetch: Fetch) -> None:
+    `mark` puts its message into the first noise of every picture; without it, noise is what the seed alone gives.
+    """
+
+    def __init__(self, base: Base, spec: EngineSpec, fetch: Fetch, mark: NoiseMark | None = None) -> None:
         self.base = base
+        self.mark = mark
+        self.reader = find_reader(base.folder, base.facts.channels)
         self.spec = spec
         self.stats = EngineStats()
         self.woken = Event()
@@ -52,6 +60,7 @@ class Engine:
         self._forwards: dict[tuple[Hashable, ...], Forward] = {}
         self._finished: deque[Sample] = deque()
         self._outcomes: list[JobEvent] = []
+        self._withheld: frozenset[str] = frozenset()
         self._preview: PreviewMap | None = None
         self._image_s = 0.0  # between two images, smoothed
         self._last_image_s = 0.0
@@ -71,9 +80,17 @@ class Engine:
         """
         if len({use.ref for use in request.adapters}) > self.spec.slots:
             raise Refused(f"A request may mix up to {self.spec.slots} adapters here, not {len(request.adapters)}.")
+        for use in request.adapters:
+            if f"{use.ref.tenant}/{use.ref.id}" in self._withheld:
+                raise Withheld(f"Adapter '{use.ref.tenant}/{use.ref.id}' is withdrawn.")
         strength = None if pixels_CHW is None else request.strength
         size = self.base.latent_size(request.height, request.width)
-        schedule = self.base.process.schedule(request.scheduler, request.steps, strength, size)
+        if request.reading:
+            if self.mark is None or pixels_CHW is None:
+                raise Refused("Nothing can be read: this server marks no pictures (`watermark: none`).")
+            schedule = backwards(self.base.process, request.steps, size)
+        else:
+            schedule = self.base.process.schedule(request.scheduler, request.steps, strength, size)
         takes_negative = self.base.facts.guidance == "cfg"
         job = Job(request, schedule, pixels_CHW, arrived_s=time.monotonic(), takes_negative=takes_negative)
         wide = job.guided and 2 * size[0] * size[1] > self.scheduler.max_cells
@@ -97,6 +114,17 @@ class Engine:
     def forget(self, ref: AdapterRef) -> None:
         """Drops a version that is deleted or replaced; while requests use it, it stays."""
         self.adapters.forget(ref)
+
+    def withhold(self, names: frozenset[str]) -> None:
+        """From now on nothing wears the adapters `tenant/id`: requests that do end with Withheld, at once."""
+        self._withheld = names
+        for job in list(self.jobs):
+            worn = next((key for key in job.keys if f"{key.tenant}/{key.id}" in names), None)
+            if worn is not None:
+                self._fail(job, Withheld(f"Adapter '{worn.tenant}/{worn.id}' was withdrawn meanwhile."))
+        for key in {*self.adapters.slots.loaded(), *self.adapters.host.keys()}:
+            if f"{key.tenant}/{key.id}" in names:
+                self.adapters.forget(key)
 
     @property
     def idle(self) -> bool:
@@ -225,10 +253,16 @@ class Engine:
                     pixels_NCHW = job.pixels_CHW[None].float() / 127.5 - 1
                     mean_NCHW, std_NCHW = self.base.to_latents(pixels_NCHW)
                     job.image = mean_NCHW[0].float(), std_NCHW[0].float()
-                latents = (job.image[0] + job.image[1] * sample.draw(channels)) * job.schedule.signal
-            latents = latents + sample.draw(channels) * job.schedule.noise
+                spread = 0.0 if job.request.reading else sample.draw(channels)
+                latents = (job.image[0] + job.image[1] * spread) * job.schedule.signal
+            if not job.request.reading:
+                latents = latents + self._first_noise(sample) * job.schedule.noise
             sample.latents = latents.to(self.base.device)
             sample.clean = torch.zeros_like(sample.latents)
+
+    def _first_noise(self, sample: Sample) -> Tensor:
+        noise = sample.draw(self.base.facts.channels)
+        return noise if self.mark is None else self.mark.put(noise, self.mark.serial(sample.tenant, sample.seed))
 
     def _denoise(self, batch: Sequence[Sample]) -> None:
         """One forward of the batch, and its step; if it raises, no sample has changed."""
@@ -290,13 +324,27 @@ class Engine:
         for sample in samples:
             if sample.step >= sample.job.schedule.steps:
                 self._leave(sample)
-                self._finished.append(sample)
+                if sample.job.request.reading:
+                    self._recovered(sample)
+                else:
+                    self._finished.append(sample)
             elif sample.preview_due:
                 if self._preview is None:
                     self._preview = fit_preview(self.base)
                 pixels = self._preview(_tensor(sample.clean))
                 self._outcomes.append(Guess(sample.job, sample.index, sample.previews, sample.step, pixels))
                 sample.previews += 1
+
+    def _recovered(self, sample: Sample) -> None:
+        assert sample.job.image is not None
+        self._outcomes.append(Recovered(sample.job, sample.index, _tensor(sample.latents).cpu(), sample.job.image[0]))
+        self._one_less(sample)
+
+    def _one_less(self, sample: Sample) -> None:
+        """A sample's outcome is told; with the last one its job ends."""
+        sample.job.samples.remove(sample)
+        if not sample.job.samples:
+            self._end(sample.job)
 
     def _decode(self) -> None:
         """Decodes up to `decode_rows` finished samples of one size, of the tenants served least; fewer large ones."""
@@ -322,9 +370,7 @@ class Engine:
             elif not job.over:
                 self._outcomes.append(Done(job, sample.index, sample.seed, pixels_CHW.permute(1, 2, 0)))
                 self._image_done()
-                job.samples.remove(sample)
-                if not job.samples:
-                    self._end(job)
+                self._one_less(sample)
 
     # -- ends --
 

@@ -149,6 +149,16 @@ class Done:
 
 
 @dataclass(frozen=True, slots=True)
+class Recovered:
+    """The noise that a picture to be read began as, and the picture's latents: both [C, h, w], float32 on the CPU."""
+
+    job: Job
+    index: int
+    noise: Tensor
+    latents: Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class JobFailed:
     """A job that ends without (all of) its images."""
 
@@ -156,7 +166,7 @@ class JobFailed:
     error: Exception
 
 
-JobEvent = Guess | Done | JobFailed
+JobEvent = Guess | Done | Recovered | JobFailed
 
 
 @dataclass(slots=True)

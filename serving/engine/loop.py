@@ -10,9 +10,9 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import Future
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, aclosing
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
@@ -20,10 +20,11 @@ import torch
 from torch import Tensor
 
 from serving.engine.engine import Engine
-from serving.engine.job import Done, EngineStats, Job, JobEvent, JobFailed
+from serving.engine.job import Done, EngineStats, Guess, Job, JobEvent, JobFailed, Recovered
 from serving.engine.pictures.codec import encode, enlarge
 from serving.engine.pictures.decoding import Decoding
-from serving.engine.request import AdapterRef, Event, FinishedPicture, GenerateRequest, Preview
+from serving.engine.reading import read_noise
+from serving.engine.request import AdapterRef, Event, FinishedPicture, GenerateRequest, NoiseReading, Preview
 from serving.errors import Cancelled, GenerationFailed, NotReady
 
 logger = logging.getLogger(__name__)
@@ -86,10 +87,24 @@ class EngineLoop:
         """Whether requests can be served; once False it stays so."""
         return self._thread.is_alive() and self._broken is None and not self._closing
 
-    async def stream(self, request: GenerateRequest) -> AsyncIterator[Event]:
+    async def stream(self, request: GenerateRequest) -> AsyncGenerator[Event, None]:
         """Previews and pictures as they come; ends with the last picture. Leaving it early cancels the request.
 
         Raises Refused or its kinds for what is not served, GenerationFailed for a fault of ours."""
+        async with aclosing(self._outcomes(request)) as outcomes:
+            async for outcome in outcomes:
+                yield await asyncio.to_thread(_encoded, request, outcome)
+
+    async def read(self, request: GenerateRequest) -> NoiseReading:
+        """What the noise says that a request's picture began as. Raises as `stream` does."""
+        async with aclosing(self._outcomes(request)) as outcomes:
+            async for outcome in outcomes:
+                if isinstance(outcome, Recovered) and self.engine.mark is not None:
+                    return await asyncio.to_thread(read_noise, self.engine.mark, self.engine.reader, outcome)
+        raise Cancelled
+
+    async def _outcomes(self, request: GenerateRequest) -> AsyncGenerator[JobEvent, None]:
+        """What happens to a request, up to its last image; leaving it early cancels it."""
         pixels = None
         if request.image is not None:
             decoded = self._decoding.submit(request.tenant, request.image, request.width, request.height)
@@ -109,8 +124,8 @@ class EngineLoop:
                     if isinstance(outcome.error, GenerationFailed):
                         logger.error("request %s failed", request.request_id, exc_info=outcome.error)
                     raise outcome.error
-                left -= isinstance(outcome, Done)
-                yield await asyncio.to_thread(_encoded, request, outcome)
+                left -= isinstance(outcome, Done | Recovered)
+                yield outcome
         finally:
             if left:
                 self._cancel(job)
@@ -123,6 +138,10 @@ class EngineLoop:
     def forget(self, ref: AdapterRef) -> None:
         """Drops a version that is deleted or replaced, once no request uses it."""
         self._on_thread(lambda: self.engine.forget(ref))
+
+    def withhold(self, names: frozenset[str]) -> None:
+        """Ends what wears the adapters `tenant/id`, and starts nothing more that does."""
+        self._on_thread(lambda: self.engine.withhold(names))
 
     def preload(self, ref: AdapterRef) -> None:
         """Brings an adapter into host memory."""
@@ -233,7 +252,7 @@ def _encoded(request: GenerateRequest, outcome: JobEvent) -> Event:
     form, quality = request.output_format, request.output_quality
     if isinstance(outcome, Done):
         return FinishedPicture(index=outcome.index, seed=outcome.seed, data=encode(outcome.pixels, form, quality))
-    if isinstance(outcome, JobFailed):
+    if not isinstance(outcome, Guess):
         raise Cancelled
     pixels = enlarge(outcome.pixels, request.width, request.height)
     return Preview(

@@ -57,6 +57,9 @@ class GenerateRequest(Closed):
     output_format: ImageFormat = "png"
     output_quality: int = Field(default=95, ge=0, le=100, description="of jpeg and webp")
     deadline_s: float = Field(default=600.0, gt=0)
+    reading: bool = Field(default=False, description="makes nothing: reads the noise that `image` began as")
+    expected: tuple[int, ...] = Field(default=(), description="of a reading: serials of pictures that look alike")
+    cut_cells: int = Field(default=0, ge=0, le=16, description="of a reading: cells that may be missing above and left")
 
 
 class Preview(Closed):
@@ -80,3 +83,12 @@ class FinishedPicture(Closed):
 
 
 Event = Annotated[Preview | FinishedPicture, Field(discriminator="kind")]
+
+
+class NoiseReading(Closed):
+    """What the noise of a picture says: the likeliest message, and how likely unmarked noise says one as clearly."""
+
+    serial: int = Field(description="48 bits; the last 16 times `words` were read")
+    words: int
+    log10: float = Field(description="of the false-positive probability")
+    z: float = Field(description="how far the weakest word stands out, in standard deviations")

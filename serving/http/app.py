@@ -25,11 +25,13 @@ from serving.config import ServeSpec
 from serving.errors import GenerationFailed
 from serving.http import (
     adapters as api_adapters,
+    consents as api_consents,
+    detect as api_detect,
     exports as api_exports,
     images as api_images,
 )
 from serving.http.access.guard import UPLOAD, Guard
-from serving.http.access.tenants import Keys, Quota
+from serving.http.access.tenants import Keys, Meter, Quota
 from serving.http.access.timeouts import BodyTimeout
 from serving.http.intake import Intake
 from serving.http.library import Library
@@ -39,6 +41,8 @@ from serving.http.replies import KeyReused, Replies
 from serving.http.sdapi import info, routes
 from serving.http.service import Engines, Generate, Service, request_id, service_of
 from serving.http.wire import ErrorAnswer, Health
+from serving.http.withheld import WithheldNames
+from serving.marking.marks import Marks
 from training.errors import UserError
 
 # `guard.py` checks keys; this declares them in the OpenAPI document, so that /docs can send one
@@ -72,9 +76,13 @@ def create_app(
     library: Library,
     spec: ServeSpec,
     keys: Keys | None = None,
+    marks: Marks | None = None,
     extension: Extension | None = None,
 ) -> FastAPI:
-    """The app. `generate` makes the events of a request; without `keys`, only this machine may call, as one tenant."""
+    """The app. `generate` makes the events of a request; without `keys`, only this machine may call, as one tenant.
+
+    `marks` puts signed metadata on picture files and keeps records of them; without it they leave as engines made them.
+    """
     extension = extension or Extension()
     app = FastAPIOffline(  # a /docs that loads nothing from elsewhere
         redoc_url=None,
@@ -98,16 +106,21 @@ def create_app(
         intake=Intake(spec, library),
         keys=keys,
         quota=Quota(spec.limits),
+        withheld=WithheldNames(library),
+        marks=marks,
+        looks=Meter("pictures to look at", 4, spec.marks.detect_per_minute),
     )
     app.state.replies = Replies[Response]()
     app.state.under = {}
     app.state.further_metrics = extension.metrics
+    app.state.watch = None
     for kind in (ApiError, UserError, GenerationFailed, KeyReused, RequestValidationError, HTTPException):
         app.add_exception_handler(kind, _told)
     for name, value in extension.state.items():
         setattr(app.state, name, value)
-    own = (api_images.router, api_exports.router, api_adapters.router, routes.router, info.router)
-    for router in (*own, *extension.routers):
+    own = (api_images.router, api_exports.router, api_adapters.router)
+    marked = (api_detect.router, api_consents.router, routes.router, info.router)
+    for router in (*own, *marked, *extension.routers):
         app.include_router(router, dependencies=SECURITY)
     app.get("/healthz", tags=["operation"], responses={503: {"model": Health}})(_health)
     app.get("/metrics", tags=["operation"], response_class=Response)(_metrics)
@@ -167,6 +180,15 @@ def _methods(request: Request) -> list[str]:
     return [method for method in ("DELETE", "GET", "PATCH", "POST", "PUT") if known(method)]
 
 
+def _watch(request: Request) -> None:
+    """Keeps reading what may not be served; begun by the first request on an event loop: before, nothing is served."""
+    service, loop = service_of(request), asyncio.get_running_loop()
+    before: tuple[asyncio.AbstractEventLoop, asyncio.Task[None]] | None = request.app.state.watch
+    if before is None or before[0] is not loop or before[1].done():
+        task = loop.create_task(service.withheld.watch(service.engines.withhold))
+        request.app.state.watch = loop, task
+
+
 class Observed:
     """Counts and times requests by route, gives each its id, and replies to errors that no handler expected."""
 
@@ -178,6 +200,7 @@ class Observed:
             await self._app(scope, receive, send)
             return
         request = Request(scope)
+        _watch(request)
         metrics = service_of(request).metrics
         name = request_id(request).encode()
         REQUEST_ID.set(name.decode())

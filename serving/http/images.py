@@ -32,6 +32,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
         403: "the key lacks a scope, or a web page of another origin asks",
         404: "unknown model or adapter",
         405: "the path allows other methods; see `Allow`",
+        410: "an adapter was withdrawn: consent was taken back, or the operator took it off",
         409: "the version is the one that is served",
         413: "the body is too large",
         422: "the adapter cannot be loaded, or the idempotency key was used for another request",

@@ -24,6 +24,7 @@ from training.base.families import open_family
 from training.base.files.folder import hash_base, public_name
 from training.base.files.outline import Outline
 from training.storage.card import Card
+from training.storage.consents import Revoked, check_unrevoked
 from training.storage.registry import WEIGHTS, CorruptAdapter, Registry, StoredUsage
 from training.storage.storage import content_id
 from training.storage.version import Resolved, UnknownAdapter, check_id
@@ -54,6 +55,7 @@ class Library:
         self._uploads: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
         self._lock = threading.Lock()
         self._tokenizer: Any = None
+        self.withheld: frozenset[str] = frozenset()  # `tenant/id` that may not be served
 
     def resolve(self, tenant: str, name: str) -> Resolved:
         """The version that `id`, `tenant/id` or either with `@version` means to `tenant` now.
@@ -68,6 +70,8 @@ class Library:
             if owner != tenant:  # without a readable card nobody knows whether it is public
                 raise unknown(name) from None
             raise
+        if owner == tenant and f"{owner}/{id}" in self.withheld:
+            raise Revoked(f"Adapter '{name}' is withdrawn: consent was taken back, or the operator took it off.")
         if resolved is None or (resolved.tenant != tenant and not resolved.public):
             raise unknown(name)
         if problem := self._misfit(resolved):
@@ -123,20 +127,23 @@ class Library:
         public: bool | None = None,
         trigger: str = "",
         limits: Limits | None = None,
+        sources: tuple[str, ...] = (),
     ) -> Resolved:
         """Checks an adapter file against the base, publishes it as the tenant's `id` and returns its version.
 
-        `public` None leaves the visibility of an existing adapter; a new one is private. Raises AdapterError saying
-        which modules or values are wrong, QuotaExceeded if `limits` allow no more; then nothing has been stored.
+        `public` None leaves the visibility of an existing adapter; a new one is private. `sources` are the versions
+        that it was merged from. Raises AdapterError saying which modules or values are wrong, QuotaExceeded if
+        `limits` allow no more, Revoked for an id that was taken back; then nothing has been stored.
         """
         check_id(id)
+        check_unrevoked(self.registry.storage, tenant, id, ())
         shapes = self.shapes()
         adapter = import_adapter({"adapter.safetensors": data}, shapes, self.outline.names)
         check_fit(adapter, spec, self.outline.facts)
         check_adapter(adapter, shapes, spec.rank)
         self._check_words(adapter)
         weights = save_adapter(adapter)
-        card = self._card(adapter, weights, trigger)
+        card = self._card(adapter, weights, trigger).model_copy(update={"sources": sources})
         with self._lock:
             mine = self._uploads[tenant]
         with mine:  # one at a time: each counts what those before have stored

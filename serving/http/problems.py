@@ -17,9 +17,12 @@ from serving.errors import (
     NotReady,
     QueueFull,
     QuotaExceeded,
+    Withheld,
 )
 from serving.http.replies import KeyReused
+from training.base.safety import Unsafe
 from training.errors import UserError
+from training.storage.consents import Revoked
 from training.storage.registry import CorruptAdapter, CurrentVersion
 from training.storage.storage import StorageError
 from training.storage.version import UnknownAdapter
@@ -80,6 +83,10 @@ def describe(error: BaseException) -> Problem:
             return Problem(429, str(error), code="rate_limit_exceeded", headers=wait)
         case QuotaExceeded():  # OpenAI's clients repeat a 429 unless they are told not to
             return Problem(429, str(error), code="insufficient_quota", headers={"x-should-retry": "false"})
+        case Withheld() | Revoked():
+            return Problem(410, str(error), param="adapters", code="adapter_withdrawn")
+        case Unsafe():
+            return Problem(400, str(error), code="content_policy_violation")
         case NotReady():
             return Problem(503, str(error), code="not_ready", headers={"Retry-After": "2"})
         case DeadlineExceeded():

@@ -10,17 +10,21 @@ import re
 import secrets
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 from fastapi import Request
 
 from serving.engine.job import EngineStats
-from serving.engine.request import AdapterRef, Event, FinishedPicture, GenerateRequest
-from serving.http.access.tenants import Key, Keys, Quota, Scope
+from serving.engine.request import AdapterRef, Event, FinishedPicture, GenerateRequest, NoiseReading, Preview
+from serving.http.access.tenants import Key, Keys, Meter, Quota, Scope
 from serving.http.infotext import infotext, with_infotext
 from serving.http.intake import Intake
 from serving.http.metrics import Metrics
 from serving.http.problems import ApiError
+from serving.http.withheld import WithheldNames
+from serving.marking.marks import Made, Marks
+from serving.marking.serials import Issued, WornVersion
+from training.storage.storage import Storage
 from training.storage.version import DEFAULT_TENANT
 
 Generate = Callable[[GenerateRequest], AsyncIterator[Event]]
@@ -37,11 +41,24 @@ class Engines(Protocol):
     async def preload(self, ref: AdapterRef) -> None:
         """Brings a version that will be wanted soon into every engine's host memory."""
 
+    async def withhold(self, names: frozenset[str]) -> None:
+        """Ends what wears the adapters `tenant/id` on every engine, and starts nothing more that does."""
+
     async def stats(self) -> Mapping[str, EngineStats]:
         """The counters of each engine, by replica."""
 
     async def ready(self) -> bool:
         """Whether a request sent now would be served."""
+
+    async def read(self, request: GenerateRequest) -> NoiseReading:
+        """What the noise says that a picture began as, read by any engine."""
+
+
+class Caller(NamedTuple):
+    """Who calls: the tenant of the key, and whether it is an admin's."""
+
+    tenant: str
+    admin: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,27 +70,87 @@ class Service:
     intake: Intake
     keys: Keys | None
     quota: Quota
+    withheld: WithheldNames
+    marks: Marks | None = None
+    looks: Meter = field(default_factory=lambda: Meter("pictures to look at", 4, 30))
     metrics: Metrics = field(default_factory=Metrics)
+
+    @property
+    def storage(self) -> Storage:
+        """Where adapters, consents and records are."""
+        return self.intake.library.registry.storage
 
     async def events(self, wanted: GenerateRequest) -> AsyncGenerator[Event, None]:
         """The events of a request, counted for its tenant; leaving them early cancels it. Raises QueueFull.
 
         PNG files of finished pictures hold their settings, where the server is configured so.
         """
+        self.withheld.check(wanted)
         with self.quota.request(wanted.tenant):
             events = self.generate(wanted)
             try:
                 async for event in events:
-                    yield self._signed(event, wanted) if isinstance(event, FinishedPicture) else event
+                    if isinstance(event, Preview) and self.marks is not None and self.marks.spec.safety is not None:
+                        continue  # what is not finished is not checked, and what is not checked is not sent
+                    yield await self._marked(event, wanted)
             finally:
                 if isinstance(events, AsyncGenerator):
                     await events.aclose()
 
-    def _signed(self, picture: FinishedPicture, wanted: GenerateRequest) -> FinishedPicture:
-        if wanted.output_format != "png" or not self.intake.spec.picture_parameters:
-            return picture
-        text = infotext(wanted, picture.seed, self.intake.library.base, self.intake.library.base_hash)
-        return picture.model_copy(update={"data": with_infotext(picture.data, text)})
+    @property
+    def tells_parameters(self) -> bool:
+        """Whether PNG files hold the settings that made them."""
+        told = self.intake.spec.picture_parameters
+        return self.keys is None if told is None else told
+
+    async def _marked(self, event: Event, wanted: GenerateRequest) -> Event:
+        """The event with everything on its file that the operator wants there; signing is done on a thread."""
+        data = event.data
+        if isinstance(event, FinishedPicture) and wanted.output_format == "png" and self.tells_parameters:
+            library = self.intake.library
+            data = with_infotext(data, infotext(wanted, event.seed, library.base, library.base_hash))
+        if self.marks is not None:
+            work = self.marks.sign if isinstance(event, Preview) else self.marks.finish
+            data = await asyncio.to_thread(work, data, wanted.output_format, self._made(event, wanted))
+        return event if data is event.data else event.model_copy(update={"data": data})
+
+    def _made(self, event: Event, wanted: GenerateRequest) -> Made:
+        library = self.intake.library
+        uses = wanted.adapters
+        return Made(
+            tenant=wanted.tenant,
+            request=wanted.request_id,
+            index=event.index,
+            seed=event.seed if isinstance(event, FinishedPicture) else 0,
+            base=library.base,
+            base_hash=library.base_hash,
+            adapters=[(WornVersion(**use.ref.model_dump()), use.weight) for use in uses],
+            prompts=(wanted.prompt, wanted.negative_prompt),
+        )
+
+    def caller(self, request: Request) -> Caller | None:
+        """Who calls where no key is needed; None without one. Raises ApiError 401 for a key that is not valid."""
+        if self.keys is not None and not request.headers.get("authorization"):
+            return None
+        return Caller(self.tenant(request), self.keys is None or self._admin(request))
+
+    def may_know(self, caller: Caller | None, record: Issued) -> bool:
+        """Whether a record is the caller's: it made the picture, owns an adapter in it, or operates the server."""
+        if caller is None:
+            return False
+        owners = {record.tenant, *(worn.tenant for worn in record.adapters)}
+        return caller.tenant in owners or self.operates(caller)
+
+    def operates(self, caller: Caller | None) -> bool:
+        """Whether the caller is the operator: an admin of the operator's tenant; where there are no keys, anybody."""
+        if caller is None or not caller.admin:
+            return False
+        return self.keys is None or caller.tenant == self.intake.spec.marks.operator_tenant
+
+    def _admin(self, request: Request) -> bool:
+        token = _token(request.headers.get("authorization", ""))
+        key: Key | None = self.keys.find(token) if self.keys is not None and token else None
+        return key is not None and not key.expired and key.may("admin")
 
     def key(self, request: Request) -> Key | None:
         """The key that a request was sent with, expired or not; None without one, and on a server without keys."""

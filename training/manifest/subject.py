@@ -10,6 +10,7 @@ from pydantic import Field, field_validator, model_validator
 
 from training.manifest.gate import EvaluateSpec, GateSpec
 from training.storage.closed import Closed
+from training.storage.consent import Consent
 
 ID_PATTERN = r"[a-z0-9][a-z0-9._-]{0,62}"
 Id = Annotated[str, Field(pattern=rf"^{ID_PATTERN}$", description="[a-z0-9][a-z0-9._-]{0,62}")]
@@ -211,6 +212,7 @@ class SubjectSettings(Closed):
     negative_prompt: str = Field("", max_length=1000)
     min_images: int = Field(5, ge=1, le=1000)
     public: bool = Field(False, description="other tenants may generate with the adapter")
+    keep_photos: bool = Field(False, description="photos copied to the storage stay there after publication")
     lora: LoraSpec = LoraSpec.model_construct()
     words: WordSpec = WordSpec.model_construct()
     prior: PriorSpec = PriorSpec.model_construct()
@@ -223,6 +225,7 @@ class SubjectSpec(SubjectSettings):
     """One subject, complete: what `defaults` said is merged in and `{class}` is filled."""
 
     id: Id
+    consent: Consent | None = Field(None, description="who allowed the use of its photos; persons need one")
     images: str = Field(min_length=1, description="a folder relative to the manifest, or a URI")
 
     @field_validator("images")

@@ -23,6 +23,8 @@ _NO_EFFECT: dict[str, Any] = {
     "samples": True,
     "min_images": True,
     "public": True,
+    "consent": True,
+    "keep_photos": True,
     "train": {"keep_checkpoints", "sample_every", "gradient_checkpointing", "strategy", "zero"},
 }
 

@@ -12,12 +12,14 @@ from typing import NamedTuple
 from training.base.files.folder import find_base, hash_base
 from training.base.files.outline import Outline, outline
 from training.errors import UserError
+from training.manifest.consent import consent_problems, require_consent
 from training.manifest.defaults import filled, meaningless
 from training.manifest.manifest import Manifest, load_manifest
 from training.manifest.plan import unmatched_targets, unroutable_targets
 from training.manifest.subject import SubjectSpec
 from training.photos.files import UPLOADED, FileCache, PhotoFile, is_local, list_photo_files
 from training.photos.intake import fingerprint, take_in
+from training.run.personal import check_subject, photos_forgotten
 from training.run.run import ENDED, RunRecord, RunStore, SubjectRecord, digest_of, find_unfinished, new_run_id
 from training.storage.file_hash import hash_file
 from training.storage.registry import Registry
@@ -115,6 +117,8 @@ def settle(submission: Submission, retry: bool = False) -> tuple[SubjectRecord, 
 
     def stand(subject: SubjectSpec) -> SubjectRecord:
         before = store.subject(subject.id)
+        if before is not None and before.state in _DONE and photos_forgotten(store, subject):
+            return before
         found = _find(subject, submission)
         now = _state(store, registry, record, subject, before, found, retry)
         if now != before:
@@ -160,7 +164,10 @@ def _problems(manifest: Manifest, base: Outline) -> Iterator[str]:
             if subject.train.strategy == "zero" or subject.evaluate.early_stop:
                 setting = "`train.strategy: zero`" if subject.train.strategy == "zero" else "`evaluate.early_stop`"
                 yield f"subject '{subject.id}': {setting} knows no `training_adapter`. Leave out one of the two."
+    policy = require_consent()
     for subject in manifest.subjects:
+        for problem in consent_problems(subject, policy):
+            yield f"subject '{subject.id}': {problem}"
         for target in unmatched_targets(subject, base):
             yield (
                 f"subject '{subject.id}': no layer of base '{base.name}' ends with target {target!r}. "
@@ -187,7 +194,9 @@ def _problems(manifest: Manifest, base: Outline) -> Iterator[str]:
 def _find(subject: SubjectSpec, submission: Submission) -> Found:
     base, root = submission.record.base_identity, submission.manifest.root
     try:
-        return Found(fingerprint(subject, base, submission.files.read(subject), root), None)
+        files = submission.files.read(subject)
+        check_subject(submission.store, submission.record.tenant, subject, files)
+        return Found(fingerprint(subject, base, files, root), None)
     except UserError as error:
         return Found(None, str(error))
 

@@ -3,11 +3,12 @@
 Owns the fields of `card.json`. A card holds no path, host, token or key.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import ConfigDict, Field, JsonValue, StringConstraints
 
 from training.storage.closed import Closed
+from training.storage.consent import Consent
 
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Fingerprint = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{8,64}$")]
@@ -35,18 +36,6 @@ class Chosen(_Part):
     reason: str
 
 
-class Consent(_Part):
-    """Who allowed the use of a person's photos, for what and until when. Times are ISO 8601 with an offset."""
-
-    kind: Literal["person", "pet", "object"]
-    scope: str
-    granted_by: str
-    granted_at: str
-    evidence_sha256: Sha256 | None = None
-    expires_at: str | None = None
-    is_minor: Literal[False] = False
-
-
 class Card(_Part):
     """What is known about one version; never changed after publication."""
 
@@ -69,7 +58,10 @@ class Card(_Part):
     class_name: str = Field(alias="class")
     trigger: str = ""
     image_hashes: tuple[str, ...] = ()
+    image_looks: tuple[str, ...] = ()  # perceptual hashes
     consent: Consent | None = None
+    consent_id: str | None = None
+    sources: tuple[str, ...] = ()  # `tenant/id@version` of the adapters that it was merged from
     # the training
     run: str | None = None  # None: imported
     settings: dict[str, JsonValue] = Field(default_factory=dict)

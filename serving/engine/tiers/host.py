@@ -48,6 +48,11 @@ class HostCache(Generic[HostKey, HostValue]):
     def __contains__(self, key: HostKey) -> bool:
         return key in self._held
 
+    def keys(self) -> tuple[HostKey, ...]:
+        """What is in memory."""
+        with self._lock:
+            return tuple(self._held)
+
     def __len__(self) -> int:
         return len(self._held)
 

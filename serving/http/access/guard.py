@@ -19,9 +19,10 @@ from serving.http.service import Service, service_of
 
 OPEN = "/healthz"  # load balancers ask by address
 KEYED = ("/v1/", "/sdapi/")
+FREE = ("/v1/detect", "/v1/reports")  # no key is needed; one that is sent must be valid
 UPLOAD = "/v1/adapters"
 UPLOADS = (UPLOAD, "/v1/files")
-TRAINING = ("/v1/adapters", "/v1/demo", "/v1/files", "/v1/fine_tuning", "/v1/runs")
+TRAINING = ("/v1/adapters", "/v1/consents", "/v1/demo", "/v1/files", "/v1/fine_tuning", "/v1/runs")
 ADMIN = ("/v1/tenants", "/v1/keys")
 _READING = frozenset({"GET", "HEAD", "OPTIONS"})
 
@@ -53,6 +54,9 @@ class Guard:
             return nullcontext()
         self._check_page(service, request)
         if not path.startswith(KEYED):
+            return nullcontext()
+        if path in FREE and request.method == "POST":
+            service.caller(request)
             return nullcontext()
         tenant = service.tenant(request, needed(request.method, path))
         return service.quota.upload(tenant) if request.method == "POST" and path in UPLOADS else nullcontext()

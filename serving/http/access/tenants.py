@@ -35,6 +35,7 @@ logger = logging.getLogger(__name__)
 PREFIX = "dfk_"
 Scope = Literal["images", "train", "admin"]
 SCOPES: tuple[Scope, ...] = get_args(Scope)
+REMEMBERED = 10_000  # tenants, or addresses, whose last minute is known
 USUAL: tuple[Scope, ...] = ("images", "train")
 
 
@@ -171,6 +172,8 @@ class Meter:
             wait_s = begun[0] + 60 - now
             raise QueueFull(f"You have made {len(begun)} {self.what} within a minute, which is the limit.", wait_s)
         begun.append(now)
+        if len(self._begun) > REMEMBERED:
+            self._begun = {name: times for name, times in self._begun.items() if times and times[-1] > now - 60}
         self._running[tenant] = running + 1
         try:
             yield

@@ -178,7 +178,7 @@ def _images_of(
         "cfg_scale": wanted.guidance_scale,
         "sampler_name": sampler_label(wanted.scheduler)[0],
         "adapters": {str(use.ref): use.weight for use in wanted.adapters},
-        "infotexts": texts if service.intake.spec.picture_parameters else [],
+        "infotexts": texts if service.tells_parameters else [],
     }
     images = [base64.b64encode(picture.data).decode() for picture in pictures] if body.send_images else []
     return SdImages(images=images, parameters=_echo(body), info=json.dumps(info))

@@ -25,6 +25,10 @@ COMMANDS = [
     "base",
     "keys",
     "up",
+    "detect",
+    "consent",
+    "subject",
+    "audit",
 ]
 
 

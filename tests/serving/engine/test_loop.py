@@ -79,7 +79,7 @@ def test_a_client_that_goes_away_is_cancelled(loop: EngineLoop) -> None:
             await task
         await until(lambda: not loop.engine.jobs)
         stream = loop.stream(ask("cat", steps=900, previews=3))
-        async with aclosing(stream):  # type: ignore[type-var]
+        async with aclosing(stream):
             async for event in stream:
                 assert isinstance(event, Preview)
                 break

@@ -11,9 +11,10 @@ from training.photos.files import read_files
 from training.photos.intake import Taken, fingerprint, take_in
 from training.photos.photos import Photos
 from training.run.home import Home
+from training.run.personal import check_photos, note_latents
 from training.run.source import Doing, Phase, Say, Task
 from training.trainer.checkpoint import SubjectState, read_states
-from training.trainer.latents import LatentSet, photo_latents
+from training.trainer.latents import LatentSet, photo_latents, photos_key
 from training.trainer.member import Subject
 from training.trainer.prior import prepare_prior
 
@@ -47,6 +48,7 @@ class Preparing:
         if fingerprint(task.spec, self._base.identity, files, home.root) != task.fingerprint:
             raise UserError(CHANGED)
         taken = take_in(spec, files, self._base.facts.resolution)
+        check_photos(home.run, home.tenant, spec, [*taken.photos.good, *taken.held_out])
         for refusal in taken.photos.refusals:
             self._note(f"{task.key}: {refusal}")
         return taken
@@ -56,6 +58,7 @@ class Preparing:
         spec = task.trained
         encoding = partial(self._say, [task.key], Doing(Phase.ENCODING))
         prompt = spec.filled_instance_prompt
+        note_latents(home.run, spec.id, photos_key(self._base, found.good, spec.train))
         instance = photo_latents(self._base, home.run.storage, found.good, spec.train, prompt, encoding)
         wants_images = spec.prior.enabled and spec.prior.source != "prediction"
         prior = self._prior(task.key, spec, home, found) if wants_images else None

@@ -16,15 +16,18 @@ from training.evaluation.evaluate import Evaluation
 from training.manifest.subject import SubjectSpec
 from training.photos.photos import Photo, Photos
 from training.run.home import Home
+from training.run.personal import forget_photos
 from training.run.run import RunStore
 from training.storage.card import Card, Chosen
+from training.storage.consents import consent_id
+from training.storage.picture_hash import picture_hash
 from training.storage.registry import Registry
 from training.trainer.checkpoint import HISTORY, SubjectState, read_states
 from training.trainer.worker.events import NAME as EVENTS, event_file
 from training.trainer.worker.loss_plot import plot_losses
 
 # no settings of the training, or paths of one machine
-_NOT_SETTINGS = {"id", "images", "public", "min_images"}
+_NOT_SETTINGS = {"id", "images", "public", "min_images", "consent", "keep_photos"}
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,10 @@ def publish_subject(run: RunStore, tenant: str, base: Base, publication: Publica
     extras["loss.png"] = plot_losses(history, spec.id)
     extras[f"events/{EVENTS}"] = event_file(history, finished.rates, finished.samples)
     card = make_card(run.run, base, publication, weights)
-    return Registry(run.storage).publish(tenant, spec.id, weights, card, extras).version
+    version = Registry(run.storage).publish(tenant, spec.id, weights, card, extras).version
+    if not spec.keep_photos:
+        forget_photos(run, spec.id)
+    return version
 
 
 def publish_checkpoint(home: Home, spec: SubjectSpec, version: str, step: int) -> str:
@@ -145,6 +151,9 @@ def make_card(run: str, base: Base, publication: Publication, weights: bytes) ->
             "class": spec.class_,
             "trigger": trigger(spec),
             "image_hashes": tuple(photo.sha256 for photo in finished.photos.good),
+            "image_looks": tuple(picture_hash(photo.image) for photo in finished.photos.good),
+            "consent": spec.consent,
+            "consent_id": consent_id(spec.id, spec.consent) if spec.consent is not None else None,
             "run": run,
             "settings": spec.model_dump(mode="json", by_alias=True, exclude=_NOT_SETTINGS),
             "steps": publication.chosen.step,
