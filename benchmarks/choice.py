@@ -25,7 +25,7 @@ from training.evaluation.judges.features import PocketJudge
 from training.evaluation.judges.pocket import load_judge
 from training.evaluation.record import Record, load_record
 from training.manifest.subject import SubjectSpec
-from training.photos.intake import read_files
+from training.photos.files import read_files
 from training.photos.photos import photos
 from training.photos.variants import variants
 from training.run.run import RunStore, list_runs

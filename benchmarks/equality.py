@@ -17,7 +17,8 @@ from training.base.base import Base, load_base
 from training.manifest.defaults import fill_subject
 from training.manifest.manifest import load_manifest
 from training.manifest.subject import SubjectSpec
-from training.photos.photos import list_photo_files, photos
+from training.photos.files import list_photo_files
+from training.photos.photos import photos
 from training.trainer.latents import encode_photos
 from training.trainer.loop import train
 from training.trainer.member import Subject

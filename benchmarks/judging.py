@@ -19,7 +19,8 @@ from training.evaluation.judges.box import JudgeBox
 from training.manifest.defaults import fill_subject
 from training.manifest.manifest import load_manifest
 from training.manifest.subject import SubjectSpec
-from training.photos.photos import Photo, list_photo_files, photos
+from training.photos.files import list_photo_files
+from training.photos.photos import Photo, photos
 from training.trainer.latents import LatentSet, encode_photos
 from training.trainer.member import Subject
 from training.trainer.pack import Pack, training_bank

@@ -5,7 +5,7 @@ import sys
 import click
 import uvicorn
 
-from serving.config import EngineSpec, ServeSpec
+from serving.config import SERVER_FLAGS, EngineSpec, ServeSpec
 from serving.engine.loop import EngineLoop
 from serving.flags import flags
 from serving.http.access.guard import is_loopback
@@ -22,13 +22,13 @@ from training.errors import UserError
 @click.option(
     "--keys", envvar="DREAMFLEET_KEYS", default=None, help="File of tenants' keys; without: this machine only."
 )
-@click.option("--cors", multiple=True, help="An origin whose web pages may use the server, https://studio.example.")
+@flags(ServeSpec, "server", only=SERVER_FLAGS)
 @flags(EngineSpec, "engine")
 def main(
-    storage: str, base: str, host: str, port: int, keys: str | None, cors: tuple[str, ...], engine: EngineSpec
+    storage: str, base: str, host: str, port: int, keys: str | None, server: ServeSpec, engine: EngineSpec
 ) -> None:
     """Serves every adapter of a storage from one base."""
-    spec = ServeSpec(base=base, storage=storage, keys=keys, cors=cors, engine=engine)
+    spec = server.model_copy(update={"base": base, "storage": storage, "keys": keys, "engine": engine})
     if keys is None and not is_loopback(host):
         raise UserError(
             f"Without keys the server binds to loopback only, not to {host}: anybody who reaches it could use and "

@@ -75,6 +75,10 @@ class EngineSpec(Closed):
         return " ".join(f"{flag} {need}" for flag, (need, there) in short.items() if need > there)
 
 
+# fields of `ServeSpec` that are flags of the commands that start a server
+SERVER_FLAGS = ("cors", "steps", "guidance_scale", "scheduler", "picture_parameters", "disk_bytes", "refresh_s")
+
+
 class ServeSpec(Closed):
     """A whole server."""
 
@@ -86,10 +90,10 @@ class ServeSpec(Closed):
     )
     engine: EngineSpec = EngineSpec.model_construct()
     limits: Limits = Limits.model_construct()
-    # defaults of a request; None: what the base recommends
-    steps: int | None = Field(default=None, ge=1, le=1000)
-    guidance_scale: float | None = Field(default=None, ge=0, le=50)
-    scheduler: SamplerName | None = None
+    # of a request that does not say
+    steps: int | None = Field(default=None, ge=1, le=1000, description="denoising steps; none: the base's own")
+    guidance_scale: float | None = Field(default=None, ge=0, le=50, description="guidance; none: the base's own")
+    scheduler: SamplerName | None = Field(default=None, description="sampler; none: the base's own")
     picture_parameters: bool = Field(
         default=True, description="PNG files hold prompt, seed and settings, as AUTOMATIC1111 writes and reads them"
     )

@@ -1,7 +1,7 @@
 """Command-line flags made from the fields of a spec, so that every setting has one. Knows no torch."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
@@ -16,17 +16,21 @@ from training.storage.closed import Closed
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
-def flags(spec: type[Closed], argument: str) -> Callable[[Command], Command]:
+def flags(spec: type[Closed], argument: str, only: Sequence[str] = ()) -> Callable[[Command], Command]:
     """A decorator: one flag for each field of `spec`; the command gets the `spec` of their values as `argument`.
+
+    With `only`, the fields of these names; the others keep their defaults.
 
     `max_rows` is `--max-rows`, or `DREAMFLEET_MAX_ROWS`; lists are written with commas. Bounds are the fields' own.
     Raises UserError, naming the flag, for a value that its field refuses.
     """
 
+    fields = {name: field for name, field in spec.model_fields.items() if name in only or not only}
+
     def decorate(command: Command) -> Command:
         @functools.wraps(command)
         def collected(*args: Any, **given: Any) -> Any:
-            values = {name: given.pop(name) for name in spec.model_fields}
+            values = {name: given.pop(name) for name in fields}
             try:
                 set_to = spec.model_validate(values)
             except ValidationError as error:
@@ -36,7 +40,7 @@ def flags(spec: type[Closed], argument: str) -> Callable[[Command], Command]:
             return command(*args, **given, **{argument: set_to})
 
         made: Any = collected
-        for name, field in reversed(spec.model_fields.items()):
+        for name, field in reversed(fields.items()):
             made = _option(name, field)(made)
         return made
 
@@ -65,7 +69,7 @@ def _option(name: str, field: FieldInfo) -> Callable[[Any], Any]:
         type=form,
         callback=callback,
         default=default,
-        show_default=default is not None,
+        show_default=default not in (None, ""),
         envvar=f"DREAMFLEET_{name.upper()}",
         help=field.description,
     )

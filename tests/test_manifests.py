@@ -11,7 +11,8 @@ from training.manifest.gate import EvaluateSpec
 from training.manifest.manifest import load_manifest, parse_manifest
 from training.manifest.plan import plan_run, unmatched_targets
 from training.manifest.subject import LoraSpec, PriorSpec, SubjectSpec, TrainSpec, WordSpec, ZeroSpec
-from training.photos.photos import list_photo_files, photos
+from training.photos.files import list_photo_files
+from training.photos.photos import photos
 
 MANIFESTS = Path(__file__).parents[1] / "manifests"
 RUNS = [path for path in MANIFESTS.rglob("manifest*.yaml") if "images" not in path.parts]

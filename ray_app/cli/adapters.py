@@ -170,14 +170,14 @@ def import_(
     from training.adapters.formats.formats import import_adapter
 
     library = open_library(open_registry(storage), base)
-    adapter = import_adapter(read_files(files), library.shapes().keys())
+    adapter = import_adapter(read_paths(files), library.shapes().keys())
     resolved = publish(library, tenant, id, adapter, public=public, trigger=trigger)
     if as_json:
         return options.print_json(short(resolved))
     click.echo(f"{resolved.tenant}/{resolved.id}@{resolved.version[:12]}")
 
 
-def read_files(paths: Sequence[Path]) -> dict[str, bytes]:
+def read_paths(paths: Sequence[Path]) -> dict[str, bytes]:
     """The files by path; a folder stands for the files in it and in those of its folders that hold parts of it."""
     files: dict[str, bytes] = {}
     for path in paths:

@@ -25,7 +25,7 @@ from ray_app.train.drive import Whole, drive_run
 from training.errors import UserError
 from training.manifest.manifest import Manifest
 from training.manifest.subject import SubjectSpec
-from training.photos.photos import list_photo_files
+from training.photos.files import list_photo_files
 from training.run.submission import Submission, submit
 from training.storage.registry import Registry
 from training.storage.storage import open_storage

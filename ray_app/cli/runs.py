@@ -110,11 +110,12 @@ def retry(
 
 
 def _list(storage: str, as_json: bool) -> None:
-    from training.run.run import RunStore, list_runs
+    from training.run.run import read_runs
 
     opened = open_storage(storage)
-    records = [RunStore(opened, run).record() for run in list_runs(opened) if opened.exists(f"runs/{run}/run.json")]
-    records.sort(key=lambda record: record.created)
+    records, problems = read_runs(opened)
+    for problem in problems:
+        click.echo(problem, err=True)
     if as_json:
         return options.print_json(
             {"runs": [record.model_dump(mode="json", exclude={"manifest"}, by_alias=True) for record in records]}

@@ -19,7 +19,8 @@ from training.evaluation.protocol import (
     run_protocol,
     write_parquet,
 )
-from training.photos.photos import list_photo_files, photos
+from training.photos.files import list_photo_files
+from training.photos.photos import photos
 from training.photos.variants import variants
 from training.sampling.render import Look
 from training.storage.registry import Registry

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from ray_app.cli import options
-from serving.config import EngineSpec, ServeSpec
+from serving.config import SERVER_FLAGS, EngineSpec, ServeSpec
 from serving.flags import flags
 from training.errors import UserError
 
@@ -20,8 +20,18 @@ from training.errors import UserError
 @click.option("--host", default="127.0.0.1", show_default=True, help="address to listen on")
 @click.option("--port", default=8000, show_default=True, type=click.IntRange(0, 65535))
 @click.option("--keys", type=click.Path(path_type=Path), help="keys file; without it only this machine may connect")
+@flags(ServeSpec, "server", only=SERVER_FLAGS)
 @flags(EngineSpec, "engine")
-def serve(storage: str, address: str, base: str, host: str, port: int, keys: Path | None, engine: EngineSpec) -> None:
+def serve(
+    storage: str,
+    address: str,
+    base: str,
+    host: str,
+    port: int,
+    keys: Path | None,
+    server: ServeSpec,
+    engine: EngineSpec,
+) -> None:
     """Serve the base and every published adapter over HTTP, until Ctrl-C."""
     from ray_app.serve.deployments import Deployment, serve_forever
 
@@ -32,7 +42,7 @@ def serve(storage: str, address: str, base: str, host: str, port: int, keys: Pat
         host=host,
         port=port,
         keys=str(keys) if keys else None,
-        deployment=Deployment(server=ServeSpec(engine=engine)),
+        deployment=Deployment(server=server.model_copy(update={"engine": engine})),
     )
 
 

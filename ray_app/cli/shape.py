@@ -13,7 +13,7 @@ from ray_app.cli.adapters import (
     open_library,
     open_registry,
     publish,
-    read_files,
+    read_paths,
     resolve,
     short,
 )
@@ -180,7 +180,7 @@ def _open(registry: "Registry", source: str, tenant: str, base: str | None) -> "
     from training.adapters.formats.formats import import_adapter
 
     if source.endswith(".safetensors") or source.startswith((".", "/", "~")):
-        files = read_files([Path(source).expanduser()])
+        files = read_paths([Path(source).expanduser()])
         return import_adapter(files, open_library(registry, base or "pocket").shapes().keys()), None
     adapter, _, resolved = _load(registry, source, tenant)
     return adapter, resolved

@@ -43,14 +43,14 @@ def _of_runs(storage: "Storage", age_s: float) -> list[str]:
 
     Those of a run that can be retried go as well: after that time it trains from the beginning.
     """
-    from training.run.run import RunStore, list_runs
+    from training.run.run import RunStore, read_runs
 
     found: list[str] = []
-    for run in list_runs(storage):
-        if not storage.exists(f"runs/{run}/run.json"):
-            continue
-        store = RunStore(storage, run)
-        record = store.record()
+    records, problems = read_runs(storage)
+    for problem in problems:
+        click.echo(problem, err=True)
+    for record in records:
+        store = RunStore(storage, record.run)
         if not _is_over(record, age_s):
             continue
         for subject in record.manifest.subjects:

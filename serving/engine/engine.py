@@ -38,7 +38,7 @@ class Engine:
         self.stats = EngineStats()
         self.woken = Event()
         self.adapters = Adapters(base, spec, fetch, self.woken)
-        # no step and no decoding has more cells than a full one at the base's own size, but for a single larger image
+        # no forward and no decoding has more cells than a full one at the base's own size, but for a single larger row
         self._row_cells = base.facts.latent_side**2
         self.scheduler = Scheduler[Sample](spec.max_rows, spec.queue, spec.max_rows * self._row_cells)
         self.jobs: dict[Job, None] = {}
@@ -76,7 +76,8 @@ class Engine:
         schedule = self.base.process.schedule(request.scheduler, request.steps, strength, size)
         takes_negative = self.base.facts.guidance == "cfg"
         job = Job(request, schedule, pixels_CHW, arrived_s=time.monotonic(), takes_negative=takes_negative)
-        job.samples = [Sample(job, index, size) for index in range(request.count)]
+        wide = job.guided and 2 * size[0] * size[1] > self.scheduler.max_cells
+        job.samples = [Sample(job, index, size, wide) for index in range(request.count)]
         try:
             self.scheduler.submit(job.samples, self._retry_after_s())
         except QueueFull:
@@ -230,7 +231,7 @@ class Engine:
             sample.clean = torch.zeros_like(sample.latents)
 
     def _denoise(self, batch: Sequence[Sample]) -> None:
-        """One step of every sample of the batch; if it raises, no sample has changed."""
+        """One forward of the batch, and its step; if it raises, no sample has changed."""
         forward = self._forward(batch)
         order = forward.order
         began = time.perf_counter()
@@ -238,23 +239,37 @@ class Engine:
             lines = ScheduleLines.gather([s.job.schedule for s in order], [s.step for s in order], self.base.device)
             latents_NCHW = torch.stack([_tensor(sample.latents) for sample in order])
             output_NCHW = forward(self.base, self.adapters.bank, latents_NCHW, lines)
-            before_NCHW = torch.stack([_tensor(sample.clean) for sample in order])
-            latents_NCHW, clean_NCHW = lines.step(latents_NCHW, output_NCHW, before_NCHW, self._fresh_noise(order))
+            first = order[0]  # if it is wide, it is alone
+            if first.wide and first.plain is None:
+                first.plain = output_NCHW[0]
+            else:
+                self._advance(order, lines, latents_NCHW, output_NCHW)
             if self.base.device.type == "cuda":  # waits for the device: else many steps would be queued on it
                 torch.cuda.synchronize(self.base.device)
         rows = sum(sample.rows for sample in order)
         self.scheduler.pace.saw(batch[0].kind, rows, time.perf_counter() - began)
         self.stats.steps += 1
         self.stats.rows += forward.rows
+
+    def _advance(
+        self, order: Sequence[Sample], lines: ScheduleLines, latents_NCHW: Tensor, output_NCHW: Tensor
+    ) -> None:
+        """Takes the samples' steps by their predictions; those of a wide one are guided here."""
+        plain_CHW = order[0].plain
+        if plain_CHW is not None:
+            output_NCHW = plain_CHW + order[0].job.request.guidance_scale * (output_NCHW - plain_CHW)
+        before_NCHW = torch.stack([_tensor(sample.clean) for sample in order])
+        latents_NCHW, clean_NCHW = lines.step(latents_NCHW, output_NCHW, before_NCHW, self._fresh_noise(order))
         for sample, latents, clean in zip(order, latents_NCHW, clean_NCHW, strict=True):
-            sample.latents, sample.clean = latents, clean
+            sample.latents, sample.clean, sample.plain = latents, clean, None
             sample.step += 1
 
     def _forward(self, batch: Sequence[Sample]) -> Forward:
         """The forward of these samples: the last one of their kind, if it is of the same samples and bank's layers."""
         kind, layout = batch[0].kind, self.adapters.bank.layout
         forward = self._forwards.get(kind)
-        if forward is None or forward.layout is not layout or set(forward.order) != set(batch):
+        same = forward is not None and forward.layout is layout and set(forward.order) == set(batch)
+        if forward is None or not same or batch[0].wide:  # a wide image's forwards alternate between its prompts
             fixed_rows = self.scheduler.step_rows(batch[0].cells) if self.spec.fixed_rows else None
             forward = Forward.make(
                 batch, self.adapters.bank, self.base, empty=self.adapters.empty, fixed_rows=fixed_rows

@@ -1,8 +1,9 @@
 """One denoiser forward over samples that each have their own timestep, adapters, prompt and guidance.
 
 A `Forward` holds what stays the same while the same samples step together: their embeddings, guidance and the bank's
-routes. A guided sample is two neighbouring rows, negative prompt and prompt, and samples are in the order of their
-slots: rows that wear the same share one delta, and slots without a gap are not even copied. Guided samples come first.
+routes. A guided sample is two neighbouring rows, negative prompt and prompt (a wide one has one row in each
+of two forwards); guided samples come first. Samples are in the order of their slots: rows that wear the same share one
+delta, and slots without a gap are not even copied.
 
 Shape suffixes: N samples, G guided ones, M rows; L tokens, C channels.
 """
@@ -45,10 +46,10 @@ class Forward:
 
         `empty` is the bank's slot of zeros; `fixed_rows` pads the forward with rows that nobody reads.
         """
-        order = sorted(samples, key=lambda sample: (not sample.job.guided, sample.slots or ()))
-        guided = sum(sample.job.guided for sample in order)
+        order = sorted(samples, key=lambda sample: (sample.rows == 1, sample.slots or ()))
+        guided = sum(sample.rows == 2 for sample in order)
         rows = [sample for sample in order[:guided] for _ in range(2)] + order[guided:]
-        conds = [cond for sample in order for cond in _conds(sample)]
+        conds = [cond for sample in order for cond in sample.conds]
         fill = max(0, (fixed_rows or 0) - len(rows))
         conds += conds[:1] * fill
         facts = [RowFacts(guidance=sample.job.request.guidance_scale) for sample in rows]
@@ -68,7 +69,7 @@ class Forward:
         )
 
     def __call__(self, base: Base, bank: Bank, latents_NCHW: Tensor, lines: ScheduleLines) -> Tensor:
-        """The guided prediction [N, C, h, w] in float32, for scaled latents in `order`."""
+        """The guided prediction [N, C, h, w] in float32, for scaled latents in `order`; of wide samples their row's."""
         guided = len(self.guidance_G)
         x_MCHW = self._rows(lines.model_input(latents_NCHW))
         with bank.using(*self.routes):
@@ -83,10 +84,3 @@ class Forward:
         rows = torch.cat([samples_NX[:guided].repeat_interleave(2, 0), samples_NX[guided:]])
         fill = self.rows - len(rows)
         return torch.cat([rows, rows.new_zeros((fill, *rows.shape[1:]))]) if fill else rows
-
-
-def _conds(sample: Sample) -> list[Cond]:
-    """The prompts of a sample's rows."""
-    assert sample.job.conds is not None
-    prompt, negative = sample.job.conds
-    return [prompt] if negative is None else [negative, prompt]

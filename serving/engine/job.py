@@ -55,11 +55,17 @@ class Job:
 
 @dataclass(eq=False, slots=True)
 class Sample:
-    """One image being made. `latents` and `clean` are [C, h, w] float32 on the device once it runs."""
+    """One image being made. `latents` and `clean` are [C, h, w] float32 on the device once it runs.
+
+    `wide`: its two rows of guidance are more than one forward may have, so it takes a step in two forwards, and others
+    may go between them. `plain` is the first one's prediction [C, h, w], while the second is to come.
+    """
 
     job: Job
     index: int
     size: tuple[int, int]
+    wide: bool = False
+    plain: Tensor | None = None
     slots: tuple[int, ...] | None = None  # of its adapters, once it has started
     step: int = 0
     previews: int = 0
@@ -84,8 +90,19 @@ class Sample:
 
     @property
     def rows(self) -> int:
-        """Rows of a forward it takes: two with guidance, one without."""
-        return 2 if self.job.guided else 1
+        """Rows of a forward it takes: two with guidance, one without or if it is wide."""
+        return 2 if self.job.guided and not self.wide else 1
+
+    @property
+    def conds(self) -> list[Cond]:
+        """The prompts of its next rows."""
+        assert self.job.conds is not None
+        prompt, negative = self.job.conds
+        if negative is None:
+            return [prompt]
+        if self.wide:
+            return [negative if self.plain is None else prompt]
+        return [negative, prompt]
 
     @property
     def ready(self) -> bool:

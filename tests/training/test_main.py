@@ -11,8 +11,8 @@ import yaml
 
 from tests.tiny import tiny_images
 from training import __main__ as program
-from training.photos import photos
-from training.photos.photos import PhotoFile
+from training.photos import files
+from training.photos.files import PhotoFile
 from training.run.cancel import cancel_run
 from training.run.lead import Lead
 from training.run.log import read_log
@@ -123,13 +123,13 @@ def test_a_subject_that_diverges_is_tried_once_more_with_lower_rates(
 
 def test_a_photo_is_read_once(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     """What gives a subject its fingerprint is what it is trained on."""
-    read, opened = photos._read_file, list[str]()
+    read, opened = files._read_file, list[str]()
 
     def watched(path: Path) -> PhotoFile:
         opened.append(path.name)
         return read(path)
 
-    monkeypatch.setattr(photos, "_read_file", watched)
+    monkeypatch.setattr(files, "_read_file", watched)
     assert desk.train("a") == 0
     assert sorted(opened) == [f"{index}.png" for index in range(5)]
 

@@ -5,8 +5,10 @@ Owns what docs/pocket.md shows of DreamBooth. Trains and draws nothing that is t
 
 import csv
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
+from datetime import UTC, datetime
 from pathlib import Path
 
 import matplotlib
@@ -200,6 +202,7 @@ def write_tables(scores: Scores, duration: Duration, docs: Path) -> None:
     curves = [text for setting in CURVES for text in ("", *by_step(scores, setting))]
     text = ["# DreamBooth on ten unseen subjects: the tables", ""]
     text += ["Means over the subjects ± their standard error; what each score is, says [the page](../pocket.md).", ""]
+    text += [f"Measured on {datetime.now(UTC):%Y-%m-%d}, {os.cpu_count()} CPU cores, torch {torch.__version__}.", ""]
     text += [*against_goals(scores, duration), "", said(duration), "", *by_setting(scores), "", *by_subject(scores)]
     (docs / "dreambooth.md").write_text("\n".join([*text, *curves]) + "\n")
 

@@ -1,6 +1,7 @@
 # ruff: noqa: E501  (the lines of a document, not of code)
 """The model card: data and licences, recipe, compute, scores and limits, as text."""
 
+from datetime import UTC, datetime
 from typing import Any
 
 from tools.pocket.composite import COLOUR_NAMES
@@ -57,7 +58,7 @@ Apache License 2.0. Fluent Emoji: Copyright Microsoft Corporation, MIT.
 `python -m tools.pocket all`. VAE: AutoencoderKL {VAE.block_out_channels}, f4, {VAE.latent_channels} channels, {VAE.images} pictures; latents have unit scale (scaling factor 1).
 UNet {UNET.block_out_channels} with cross attention at 8 x 8 and 4 x 4, text encoder {UNET.text_layers} x {UNET.text_width}, prompts of {PROMPT_TOKENS} tokens, trained together: v-prediction,
 zero terminal SNR, trailing steps, AdamW {UNET.learning_rate}, batches of {UNET.batch_size}, averaged weights.
-Compute: two CPU cores, {scores["images"]} pictures through the UNet, 100 to 135 a second where nothing else runs.
+Compute ({datetime.now(UTC):%Y-%m-%d}): two CPU cores, {scores["images"]} pictures through the UNet, 100 to 135 a second where nothing else runs.
 
 ## Scores
 {scores["pictures_per_class"]} pictures a class, 20 DDIM steps: the share that the independent judge (`training/bases/pocket-judge`) reads as asked.

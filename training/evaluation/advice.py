@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from training.evaluation.choose import TIE, Candidate, Choice, overfits_after
 from training.manifest.axes import AXES
-from training.photos.photo_report import PhotoWarning
+from training.photos.warning import PhotoWarning
 
 # of the way from the plain class to a real photo, and from any prompt to the base's own picture
 LOW_LIKENESS, LOW_FIDELITY = 0.3, 0.6

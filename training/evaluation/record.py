@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 from PIL import Image
 
 from training.evaluation.advice import advice
-from training.photos.photo_report import PhotoWarning
 from training.photos.photos import Photo, Photos
+from training.photos.warning import PhotoWarning
 from training.run.run import RunStore
 from training.storage.card import Score
 from training.storage.closed import Closed

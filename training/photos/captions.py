@@ -7,7 +7,7 @@ that begin with `#` are skipped. A photo's own `.txt` wins over its line. Knows 
 from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 
-from training.photos.photo_report import PhotoWarning, shown
+from training.photos.warning import PhotoWarning, shown
 
 CAPTIONS_FILE = "captions.txt"
 MAX_FILE_BYTES = 2**20

@@ -1,25 +1,18 @@
-"""A subject's files, from wherever the manifest says they are, and what identifies the subject's result.
-
-`images` is a folder relative to the manifest, a URI that `open_storage` knows, or `storage:<key>` for files that were
-uploaded to the run's own storage.
-"""
+"""What a subject's files come to: the photos to train on, those kept out to judge by, and the fingerprint of it all."""
 
 import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from threading import Lock
 from typing import Any, NamedTuple
 
 from training.errors import UserError
 from training.manifest.subject import SubjectSpec
-from training.photos.photos import Photo, PhotoFile, Photos, list_photo_files, photos, subfolders
+from training.photos.files import PhotoFile, read_files
+from training.photos.photos import Photo, Photos, photos
 from training.storage.file_hash import hash_file
-from training.storage.interface import Storage, masked
-from training.storage.storage import open_storage
+from training.storage.interface import Storage
 
-UPLOADED = "storage:"
-CACHE_BYTES = 512 * 2**20
 # photos with one of these warnings are no good references
 _UNFIT = {"small", "blurry", "dark", "overexposed", "identical", "near-duplicate"}
 # settings that decide what is kept or shown, not what is learned
@@ -32,60 +25,6 @@ _NO_EFFECT: dict[str, Any] = {
     "public": True,
     "train": {"keep_checkpoints", "sample_every", "gradient_checkpointing", "strategy", "zero"},
 }
-
-
-def read_files(subject: SubjectSpec, storage: Storage, root: str = ".") -> tuple[PhotoFile, ...]:
-    """The files of `subject.images`. Raises UserError saying what is missing where."""
-    if subject.images.startswith(UPLOADED):
-        return _read_keys(storage, subject.images.removeprefix(UPLOADED), subject.images)
-    if "://" in subject.images:
-        return _read_keys(open_storage(subject.images), "", masked(subject.images))
-    return list_photo_files(Path(root, subject.images).expanduser())
-
-
-def _read_keys(storage: Storage, prefix: str, shown: str) -> tuple[PhotoFile, ...]:
-    keys = storage.list(prefix)
-    if not keys:
-        raise UserError(f"images '{shown}' holds no files. Put the subject's photos there.")
-    start = len(prefix) + 1 if prefix else 0
-    names = [key[start:] for key in keys]
-    files = (PhotoFile(name, storage.get(key)) for name, key in zip(names, keys, strict=True) if "/" not in name)
-    return (*files, *subfolders(name for name in names if "/" in name))
-
-
-class FileCache:
-    """Files of subjects, so that one process reads each once: it trains on what it took the fingerprint of.
-
-    Keeps up to `room` bytes; other files are read again. `root` is where a manifest's relative folders start. Threads
-    may share it.
-    """
-
-    def __init__(self, storage: Storage, root: str = ".", room: int = CACHE_BYTES) -> None:
-        self._storage = storage
-        self._root = root
-        self._room = room
-        self._kept: dict[str, tuple[PhotoFile, ...]] = {}
-        self._lock = Lock()
-
-    def read(self, subject: SubjectSpec) -> tuple[PhotoFile, ...]:
-        """The files of a subject as they were first read. Raises UserError saying what is missing where."""
-        with self._lock:
-            if subject.id in self._kept:
-                return self._kept[subject.id]
-        files = read_files(subject, self._storage, self._root)
-        size = sum(len(file.data) for file in files)
-        with self._lock:
-            if size <= self._room:
-                self._room -= size
-                self._kept[subject.id] = files
-        return files
-
-    def pop(self, id: str) -> tuple[PhotoFile, ...] | None:
-        """Removes and returns a subject's files; None if they are not kept."""
-        with self._lock:
-            files = self._kept.pop(id, None)
-            self._room += sum(len(file.data) for file in files or ())
-            return files
 
 
 class Taken(NamedTuple):

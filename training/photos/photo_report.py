@@ -9,25 +9,16 @@ Shapes: `_HW` height x width; luminance and colours are float32 in 0..1.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-Kind = Literal[
-    "few",
-    "small",
-    "blurry",
-    "dark",
-    "overexposed",
-    "identical",
-    "near-duplicate",
-    "background",
-    "caption",
-    "face",
-    "mask",
-]
+from training.errors import UserError
+from training.photos.variants import Crop, can_find_faces, find_face
+from training.photos.warning import PhotoWarning, listed, shown
+
 Floats = NDArray[np.float32]
 
 RECOMMENDED_PHOTOS = 5
@@ -55,16 +46,6 @@ HASH_PX = 32
 BACKGROUND_PX = 8
 
 
-@dataclass(frozen=True, slots=True)
-class PhotoWarning:
-    """One finding, plain data (`dataclasses.asdict` is JSON): `names` of the photos, what was found, what to do."""
-
-    kind: Kind
-    names: tuple[str, ...]
-    message: str
-    advice: str
-
-
 class Seen(NamedTuple):
     """A photo as the report needs it: `side_px` is the shorter side of the file's image, `image` may be reduced."""
 
@@ -72,6 +53,31 @@ class Seen(NamedTuple):
     image: Image.Image
     side_px: int
     sha256: str
+    transparent: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Rejected:
+    """A file that cannot be used, and why in a few words."""
+
+    name: str
+    reason: str
+
+
+class TooFewPhotos(UserError):
+    """Fewer usable photos than needed; the message lists every rejected file with its reason."""
+
+    def __init__(self, good: int, needed: int, rejected: tuple[Rejected, ...]) -> None:
+        reasons = "".join(f"\n  {shown(file.name)}: {file.reason}" for file in rejected)
+        found = f"Too few photos: {good} usable, at least {needed} needed."
+        refused = f" {len(rejected)} cannot be used:{reasons}\nReplace these" if rejected else " Add more photos"
+        super().__init__(f"{found}{refused}, or lower `min_images`.")
+        self.good = good
+        self.needed = needed
+        self.rejected = rejected
+
+    def __reduce__(self) -> tuple[type["TooFewPhotos"], tuple[int, int, tuple[Rejected, ...]]]:
+        return TooFewPhotos, (self.good, self.needed, self.rejected)
 
 
 class _Print(NamedTuple):
@@ -82,8 +88,13 @@ class _Print(NamedTuple):
     border_P3: Floats
 
 
-def report(photos: Sequence[Seen], resolution: int) -> tuple[PhotoWarning, ...]:
-    """All warnings about the photos, the set's before the single photos'; empty for a good set."""
+def report(
+    photos: Sequence[Seen], resolution: int, crop: Crop = "center", backgrounds: int = 0
+) -> tuple[PhotoWarning, ...]:
+    """All warnings about the photos, the set's before the single photos'; empty for a good set.
+
+    `crop` and `backgrounds` are the subject's: what they cannot do for these photos is a warning, too.
+    """
     if not photos:
         return ()
     prints = {photo.name: _print(photo.image) for photo in photos}
@@ -99,20 +110,10 @@ def report(photos: Sequence[Seen], resolution: int) -> tuple[PhotoWarning, ...]:
         *_small(photos, resolution),
         *_exposure(photos),
         *_blurry(photos, resolution),
+        *_faces(photos, crop),
+        *_masks(photos, backgrounds),
     ]
     return tuple(found)
-
-
-def shown(name: str) -> str:
-    """A file's name as messages print it: short and without control characters."""
-    clean = "".join(letter if letter.isprintable() else "?" for letter in name)
-    return clean if len(clean) <= 80 else clean[:77] + "..."
-
-
-def listed(names: Sequence[str], most: int = 8) -> str:
-    """`a.jpg, b.jpg and 3 more`."""
-    first = ", ".join(shown(name) for name in names[:most])
-    return first if len(names) <= most else f"{first} and {len(names) - most} more"
 
 
 def sharpness(image: Image.Image, resolution: int) -> float:
@@ -287,3 +288,27 @@ def _resized(image: Image.Image, size: tuple[int, int]) -> Floats:
 def _scaled(image: Image.Image, side: int) -> tuple[int, int]:
     scale = side / min(image.size)
     return round(image.width * scale), round(image.height * scale)
+
+
+def _faces(good: Sequence[Seen], crop: Crop) -> list[PhotoWarning]:
+    """What `crop: face` cannot do for these photos."""
+    if crop != "face":
+        return []
+    if not can_find_faces():
+        names = tuple(photo.name for photo in good)
+        message = "`crop: face` needs the package dlib, which is not installed; the centre is cropped instead."
+        return [PhotoWarning("face", names, message, "Run `pip install dlib`, or choose `crop: center` or `random`.")]
+    without = tuple(photo.name for photo in good if find_face(photo.image) is None)
+    if not without:
+        return []
+    message = f"No face found, the centre is cropped instead: {listed(without)}."
+    return [PhotoWarning("face", without, message, "Check that the face is large, upright and not covered.")]
+
+
+def _masks(good: Sequence[Seen], backgrounds: int) -> list[PhotoWarning]:
+    """Where `backgrounds` can change nothing."""
+    without = tuple(photo.name for photo in good if not photo.transparent)
+    if not backgrounds or not without:
+        return []
+    message = f"`backgrounds` changes only photos with transparency, not {listed(without)}."
+    return [PhotoWarning("mask", without, message, "Cut the subject out (PNG or WebP), or leave `backgrounds` away.")]

@@ -1,50 +1,27 @@
 """A subject's photos: the files that are read, the ones that are not and why, and the report about the rest.
 
-Knows where photos come from only as far as `list_photo_files`; knows nothing about manifests, latents or training.
+Knows nothing about manifests, latents or training.
 """
 
 import hashlib
-import itertools
-import os
-import stat
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePath
+from pathlib import PurePath
 
 from PIL import Image
 
 from training.errors import UserError
 from training.photos.captions import captions
-from training.photos.photo_report import PhotoWarning, Seen, listed, report, shown
-from training.photos.variants import Crop, can_find_faces, find_face
-from training.storage.images import MIB, ImageError, ImageLimits, MaskedImage, read_picture
+from training.photos.files import PhotoFile
+from training.photos.photo_report import Rejected, Seen, TooFewPhotos, report
+from training.photos.variants import Crop
+from training.photos.warning import PhotoWarning, shown
+from training.storage.image_file import ImageError, ImageLimits, open_image
+from training.storage.images import decode_image, shrunk
 
-# What lies beside photos and is none: notes, captions, metadata, other trainers' caches.
-SIDECARS = {".txt", ".caption", ".json", ".jsonl", ".csv", ".tsv", ".md", ".yaml", ".yml", ".toml", ".xmp", ".aae"}
-SIDECARS |= {".npz", ".safetensors"}
 MAX_PHOTOS = 200
-MAX_TOTAL_BYTES = 1024 * MIB
-MAX_LISTED = 10_000
 # Photos are kept at twice the resolution at most: no crop needs more, and 200 camera originals would need 24 GB.
 KEPT_RESOLUTIONS = 2
-
-
-@dataclass(frozen=True, slots=True)
-class PhotoFile:
-    """One file of a subject's folder; `problem` says why it could not be read (then `data` is empty).
-
-    A subfolder with files in it is one too: a problem that is said, and no part of what is trained on.
-    """
-
-    name: str
-    data: bytes
-    problem: str = ""
-
-    @property
-    def is_folder(self) -> bool:
-        """Whether it stands for a subfolder."""
-        return self.name.endswith("/")
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,14 +41,6 @@ class Photo:
 
 
 @dataclass(frozen=True, slots=True)
-class Rejected:
-    """A file that cannot be used, and why in a few words."""
-
-    name: str
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
 class Photos:
     """All that came of a subject's files."""
 
@@ -83,22 +52,6 @@ class Photos:
     def refusals(self) -> tuple[str, ...]:
         """What is not used and why, in words."""
         return tuple(f"{shown(file.name)} is not used: {file.reason}" for file in self.rejected)
-
-
-class TooFewPhotos(UserError):
-    """Fewer usable photos than needed; the message lists every rejected file with its reason."""
-
-    def __init__(self, good: int, needed: int, rejected: tuple[Rejected, ...]) -> None:
-        reasons = "".join(f"\n  {shown(file.name)}: {file.reason}" for file in rejected)
-        found = f"Too few photos: {good} usable, at least {needed} needed."
-        refused = f" {len(rejected)} cannot be used:{reasons}\nReplace these" if rejected else " Add more photos"
-        super().__init__(f"{found}{refused}, or lower `min_images`.")
-        self.good = good
-        self.needed = needed
-        self.rejected = rejected
-
-    def __reduce__(self) -> tuple[type["TooFewPhotos"], tuple[int, int, tuple[Rejected, ...]]]:
-        return TooFewPhotos, (self.good, self.needed, self.rejected)
 
 
 def photos(
@@ -118,8 +71,8 @@ def photos(
     quarter of `resolution` unless given. Folders of class images are larger than `max_photos` and need no report, which
     compares all pairs. Raises `TooFewPhotos`, and `UserError` for more than `max_photos` files.
     """
-    ordered = sorted((file for file in files if not _hidden(file.name)), key=lambda file: file.name)
-    wanted = [file for file in ordered if not _sidecar(file.name) and not file.is_folder]
+    ordered = sorted((file for file in files if not file.is_hidden), key=lambda file: file.name)
+    wanted = [file for file in ordered if not file.is_sidecar and not file.is_folder]
     if len({file.name for file in ordered}) < len(ordered):
         raise UserError("Two of the files have the same name. Give every photo a name of its own.")
     if len(wanted) > max_photos:
@@ -132,127 +85,20 @@ def photos(
     rejected = [Rejected(file.name, file.problem) for file in ordered if file.is_folder]
     for file in wanted:
         try:
-            good.append(_photo(file, words.get(file.name), limits, resolution))
+            if file.problem:
+                raise ImageError(file.name, file.problem)
+            opened = open_image(file.data, file.name, limits)
+            read = decode_image(opened)
         except ImageError as error:
             rejected.append(Rejected(file.name, error.reason))
+            continue
+        kept = shrunk(read, KEPT_RESOLUTIONS * resolution)
+        digest = hashlib.sha256(file.data).hexdigest()
+        good.append(Photo(file.name, kept.image, digest, read.image.size, words.get(file.name), kept.mask))
     if len(good) < min_photos:
         raise TooFewPhotos(len(good), min_photos, tuple(rejected))
-    found = (*_report(good, resolution, crop), *_masks(good, backgrounds), *caption_warnings) if with_report else ()
-    return Photos(tuple(good), tuple(rejected), found)
-
-
-def list_photo_files(folder: Path) -> tuple[PhotoFile, ...]:
-    """The files of a folder without hidden ones, then its subfolders that hold any, unread and with that as problem.
-
-    Reads at most one byte more of a file than an image may have, and `MAX_TOTAL_BYTES` in all. Raises `UserError` if
-    there is nothing to read.
-    """
-    if not folder.exists():
-        raise UserError(f"No folder {folder}. Give the folder that holds the subject's photos.")
-    if not folder.is_dir():
-        raise UserError(f"{folder} is a file. Give the folder that holds the subject's photos.")
-    try:
-        paths = sorted(path for path in folder.iterdir() if not _hidden(path.name))
-    except OSError as error:
-        raise UserError(f"Cannot read folder {folder}: {error.strerror}. Check its permissions.") from None
-    files, total = [], 0
-    if len(paths) > MAX_LISTED:
-        raise UserError(f"{folder} holds {len(paths)} files, at most {MAX_LISTED}. Give a folder of one subject.")
-    for path in paths:
-        if path.is_dir():
-            continue
-        files.append(_read_file(path))
-        total += len(files[-1].data)
-        if total > MAX_TOTAL_BYTES:
-            raise UserError(f"{folder} holds more than {MAX_TOTAL_BYTES // MIB} MiB. Leave the best photos in it.")
-    if not any(not _sidecar(file.name) for file in files):
-        inside = [path.name for path in paths if path.is_dir()]
-        hint = f" Its subfolders ({listed(inside)}) are not searched." if inside else ""
-        raise UserError(f"No photos in {folder}.{hint} Put JPEG, PNG or WebP files there.")
-    return (*files, *subfolders(_names_below(folder)))
-
-
-def subfolders(names: Iterable[str]) -> tuple[PhotoFile, ...]:
-    """The subfolders among relative file names such as `trip/a.jpg`, as files that cannot be read. They say how many
-    files they hold that may be photos; those that hold none are left out."""
-    paths = (PurePath(name) for name in names)
-    counts = Counter(path.parts[0] for path in paths if not any(map(_hidden, path.parts)) and not _sidecar(path.name))
-    return tuple(
-        PhotoFile(
-            f"{name}/", b"", f"a subfolder, which is not searched; move its files ({count}) up if they belong here"
-        )
-        for name, count in sorted(counts.items())
-    )
-
-
-def _names_below(folder: Path) -> Iterator[str]:
-    """The files in the subfolders of a folder, relative to it; `MAX_LISTED` at most."""
-    found = (Path(where, name) for where, _, names in os.walk(folder) for name in names)
-    for path in itertools.islice((path for path in found if path.parent != folder), MAX_LISTED):
-        yield path.relative_to(folder).as_posix()
-
-
-def _read_file(path: Path) -> PhotoFile:
-    try:
-        if not stat.S_ISREG(path.stat().st_mode):
-            return PhotoFile(path.name, b"", "unreadable: not a regular file")
-        with path.open("rb") as file:
-            return PhotoFile(path.name, file.read(ImageLimits().max_bytes + 1))
-    except OSError as error:
-        return PhotoFile(path.name, b"", f"unreadable: {error.strerror}")
-
-
-def _photo(file: PhotoFile, caption: str | None, limits: ImageLimits, resolution: int) -> Photo:
-    if file.problem:
-        raise ImageError(file.name, file.problem)
-    picture = read_picture(file.data, file.name, limits)
-    kept = _reduced(picture, KEPT_RESOLUTIONS * resolution)
-    digest = hashlib.sha256(file.data).hexdigest()
-    return Photo(file.name, kept.image, digest, picture.image.size, caption, kept.mask)
-
-
-def _reduced(picture: MaskedImage, side_px: int) -> MaskedImage:
-    """The picture with its shorter side at most `side_px`."""
-    scale = side_px / min(picture.image.size)
-    if scale >= 1:
-        return picture
-    size = (round(picture.image.width * scale), round(picture.image.height * scale))
-    mask = None if picture.mask is None else picture.mask.resize(size, Image.Resampling.LANCZOS)
-    return MaskedImage(picture.image.resize(size, Image.Resampling.LANCZOS), mask)
-
-
-def _report(good: Sequence[Photo], resolution: int, crop: Crop) -> tuple[PhotoWarning, ...]:
-    seen = [Seen(photo.name, photo.image, min(photo.source_size), photo.sha256) for photo in good]
-    return (*report(seen, resolution), *_faces(good, crop))
-
-
-def _faces(good: Sequence[Photo], crop: Crop) -> list[PhotoWarning]:
-    """What `crop: face` cannot do for these photos."""
-    if crop != "face":
-        return []
-    if not can_find_faces():
-        names = tuple(photo.name for photo in good)
-        message = "`crop: face` needs the package dlib, which is not installed; the centre is cropped instead."
-        return [PhotoWarning("face", names, message, "Run `pip install dlib`, or choose `crop: center` or `random`.")]
-    without = tuple(photo.name for photo in good if find_face(photo.image) is None)
-    if not without:
-        return []
-    message = f"No face found, the centre is cropped instead: {listed(without)}."
-    return [PhotoWarning("face", without, message, "Check that the face is large, upright and not covered.")]
-
-
-def _masks(good: Sequence[Photo], backgrounds: int) -> list[PhotoWarning]:
-    """Where `backgrounds` can change nothing."""
-    without = tuple(photo.name for photo in good if photo.mask is None)
-    if not backgrounds or not without:
-        return []
-    message = f"`backgrounds` changes only photos with transparency, not {listed(without)}."
-    return [PhotoWarning("mask", without, message, "Cut the subject out (PNG or WebP), or leave `backgrounds` away.")]
-
-
-def _hidden(name: str) -> bool:
-    return name.startswith(".") or name.lower() in ("thumbs.db", "desktop.ini")
-
-
-def _sidecar(name: str) -> bool:
-    return PurePath(name).suffix.lower() in SIDECARS
+    if not with_report:
+        return Photos(tuple(good), tuple(rejected), ())
+    seen = [Seen(p.name, p.image, min(p.source_size), p.sha256, p.mask is not None) for p in good]
+    warnings = (*report(seen, resolution, crop, backgrounds), *caption_warnings)
+    return Photos(tuple(good), tuple(rejected), warnings)

@@ -142,7 +142,7 @@ def assign_bucket(width: int, height: int, sizes: Sequence[Size]) -> Size:
 def replace_background(image: Image.Image, mask: Image.Image, colour: tuple[int, int, int]) -> Image.Image:
     """`image` with `colour` where `mask` (L, 255 = keep) is not opaque.
 
-    `image` must lie on white, as `read_picture` gives it: the white in half-covered edge pixels is taken out exactly,
+    `image` must lie on white, as `decode_image` returns it: the white in half-covered edge pixels is taken out exactly,
     so hair and fur get no pale rim.
     """
     if mask.size != image.size:

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationError
 
 from training.errors import UserError
 from training.manifest.manifest import Manifest
@@ -86,9 +86,16 @@ class RunStore:
         self.storage.put(f"{self._folder}/run.json", record.model_dump_json(by_alias=True, indent=1).encode())
 
     def record(self) -> RunRecord:
-        """Raises UserError for a run that is not there."""
+        """The run's record. Raises UserError for a run that is not there, or that this version cannot read."""
         try:
             return RunRecord.model_validate_json(self.storage.get(f"{self._folder}/run.json"))
+        except ValidationError as error:
+            detail = error.errors()[0]
+            where = ".".join(map(str, detail["loc"])) or "the file"
+            raise UserError(
+                f"Run '{self.run}' cannot be read by this version of dreamfleet: {where}: {detail['msg']}. Use the "
+                "version that wrote it."
+            ) from None
         except NotFound:
             known = ", ".join(list_runs(self.storage)[-5:]) or "none"
             raise UserError(f"Run '{self.run}' is not in this storage. The latest here: {known}.") from None
@@ -170,15 +177,23 @@ def list_runs(storage: Storage) -> list[str]:
 
 def find_unfinished(storage: Storage, name: str, digest: str) -> RunRecord | None:
     """The run that was submitted with the same manifest and has not ended, if any: it is resumed."""
-    for run in reversed(list_runs(storage)):
-        if run.startswith(f"{name}-"):
-            record = _record_or_none(storage, run)
-            if record is not None and record.digest == digest and record.state == "running":
-                return record
-    return None
+    records, _ = read_runs(storage, f"{name}-")
+    same = (r for r in records if r.name == name and r.digest == digest and r.state == "running")
+    return next(same, None)
 
 
-def _record_or_none(storage: Storage, run: str) -> RunRecord | None:
-    """A run's record, unless its driver died before writing it."""
-    key = f"runs/{run}/run.json"
-    return RunRecord.model_validate_json(storage.get(key)) if storage.exists(key) else None
+def read_runs(storage: Storage, prefix: str = "") -> tuple[list[RunRecord], list[str]]:
+    """The records of all runs whose id begins with `prefix`, the earliest first.
+
+    With them, what is wrong with those that cannot be read, a sentence each. A run whose driver died before it wrote
+    the record is none yet.
+    """
+    records, problems = [], []
+    for run in list_runs(storage):
+        if not run.startswith(prefix) or not storage.exists(f"runs/{run}/run.json"):
+            continue
+        try:
+            records.append(RunStore(storage, run).record())
+        except UserError as error:
+            problems.append(str(error))
+    return sorted(records, key=lambda record: record.created), problems

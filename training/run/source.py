@@ -9,7 +9,7 @@ from enum import StrEnum
 from typing import Literal, Protocol
 
 from training.manifest.subject import SubjectSpec
-from training.photos.photos import PhotoFile
+from training.photos.files import PhotoFile
 
 Kind = Literal["done", "bad subject", "diverged", "out of memory", "too large", "cancelled", "unknown"]
 # how a worker lets go of a subject that has not ended

@@ -16,8 +16,8 @@ from training.manifest.defaults import filled, meaningless
 from training.manifest.manifest import Manifest, load_manifest
 from training.manifest.plan import unmatched_targets, unroutable_targets
 from training.manifest.subject import SubjectSpec
-from training.photos.intake import UPLOADED, FileCache, fingerprint, take_in
-from training.photos.photos import PhotoFile, list_photo_files
+from training.photos.files import UPLOADED, FileCache, PhotoFile, is_local, list_photo_files
+from training.photos.intake import fingerprint, take_in
 from training.run.run import ENDED, RunRecord, RunStore, SubjectRecord, digest_of, find_unfinished, new_run_id
 from training.storage.registry import Registry
 from training.storage.storage import Storage
@@ -136,7 +136,7 @@ def photo_report(manifest: Manifest, base: Outline) -> tuple[dict[str, str], dic
         warned = [f"{warning.message} {warning.advice}" for warning in found.warnings]
         return subject.id, None, [*found.refusals, *warned]
 
-    local = [s for s in manifest.subjects if "://" not in s.images and not s.images.startswith(UPLOADED)]
+    local = [subject for subject in manifest.subjects if is_local(subject.images)]
     with ThreadPoolExecutor(READERS) as pool:
         looked = list(pool.map(look, local))
     problems = {id: problem for id, problem, _ in looked if problem}
@@ -162,7 +162,7 @@ def _problems(manifest: Manifest, base: Outline) -> Iterator[str]:
             )
         yield from meaningless(subject, base.facts)
         for name, what in (("images", subject.images), ("prior.folder", subject.prior.folder)):
-            if what is None or "://" in what or what.startswith(UPLOADED):
+            if what is None or not is_local(what):
                 continue
             folder = Path(manifest.root, what).expanduser()
             if not folder.is_dir():
@@ -213,7 +213,7 @@ def _uploaded(manifest: Manifest, store: RunStore, files: FileCache) -> Manifest
     """The manifest with local photos copied to the run's folder on the storage."""
 
     def upload(subject: SubjectSpec) -> SubjectSpec:
-        if "://" in subject.images or subject.images.startswith(UPLOADED):
+        if not is_local(subject.images):
             return subject
         folder = store.subject_key(subject.id, "images")
         _put(store.storage, folder, files.read(subject))

@@ -12,8 +12,9 @@ import torch
 from training.base.base import Base
 from training.base.footprint import pictures_at_once
 from training.manifest.subject import PriorSpec, SubjectSpec
+from training.photos.files import list_photo_files
 from training.photos.intake import class_folder
-from training.photos.photos import list_photo_files, photos
+from training.photos.photos import photos
 from training.run.lead import Lead, Lost
 from training.sampling.sampler import sample
 from training.storage.interface import Storage

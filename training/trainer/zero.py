@@ -194,7 +194,7 @@ class _Parts(nn.Module):
     def __init__(self, parts: Sequence[Tensor], processes: int) -> None:
         super().__init__()
         self._widths = [part.numel() for part in parts]
-        self.parts = nn.ParameterList(nn.Parameter(padded(part, processes)) for part in parts)
+        self.parts = nn.ParameterList(nn.Parameter(split_evenly(part, processes)) for part in parts)
 
     def forward(self) -> Tensor:
         return torch.cat([part[:width] for part, width in zip(self.parts, self._widths, strict=True)])[None]
@@ -320,7 +320,7 @@ class ShardedLearner:
         self._engine.step()
         for name, row_P in state.rows.items():
             for part, (_, columns) in zip(self._parts.parts, self._columns, strict=True):
-                whole = padded(row_P[columns], self._gang.size).to(self._bank.weights_SP)
+                whole = split_evenly(row_P[columns], self._gang.size).to(self._bank.weights_SP)
                 safe_set_full_optimizer_state(part, whole, name)
         for remembered in inner.state.values():
             remembered["step"].fill_(state.numbers.get("step", 0.0))
@@ -330,7 +330,7 @@ class ShardedLearner:
         return groups
 
 
-def padded(part: Tensor, processes: int) -> Tensor:
+def split_evenly(part: Tensor, processes: int) -> Tensor:
     """A copy, with zeros at its end, whose length divides by the number of processes."""
     return nn.functional.pad(part.detach(), (0, -part.numel() % processes)).clone()
 

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from serving.engine.request import ImageFormat
 from serving.errors import Refused
-from training.storage.images import ImageError, ImageLimits, count_pixels, read_image
+from training.storage.image_file import ImageError, ImageLimits, count_pixels
+from training.storage.images import read_image
 
 # Of a picture that a client sends, in what is decoded: a JPEG that is larger than it is wanted is scaled meanwhile.
 MAX_PIXELS = 24_000_000

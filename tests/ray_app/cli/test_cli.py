@@ -154,6 +154,21 @@ def test_status_shows_a_dead_run_as_it_lies_there(desk: Desk) -> None:
     assert "7/20" in desk.run("status", run).out
 
 
+def test_a_run_of_another_version_is_told_and_hides_no_other(desk: Desk) -> None:
+    run = dead_run(desk).run
+    other = desk.storage / "runs/pets-20260102-beef/run.json"
+    other.parent.mkdir()
+    text = (desk.storage / f"runs/{run}/run.json").read_text().replace(run, "pets-20260102-beef")
+    other.write_text(text.replace('"optimizer": "adamw"', '"optimizer": "adamw-of-tomorrow"'))
+    told = ("pets-20260102-beef", "optimizer", "cannot be read by this version")
+    for command in ("status", "logs"):
+        refused(desk.run(command, "pets-20260102-beef"), *told)
+    listed = desk.run("status", "--json")
+    assert [record["run"] for record in listed.json["runs"]] == [run]
+    assert all(part in listed.err for part in told)
+    assert desk.run("gc", "--json").status == 0
+
+
 def test_cancelling_a_dead_run_ends_it_and_keeps_what_is_published(desk: Desk) -> None:
     run = dead_run(desk).run
     assert desk.run("cancel", run).status == 0

@@ -61,6 +61,26 @@ def test_each_size_has_a_flag(started: Callable[..., EngineSpec]) -> None:
         assert started(*arguments) == EngineSpec.model_validate({name: value}), name
 
 
+def test_each_default_of_a_request_has_a_flag(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = ["--cors", "https://a.example,https://b.example", "--steps", "7", "--guidance-scale", "2", "--scheduler"]
+    seen: list[ServeSpec] = []
+    monkeypatch.setattr(
+        ray_app.serve.deployments, "serve_forever", lambda **given: seen.append(given["deployment"].server)
+    )
+    result = CliRunner().invoke(main, ["serve", *given, "euler", "--no-picture-parameters", "--refresh-s", "2"])
+    assert result.exit_code == 0, result.output
+    assert seen == [
+        ServeSpec(
+            cors=("https://a.example", "https://b.example"),
+            steps=7,
+            guidance_scale=2.0,
+            scheduler="euler",
+            picture_parameters=False,
+            refresh_s=2.0,
+        )
+    ]
+
+
 def test_a_flag_may_come_from_the_environment(
     started: Callable[..., EngineSpec], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -102,19 +102,21 @@ def growing_cluster(folder: Path) -> Iterator[dict[str, str]]:
 class GpuNodes:
     """How many GPU nodes there are over the time, as another process on the cluster sees it. Use as a context."""
 
+    # a file of its own: Ray prints warnings of its raylets on stdout
     PROGRAM = """
 import ray, sys, time
 ray.init(address=sys.argv[1], log_to_driver=False, logging_level="ERROR")
-while True:
-    print(sum(node["Alive"] and node["Resources"].get("GPU", 0) > 0 for node in ray.nodes()), flush=True)
-    time.sleep(0.5)
+with open(sys.argv[2], "w") as log:
+    while True:
+        print(sum(node["Alive"] and node["Resources"].get("GPU", 0) > 0 for node in ray.nodes()), file=log, flush=True)
+        time.sleep(0.5)
 """
 
     def __init__(self, environment: dict[str, str], log: Path) -> None:
         self._seen = log
-        command = [sys.executable, "-c", self.PROGRAM, f"127.0.0.1:{PORT}"]
-        with log.open("w") as out:
-            self._looker = subprocess.Popen(command, env=environment, stdout=out)
+        log.touch()
+        command = [sys.executable, "-c", self.PROGRAM, f"127.0.0.1:{PORT}", str(log)]
+        self._looker = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
 
     def seen(self) -> list[int]:
         return [int(line) for line in self._seen.read_text().split()]

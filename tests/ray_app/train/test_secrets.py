@@ -12,7 +12,7 @@ import ray_app.serve.deployments as serve_module
 from ray_app.train import drive, jobs
 from ray_app.train.cluster import Limits
 from training.errors import UserError
-from training.photos.intake import FileCache
+from training.photos.files import FileCache
 from training.run import shares
 from training.run.run import RunStore
 from training.run.submission import Submission
@@ -80,7 +80,7 @@ def test_a_wrong_quota_file_is_told_without_them(monkeypatch: pytest.MonkeyPatch
 
 def test_photos_that_are_not_there_are_told_without_them(monkeypatch: pytest.MonkeyPatch) -> None:
     from tests.training.subjects import spec
-    from training.photos.intake import read_files
+    from training.photos.files import read_files
 
     monkeypatch.setattr(ObjectStorage, "list", lambda *_: [])
     with pytest.raises(UserError, match="holds no files") as caught:

@@ -176,6 +176,33 @@ def test_large_images_step_and_are_decoded_in_small_batches(
     engine.close()
 
 
+@pytest.mark.parametrize("scheduler", ["euler", "euler_a", "dpm++_2m"])
+def test_an_image_of_more_than_a_forward_steps_in_two_and_lets_others_between(
+    tiny: Base, shelf: Shelf, scheduler: str
+) -> None:
+    """Its two rows of guidance are forwards of their own, to the same picture; others need not wait for both."""
+    large = ask("cat", width=48, height=32, steps=3, scheduler=scheduler, negative_prompt="red grass", count=2)
+    wide = Engine(tiny, small(max_rows=16), shelf)
+    (expected,) = finished(wide, [large])
+    wide.close()
+    engine = Engine(tiny, small(max_rows=4), shelf)
+    (halved,) = finished(engine, [large])
+    assert near(halved, expected)
+    assert (engine.stats.steps, engine.stats.rows) == (12, 12)
+
+    job = engine.submit(large)
+    while (sample := job.samples[0]).plain is None:
+        engine.step()
+    began = sample.step
+    other = engine.submit(ask("dog", steps=2, tenant="other"))
+    while not other.over:
+        engine.step()
+    assert sample.step == began and sample.plain is not None
+    run(engine, [job])
+    assert near(finished(engine, [large])[0], expected)
+    engine.close()
+
+
 def test_images_of_a_request_have_following_seeds(engine: Engine) -> None:
     several = finished(engine, [ask("cat", count=3, seed=7)])[0]
     for index in range(3):

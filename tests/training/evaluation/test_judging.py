@@ -32,8 +32,9 @@ from training.manifest.defaults import filled
 from training.manifest.manifest import parse_manifest
 from training.manifest.plan import plan_run
 from training.manifest.subject import SubjectSpec
+from training.photos.files import list_photo_files
 from training.photos.intake import current_fingerprint, hold_out
-from training.photos.photos import Photos, list_photo_files, photos
+from training.photos.photos import Photos, photos
 from training.run.run import RunStore
 from training.run.source import Beat, Orders, Outcome, Phase, Task
 from training.sampling.render import Look, Shot, adapter_bank, render

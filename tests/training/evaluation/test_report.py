@@ -16,8 +16,8 @@ from training.evaluation.evaluate import Evaluation
 from training.evaluation.record import Record, load_record, save_record
 from training.evaluation.report import needs_a_look, render_report, write_report
 from training.manifest.manifest import Manifest
-from training.photos.photo_report import PhotoWarning
 from training.photos.photos import Photo, Photos
+from training.photos.warning import PhotoWarning
 from training.run.run import RunRecord, RunStore, SubjectRecord
 from training.storage.card import Score
 from training.storage.storage import open_storage

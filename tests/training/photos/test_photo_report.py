@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageEnhance, ImageFilter
 
-from training.photos.photo_report import Kind, PhotoWarning, Seen, listed, report, sharpness, shown
+from training.photos.photo_report import Seen, report, sharpness
+from training.photos.warning import Finding, PhotoWarning, listed, shown
 
 RESOLUTIONS = [64, 256]
 
@@ -33,7 +34,7 @@ def good(side: int, count: int = 6) -> list[Image.Image]:
     return [scene(seed, side) for seed in range(count)]
 
 
-def only(warnings: tuple[PhotoWarning, ...], kind: Kind) -> PhotoWarning:
+def only(warnings: tuple[PhotoWarning, ...], kind: Finding) -> PhotoWarning:
     (found,) = warnings
     assert found.kind == kind
     assert found.message.endswith(".")

@@ -14,10 +14,12 @@ from PIL import Image
 
 from tests.training.subjects import spec
 from training.errors import UserError
-from training.photos import photos as photos_module
-from training.photos.intake import fingerprint, read_files
-from training.photos.photos import PhotoFile, Rejected, TooFewPhotos, list_photo_files, photos
-from training.storage.images import MIB, ImageLimits
+from training.photos import files as files_module, photo_report
+from training.photos.files import PhotoFile, list_photo_files, read_files
+from training.photos.intake import fingerprint
+from training.photos.photo_report import Rejected, TooFewPhotos
+from training.photos.photos import photos
+from training.storage.image_file import MIB, ImageLimits
 from training.storage.storage import LocalStorage
 
 
@@ -134,12 +136,12 @@ def test_backgrounds_that_cannot_be_replaced_are_a_warning() -> None:
 
 
 def test_face_crop_without_its_detector_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(photos_module, "can_find_faces", lambda: False)
+    monkeypatch.setattr(photo_report, "can_find_faces", lambda: False)
     (warning,) = photos(files(), resolution=64, crop="face").warnings
     assert warning.kind == "face"
     assert "dlib" in warning.message
-    monkeypatch.setattr(photos_module, "can_find_faces", lambda: True)
-    monkeypatch.setattr(photos_module, "find_face", lambda _: None)
+    monkeypatch.setattr(photo_report, "can_find_faces", lambda: True)
+    monkeypatch.setattr(photo_report, "find_face", lambda _: None)
     (warning,) = photos(files(), resolution=64, crop="face").warnings
     assert "No face found" in warning.message
 
@@ -220,7 +222,7 @@ def test_a_huge_file_is_not_read_whole(tmp_path: Path) -> None:
 
 
 def test_a_folder_of_too_many_bytes_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(photos_module, "MAX_TOTAL_BYTES", MIB)
+    monkeypatch.setattr(files_module, "MAX_TOTAL_BYTES", MIB)
     for name in ("a.jpg", "b.jpg"):
         (tmp_path / name).write_bytes(bytes(MIB))
     with pytest.raises(UserError, match="holds more than 1 MiB"):

@@ -8,9 +8,8 @@ import yaml
 from tests.tiny import tiny_images
 from tests.training.subjects import spec
 from training.errors import UserError
-from training.photos import photos
-from training.photos.intake import FileCache
-from training.photos.photos import PhotoFile
+from training.photos import files
+from training.photos.files import FileCache, PhotoFile
 from training.run.submission import settle, submit
 from training.storage.storage import open_storage
 
@@ -19,13 +18,13 @@ from training.storage.storage import open_storage
 def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of photos in the order in which their files are read."""
     seen: list[str] = []
-    read = photos._read_file
+    read = files._read_file
 
     def watched(path: Path) -> PhotoFile:
         seen.append(f"{path.parent.name}/{path.name}")
         return read(path)
 
-    monkeypatch.setattr(photos, "_read_file", watched)
+    monkeypatch.setattr(files, "_read_file", watched)
     return seen
 
 

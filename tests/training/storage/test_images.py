@@ -15,18 +15,17 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image, ImageCms
 
-from training.storage import images
-from training.storage.images import (
+from training.storage import image_file
+from training.storage.image_file import (
+    DEFAULT_LIMITS,
     MAX_JPEG_SCANS,
-    ORIENTATION_TAG,
     ImageError,
     ImageLimits,
     count_pixels,
     declared_size,
-    read_image,
-    read_picture,
-    thumbnail,
+    open_image,
 )
+from training.storage.images import ORIENTATION_TAG, MaskedImage, decode_image, read_image, thumbnail
 
 Pixels = NDArray[np.uint8]
 
@@ -35,6 +34,10 @@ def encoded(image: Image.Image, form: str = "PNG", **options: object) -> bytes:
     out = io.BytesIO()
     image.save(out, form, **options)
     return out.getvalue()
+
+
+def read_picture(data: bytes, name: str, limits: ImageLimits = DEFAULT_LIMITS) -> MaskedImage:
+    return decode_image(open_image(data, name, limits))
 
 
 def picture(width: int = 48, height: int = 32) -> Image.Image:
@@ -392,7 +395,7 @@ def test_a_jpeg_that_only_claims_to_be_large_costs_what_a_small_one_does() -> No
 
 def test_a_large_jpeg_that_must_be_held_in_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """One scan of all components passes by row by row; everything else is held, whatever size is wanted."""
-    monkeypatch.setattr(images, "MAX_JPEG_HELD_BYTES", 600 * 400 * 3)
+    monkeypatch.setattr(image_file, "MAX_JPEG_HELD_BYTES", 600 * 400 * 3)
     for subsampling in (0, 2):  # 4:4:4, 4:2:0
         assert read_image(encoded(picture(600, 400), "JPEG", subsampling=subsampling), "a.jpg").size == (600, 400)
     assert read_image(encoded(picture(600, 400), "JPEG", progressive=True), "a.jpg").size == (600, 400)
@@ -401,7 +404,7 @@ def test_a_large_jpeg_that_must_be_held_in_memory_is_refused(monkeypatch: pytest
 
 
 def test_the_larger_a_jpeg_the_fewer_scans(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(images, "MAX_JPEG_SCANNED_PIXELS", 600 * 400 * 5)
+    monkeypatch.setattr(image_file, "MAX_JPEG_SCANNED_PIXELS", 600 * 400 * 5)
     assert "too many JPEG scans: 10, at most 5" in reason(encoded(picture(600, 400), "JPEG", progressive=True))
     assert read_image(encoded(picture(300, 200), "JPEG", progressive=True), "a.jpg").size == (300, 200)
 

@@ -7,7 +7,8 @@ from functools import partial
 from training.base.base import Base
 from training.errors import UserError
 from training.manifest.subject import SubjectSpec
-from training.photos.intake import Taken, fingerprint, read_files, take_in
+from training.photos.files import read_files
+from training.photos.intake import Taken, fingerprint, take_in
 from training.photos.photos import Photos
 from training.run.run import RunStore
 from training.run.source import Doing, Phase, Say, Task
