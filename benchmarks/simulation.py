@@ -21,9 +21,10 @@ from pathlib import Path
 
 import simpy
 
+from training.run.lease import Entry
 from training.run.run import SubjectRecord
 from training.run.source import Beat, Doing, Outcome, Phase
-from training.run.subject_queue import Entry, SubjectQueue
+from training.run.subject_queue import SubjectQueue
 
 # images a second of packs of so many, one row a subject: bf16, 2 CPU cores, benchmarks/training.md
 RATES = {1: 24.5, 2: 43.2, 4: 69.1, 8: 97.0, 16: 133.3, 32: 154.3}

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, StringConstraints
 
-from training.base.facts import SamplerName
+from training.base.facts import BaseHash, SamplerName
 from training.storage.card import MAX_BYTES
 from training.storage.closed import Closed
 
@@ -43,7 +43,7 @@ class EngineSpec(Closed):
         default=None, pattern=r"^(cpu|cuda(:\d+)?)$", description="cpu, cuda, cuda:1; by default CUDA where it works"
     )
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = Field(
-        default="auto", description="auto: fp32 on a CPU, fp16 on CUDA"
+        default="auto", description="auto: fp32 on a CPU, on CUDA what suits the base: fp16, bf16 for transformers"
     )
     threads: int | None = Field(default=None, ge=1, description="CPU threads of the compute thread")
     slots: int = Field(default=16, ge=1, le=65536, description="adapters on the device at once")
@@ -76,7 +76,16 @@ class EngineSpec(Closed):
 
 
 # fields of `ServeSpec` that are flags of the commands that start a server
-SERVER_FLAGS = ("cors", "steps", "guidance_scale", "scheduler", "picture_parameters", "disk_bytes", "refresh_s")
+SERVER_FLAGS = (
+    "serves",
+    "cors",
+    "steps",
+    "guidance_scale",
+    "scheduler",
+    "picture_parameters",
+    "disk_bytes",
+    "refresh_s",
+)
 
 
 class ServeSpec(Closed):
@@ -87,6 +96,11 @@ class ServeSpec(Closed):
     keys: str | None = Field(default=None, description="tenants and keys file; none: loopback only, one tenant")
     cors: tuple[Annotated[str, StringConstraints(pattern=r"^https?://[^/*\s]+$")], ...] = Field(
         default=(), description="origins whose web pages may use the server, such as https://studio.example; none"
+    )
+    serves: tuple[BaseHash, ...] = Field(
+        default=(),
+        description="hashes, or their beginnings (`dreamfleet base NAME --hash`), of other bases whose adapters are "
+        "served, too, such as the base that a few-step base was made of",
     )
     engine: EngineSpec = EngineSpec.model_construct()
     limits: Limits = Limits.model_construct()

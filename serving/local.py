@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from fastapi import FastAPI
 
-from serving.config import EngineSpec, ServeSpec
+from serving.config import ServeSpec
 from serving.engine.engine import Engine
 from serving.engine.job import EngineStats
 from serving.engine.loop import EngineLoop
@@ -51,7 +51,7 @@ class LocalEngines:
 def make_engine(spec: ServeSpec) -> Engine:
     """Loads the base and lays a bank over it."""
     device = torch.device(spec.engine.device) if spec.engine.device else best_device()
-    base = load_base(spec.base, device=device, dtype=_dtype(spec.engine, device))
+    base = load_base(spec.base, device=device, dtype=_dtype(spec, device))
     storage = open_storage(spec.storage)
     disk = None
     if not isinstance(storage, LocalStorage) and spec.disk_bytes:
@@ -66,10 +66,11 @@ def make_app(spec: ServeSpec, loop: EngineLoop) -> FastAPI:
 
 def make_library(spec: ServeSpec) -> Library:
     """The adapters on the server's storage, for its base."""
-    return Library(Registry(open_storage(spec.storage)), outline(spec.base), refresh_s=spec.refresh_s)
+    storage = Registry(open_storage(spec.storage))
+    return Library(storage, outline(spec.base), refresh_s=spec.refresh_s, serves=spec.serves)
 
 
-def _dtype(spec: EngineSpec, device: torch.device) -> torch.dtype:
-    if spec.dtype == "auto":
-        return torch.float16 if device.type == "cuda" else torch.float32
-    return _DTYPES[spec.dtype]
+def _dtype(spec: ServeSpec, device: torch.device) -> torch.dtype:
+    if spec.engine.dtype != "auto":
+        return _DTYPES[spec.engine.dtype]
+    return _DTYPES[outline(spec.base).facts.half] if device.type == "cuda" else torch.float32

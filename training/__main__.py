@@ -20,8 +20,8 @@ from training.run.lead import Lead, Lost
 from training.run.local import LocalRun
 from training.run.run import ENDED, end_run
 from training.run.source import Beat
-from training.run.subject_queue import View
 from training.run.submission import submit
+from training.run.view import View
 from training.storage.storage import open_storage
 
 
@@ -56,7 +56,8 @@ def train_pack(run: LocalRun, pack: PackPlan) -> None:
     from training.trainer.worker.worker import work
 
     record, root = run.submission.record, run.submission.manifest.root
-    base = load_base(record.base, dtype=precision(pack.profile.mixed_precision, best_device()), root=root)
+    dtype = precision(pack.profile.mixed_precision, best_device())
+    base = load_base(record.base, dtype=dtype, root=root, park_text=True)
     work(base, pack, run, run.submission.store, tenant=record.tenant, root=root)
 
 

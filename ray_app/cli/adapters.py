@@ -1,7 +1,7 @@
 """`adapters`: the registry of a storage from the command line."""
 
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -97,7 +97,7 @@ def delete(adapter: str, storage: str, tenant: str, yes: bool, as_json: bool) ->
 @click.option(
     "--format",
     "format_",
-    type=click.Choice(["diffusers", "kohya", "lora_diffusion", "peft"]),
+    type=click.Choice(["diffusers", "kohya", "ai_toolkit", "lora_diffusion", "peft"]),
     default="diffusers",
     show_default=True,
     help="which program's files to write",
@@ -124,16 +124,13 @@ def export(
     registry = open_registry(storage)
     resolved = resolve(registry, adapter, tenant)
     weights = load_adapter(registry.weights(resolved))
-    modules: Collection[str] = ()
-    label = None
-    if format_ in ("kohya", "lora_diffusion"):  # these say what the base is, or count its modules
-        named = base_for(resolved, base)
-        library = open_library(registry, named)
-        modules, label = (
-            library.shapes().keys(),
-            label_of(resolved.id, find_base(named), library.outline.facts.resolution),
-        )
-    written = deliver(export_adapter(weights, format_, modules, label), out)
+    files: dict[str, bytes]
+    if format_ in ("kohya", "ai_toolkit", "lora_diffusion"):  # these name or count the base's layers
+        of = open_library(registry, base_for(resolved, base)).outline
+        files = export_adapter(weights, format_, of.shapes, label_of(resolved.id, of.facts), of.names)
+    else:
+        files = export_adapter(weights, format_)
+    written = deliver(files, out)
     if as_json:
         return options.print_json({"files": [str(path) for path in written]})
     for path in written:
@@ -163,14 +160,14 @@ def import_(
     tenant: str,
     as_json: bool,
 ) -> None:
-    """Publish FILES (diffusers, kohya, lora_diffusion or PEFT) as adapter ID.
+    """Publish FILES (diffusers, kohya, ai-toolkit, lora_diffusion or PEFT) as adapter ID.
 
-    A folder means its files and those in its subfolders unet, text_encoder, text_encoder_2 and embeddings.
+    A folder means its files and those in its subfolders unet, transformer, text_encoder, text_encoder_2 and embeddings.
     """
     from training.adapters.formats.formats import import_adapter
 
     library = open_library(open_registry(storage), base)
-    adapter = import_adapter(read_paths(files), library.shapes().keys())
+    adapter = import_adapter(read_paths(files), library.shapes(), library.outline.names)
     resolved = publish(library, tenant, id, adapter, public=public, trigger=trigger)
     if as_json:
         return options.print_json(short(resolved))

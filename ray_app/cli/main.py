@@ -19,6 +19,7 @@ from ray_app.cli.server import generate, serve
 from ray_app.cli.shape import fuse, merge, resize, sweep
 from ray_app.cli.storage import gc
 from ray_app.cli.train import drive, train, validate
+from ray_app.cli.up import up
 from ray_app.silence import silence
 from training.errors import UserError
 
@@ -68,16 +69,20 @@ def demo(out: Path) -> None:
 
 @main.command()
 @click.argument("name", default="pocket")
+@click.option("--hash", "hashed", is_flag=True, help="its hash instead: what `serve --serves` takes")
 @click.option("--json", "as_json", is_flag=True, help="print one JSON object on stdout")
-def base(name: str, as_json: bool) -> None:
+def base(name: str, hashed: bool, as_json: bool) -> None:
     """Print the folder of the base NAME (default: pocket), for diffusers' from_pretrained."""
-    from training.base.files.folder import find_base
+    from training.base.files.folder import find_base, hash_base
 
     folder = find_base(name)
-    click.echo(json.dumps({"base": name, "folder": str(folder)}) if as_json else str(folder))
+    if as_json:
+        click.echo(json.dumps({"base": name, "folder": str(folder), "hash": hash_base(folder)}))
+    else:
+        click.echo(hash_base(folder) if hashed else str(folder))
 
 
-for command in (validate, train, drive, status, logs, cancel, retry, serve, generate, adapters, gc, evaluate, keys):
+for command in (validate, train, drive, status, logs, cancel, retry, serve, generate, adapters, gc, evaluate, keys, up):
     main.add_command(command)
 for command in (merge, resize, fuse, sweep):
     adapters.add_command(command)

@@ -27,7 +27,7 @@ address = click.option(
     default="local",
     show_default=True,
     envvar="DREAMFLEET_ADDRESS",
-    help="the Ray cluster: local (starts Ray here), auto, host:port, ray://host:10001, http://host:8265",
+    help="the Ray cluster: local (starts Ray here), auto, host:port, ray://host:10001, http://host:8265, or a fleet",
 )
 tenant = click.option(
     "--tenant",

@@ -102,10 +102,15 @@ def retry(
     run: str, address: str, storage: str, lanes: int | None, max_gpus: int | None, priority: int, as_json: bool
 ) -> None:
     """Train the failed and cancelled subjects of a run again, from their checkpoints."""
+    from training.run import accepted
     from training.run.run import RunStore
     from training.run.submission import reopen
 
     store = RunStore(open_storage(storage), run)
+    if accepted.read_order(store.storage, run) is not None:
+        store.record()
+        accepted.ask(store.storage, accepted.Ask(run=run, verb="retry"))
+        return click.echo(f"run {run} is a fleet's, which will queue again what failed within seconds", err=True)
     follow(reopen(store), address, Limits(lanes, max_gpus, priority=priority), as_json, retry=True)
 
 

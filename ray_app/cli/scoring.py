@@ -69,7 +69,7 @@ def one_base(found: Sequence[Resolved], base: str | None) -> str:
 
 def _open_base(found: Sequence[Resolved], base: str | None) -> Base:
     """The base that all of them were trained on, loaded; raises UserError if what is here is another."""
-    loaded = load_base(one_base(found, base))
+    loaded = load_base(one_base(found, base), park_text=True)
     if loaded.hash != found[0].card.base_hash:
         raise UserError(
             f"Adapter {found[0].name} was trained on another '{found[0].card.base}' than this one. Give `--base` the "

@@ -181,7 +181,8 @@ def _open(registry: "Registry", source: str, tenant: str, base: str | None) -> "
 
     if source.endswith(".safetensors") or source.startswith((".", "/", "~")):
         files = read_paths([Path(source).expanduser()])
-        return import_adapter(files, open_library(registry, base or "pocket").shapes().keys()), None
+        of = open_library(registry, base or "pocket").outline
+        return import_adapter(files, of.shapes, of.names), None
     adapter, _, resolved = _load(registry, source, tenant)
     return adapter, resolved
 

@@ -17,6 +17,7 @@ from training.errors import UserError
 from training.storage.storage import open_storage
 
 if TYPE_CHECKING:
+    from ray_app.cli.handing import FleetClient
     from training.manifest.manifest import Manifest
     from training.manifest.plan import Plan
     from training.run.run import RunRecord, SubjectRecord
@@ -66,6 +67,7 @@ def validate(manifest: Path, as_json: bool) -> None:
 @lanes_option
 @max_gpus_option
 @priority_option
+@click.option("--key", envvar="DREAMFLEET_KEY", help="API key, where --address is a fleet that has keys")
 @options.as_json
 def train(
     manifest: Path,
@@ -76,6 +78,7 @@ def train(
     lanes: int | None,
     max_gpus: int | None,
     priority: int,
+    key: str | None,
     as_json: bool,
 ) -> None:
     """Train the subjects of MANIFEST. Running it again resumes an unfinished run and trains nothing twice."""
@@ -84,6 +87,11 @@ def train(
     check_address(address)
     limits = Limits(lanes, max_gpus, priority=priority)
     if address.startswith(JOBS):
+        from ray_app.cli.handing import FleetClient
+
+        fleet = FleetClient(address, key)
+        if fleet.stands():
+            return _hand_over(fleet, manifest, detach=detach, as_json=as_json)
         return _train_elsewhere(manifest, address, storage, limits, detach=detach, keep_last=keep_last, as_json=as_json)
     submission = submit(manifest, open_storage(storage), upload=address != LOCAL, keep_last=keep_last)
     if not detach:
@@ -131,6 +139,27 @@ def follow(
         record, subjects = drive_run(submission, address, limits, console, retry=retry)
     except KeyboardInterrupt:
         console.print(f"run {run} is stopped; its checkpoints are kept. The same command goes on with it.")
+        sys.exit(130)
+    _print_end(record, subjects, time.monotonic() - started, console, as_json)
+    sys.exit(0 if all(subject.state in _GOOD for subject in subjects) else 1)
+
+
+def _hand_over(fleet: "FleetClient", manifest: Path, *, detach: bool, as_json: bool) -> None:
+    """`train` by a fleet: it trains beside whatever others have sent there."""
+    from training.manifest.manifest import load_manifest
+
+    console, started = options.console(as_json), time.monotonic()
+    checked = load_manifest(manifest)
+    checked = checked.model_copy(update={"root": str(Path(checked.root).resolve())})
+    run = fleet.submit(manifest, checked)
+    if detach:
+        click.echo(f"run {run} trains at {fleet.url}; the same command without --detach follows it", err=True)
+        return options.print_json({"run": run, "state": "running"}) if as_json else click.echo(run)
+    console.print(f"run {run} at {fleet.url}: {len(checked.subjects)} subjects")
+    try:
+        record, subjects = fleet.follow(run, checked, console)
+    except KeyboardInterrupt:
+        console.print(f"run {run} goes on at {fleet.url}; the same command follows it")
         sys.exit(130)
     _print_end(record, subjects, time.monotonic() - started, console, as_json)
     sys.exit(0 if all(subject.state in _GOOD for subject in subjects) else 1)

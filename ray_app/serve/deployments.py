@@ -11,7 +11,7 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType
@@ -119,17 +119,22 @@ class Ingress:
 
 def build_app(args: Deployment) -> Any:
     """The Serve application of a deployment; what `serve deploy` and `serve run` call."""
+    ingress = ingress_deployment(args, Ingress)
+    return ingress.bind(engine_deployment(args), args.server.model_dump(), args.min_replicas)
+
+
+def engine_deployment(args: Deployment) -> Any:
+    """The engines of a deployment, bound."""
     import ray
     from ray import serve
     from ray.serve.config import RequestRouterConfig
 
-    server = args.server.model_dump()
     gpus = args.gpus
     if gpus is None:
         gpus = 1.0 if ray.is_initialized() and ray.cluster_resources().get("GPU", 0) >= 1 else 0.0
     # the engine bounds and orders its queue itself, fair to tenants; Serve must not queue before it
     room = 2 * (args.server.engine.queue + args.server.engine.max_rows)
-    engine = serve.deployment(
+    return serve.deployment(
         name="engine",
         max_ongoing_requests=room,
         graceful_shutdown_timeout_s=args.drain_s,
@@ -147,8 +152,14 @@ def build_app(args: Deployment) -> Any:
             "downscale_delay_s": args.downscale_delay_s,
             "look_back_period_s": LOOK_BACK_SECONDS,
         },
-    )(EngineReplica)
-    ingress = serve.deployment(
+    )(EngineReplica).bind(args.server.model_dump())
+
+
+def ingress_deployment(args: Deployment, ingress: type[Any]) -> Any:
+    """The deployment of an ingress, a class whose `__serve_build_asgi_app__` makes the HTTP app."""
+    from ray import serve
+
+    return serve.deployment(
         name="ingress",
         num_replicas=args.ingresses,
         max_ongoing_requests=10_000,
@@ -156,8 +167,7 @@ def build_app(args: Deployment) -> Any:
         graceful_shutdown_timeout_s=args.drain_s,
         graceful_shutdown_wait_loop_s=0.2,
         ray_actor_options={"num_cpus": 0.1, "runtime_env": {"env_vars": INGRESS_SETTINGS}},
-    )(serve.ingress()(Ingress))
-    return ingress.bind(engine.bind(server), server, args.min_replicas)
+    )(serve.ingress()(ingress))
 
 
 class Server:
@@ -180,12 +190,13 @@ def start_server(
     base: str = "pocket",
     keys: str | None = None,
     deployment: Deployment | None = None,
+    build: Callable[[Deployment], Any] = build_app,
 ) -> Server:
     """Starts the server on the cluster at `address` (`local`: on this machine); returns when it serves.
 
     `port` 0 takes a free one. `deployment` has the other settings; its storage, base and keys are replaced by the
-    arguments. Raises
-    UserError for a host other than loopback without keys, or if the server does not come up.
+    arguments. `build` makes the application. Raises UserError for a host other than loopback without keys, or if the
+    server does not come up.
     """
     if keys is None and not is_loopback(host):
         raise UserError(
@@ -199,7 +210,7 @@ def start_server(
     port = port or _free_port(host)
     with ExitStack() as stack:
         stack.enter_context(connect(address))
-        _run(args.model_copy(update={"server": server}), host, port, stack)
+        _run(build(args.model_copy(update={"server": server})), host, port, stack)
         return Server(f"http://{host}:{port}", stack.pop_all())
 
 
@@ -211,6 +222,7 @@ def serve_forever(
     base: str = "pocket",
     keys: str | None = None,
     deployment: Deployment | None = None,
+    build: Callable[[Deployment], Any] = build_app,
 ) -> None:
     """`start_server`, until Ctrl-C or SIGTERM."""
     over = threading.Event()
@@ -218,7 +230,7 @@ def serve_forever(
     def stop(signum: int, frame: FrameType | None) -> None:
         over.set()
 
-    server = start_server(storage, address, host, port, base, keys, deployment)
+    server = start_server(storage, address, host, port, base, keys, deployment, build)
     before = {one: signal.signal(one, stop) for one in (signal.SIGINT, signal.SIGTERM)}
     try:
         print(f"serving {base} with the adapters of {masked(storage)} on {server.url}; Ctrl-C stops it", flush=True)  # noqa: T201
@@ -230,7 +242,7 @@ def serve_forever(
         server.stop()
 
 
-def _run(args: Deployment, host: str, port: int, stack: ExitStack) -> None:
+def _run(app: Any, host: str, port: int, stack: ExitStack) -> None:
     from ray import serve
     from ray.serve.schema import LoggingConfig
 
@@ -239,7 +251,7 @@ def _run(args: Deployment, host: str, port: int, stack: ExitStack) -> None:
     serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port}, logging_config=quiet)
     stack.callback(serve.delete, APP)  # not all of Serve: on a shared cluster other applications live on
     try:
-        serve.run(build_app(args), name=APP, route_prefix="/", logging_config=quiet)
+        serve.run(app, name=APP, route_prefix="/", logging_config=quiet)
     except RuntimeError as error:
         raise UserError(f"The server did not start: {error} {_reasons()}".rstrip()) from None
 

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from training.run.run import ENDED, SubjectRecord
 from training.run.source import Doing, Phase
-from training.run.subject_queue import LaneView, View
+from training.run.view import LaneView, View
 
 LINE_SECONDS = 10.0  # plain output: how often a lane that only trains is mentioned
 MOST_SUBJECTS = 30  # lines shown at once in a terminal

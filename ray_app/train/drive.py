@@ -20,8 +20,8 @@ from ray_app.train.driver import Driver, finish
 from ray_app.train.metrics import RunMetrics
 from training.run.lead import Lead, Lost
 from training.run.run import ENDED, RunRecord, RunStore, SubjectRecord
-from training.run.subject_queue import View
 from training.run.submission import Submission, settle
+from training.run.view import View
 
 LOOK_SECONDS = 1.0
 

@@ -13,18 +13,20 @@ from typing import Any, Protocol
 from pydantic import TypeAdapter
 
 from ray_app.train.cluster import Cluster, Limits
-from ray_app.train.lanes import Lanes
+from ray_app.train.lanes import LaneOrder, Lanes
 from ray_app.train.sharing import Sharing
 from training.evaluation.report import write_report
 from training.manifest.plan import plan_run, reserve
 from training.run import cancel
 from training.run.lead import Lead
+from training.run.lease import Entry, entries
 from training.run.run import RunRecord, RunStore, SubjectRecord, end_run
 from training.run.shares import read_quota
 from training.run.source import Beat, Outcome, Release
 from training.run.states import States
-from training.run.subject_queue import Entry, SubjectQueue, View, entries
+from training.run.subject_queue import SubjectQueue
 from training.run.submission import Submission
+from training.run.view import View
 
 POLL_SECONDS = 0.5
 STOP_SECONDS = 30.0  # how long lanes may take to checkpoint when the run is stopped
@@ -141,7 +143,8 @@ class Driver:
         self._queue = actor.remote([entry.model_dump() for entry in found])
         packs = (*self.plan.packs, *self._reserve)
         sharing = self._sharing()
-        lanes = Lanes(self.store, packs, self.cluster, self.limits, self._queue, name, self._complain, sharing)
+        told = LaneOrder(self.store.run, self.store.storage.uri, name)
+        lanes = Lanes(told, packs, self.cluster, self.limits, self._queue, self._complain, sharing)
         try:
             self._follow(lanes)
             return self._finish()

@@ -24,7 +24,7 @@ class Evaluator:
 
         if threads:
             torch.set_num_threads(threads)
-        self._base = load_base(base)
+        self._base = load_base(base, park_text=True)
         box = JudgeBox(self._base, models)
         self._judges, self._inception = box.judges(likeness, fidelity), box.inception()
 

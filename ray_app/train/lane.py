@@ -10,19 +10,20 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter
 
 from ray_app.silence import silence
+from ray_app.train.homes import task_of
 from training.errors import UserError
 from training.manifest.plan import PackPlan
-from training.manifest.subject import SubjectSpec
-from training.run.run import RunRecord, RunStore
+from training.run.lease import Lease
+from training.run.run import RunStore
 from training.run.source import Beat, Orders, Outcome, Release, Task
-from training.run.subject_queue import Lease
 from training.storage.closed import Closed
 from training.storage.storage import StorageUnavailable, open_storage
 
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
 IDLE_SECONDS = 1.0  # how long an empty reply of the queue holds while the pack is busy
 QUEUE_TIMEOUT_S = 60.0
+WARM_LOOK_S = 0.5  # how often a lane without subjects asks for some
 STORAGE_REST_S = 10.0  # before a lane tries a storage again that did not respond
 _ORDERS = TypeAdapter(Orders)
 
@@ -40,9 +42,15 @@ log = logging.getLogger(__name__)
 
 
 class Order(Closed):
-    """What a lane is told. `storage` is a whole URI; `threads`: compute threads, 0 for torch's own choice."""
+    """What a lane is told. `storage` is a whole URI; `threads`: compute threads, 0 for torch's own choice.
+
+    `run` is empty for a lane of a fleet, which trains subjects of any run on `base`, and waits for more for `warm_s`.
+    """
 
     run: str
+    base: str = ""
+    base_hash: str = ""
+    warm_s: float = 0.0
     storage: str
     lane: int
     profile: int
@@ -55,22 +63,28 @@ class Order(Closed):
 class QueueSource:
     """The subject queue as the subject loop sees it: every call goes to the queue's actor."""
 
-    def __init__(self, queue: Any, lane: int) -> None:
-        self.specs: Mapping[str, SubjectSpec] = {}  # of all subjects that may be leased
+    def __init__(self, queue: Any, lane: int, warm_s: float = 0.0) -> None:
+        self.task_of: Callable[[Lease], Task] = _unknown
+        self._warm_s = warm_s
         self._queue = queue
         self._lane = lane
         self._held: set[str] = set()
         self._empty_until = 0.0
 
     def lease(self, count: int) -> Sequence[Task]:
-        """See `Source`; an empty reply holds for a second while something is held."""
+        """See `Source`; an empty reply holds for a second while something is held. With nothing held, a lane of a fleet
+        waits for a while before it gives up."""
         if self._held and time.monotonic() < self._empty_until:
             return []
         leases = self._ask("lease", count)
+        until = time.monotonic() + self._warm_s
+        while not leases and not self._held and time.monotonic() < until and self._ask("stays"):
+            time.sleep(WARM_LOOK_S)
+            leases = self._ask("lease", count)
         self._held |= {lease["id"] for lease in leases}
         if not leases:
             self._empty_until = time.monotonic() + IDLE_SECONDS
-        return [lease.task(self.specs[lease.id]) for lease in map(Lease.model_validate, leases)]
+        return [self.task_of(Lease.model_validate(lease)) for lease in leases]
 
     def beat(self, beat: Beat) -> Orders:
         """See `Source`."""
@@ -108,7 +122,7 @@ def lane_worker(payload: dict[str, Any]) -> None:
     from ray.train import get_context
 
     first = get_context().get_world_rank() == 0
-    source = QueueSource(ray.get_actor(order.queue), order.lane)
+    source = QueueSource(ray.get_actor(order.queue), order.lane, order.warm_s)
     node = ray.get_runtime_context().get_node_id()
     if not _all_begin(order, first and source.enter(order.profile, node)):
         return  # its earlier workers all failed at once; `run_lane` asks for the reason
@@ -129,14 +143,21 @@ def lane_worker(payload: dict[str, Any]) -> None:
 
 def _work(order: Order, source: QueueSource, first: bool) -> None:
     """What a worker does; all of a gang but its first follow that one."""
-    run = RunStore(open_storage(order.storage), order.run)
-    record = run.record()
-    base = _base(order, record)
+    storage = open_storage(order.storage)
+    run = RunStore(storage, order.run)
+    record = run.record() if order.run else None
+    if record is not None:
+        base = _base(order, record.base, record.base_hash, record.manifest.root)
+        specs = {subject.id: subject for subject in record.manifest.subjects}
+        source.task_of = lambda lease: lease.task(specs[lease.id])
+    else:
+        base = _base(order, order.base, order.base_hash, ".")
+        source.task_of = partial(task_of, storage)
     if first:
         from training.trainer.worker.worker import work
 
-        source.specs = {subject.id: subject for subject in record.manifest.subjects}
-        work(base, order.plan, source, run, tenant=record.tenant, root=record.manifest.root)
+        tenant, root = (record.tenant, record.manifest.root) if record is not None else ("", ".")
+        work(base, order.plan, source, run, tenant=tenant, root=root)
     else:
         from training.trainer.fitting import follow_pack
 
@@ -152,8 +173,12 @@ def _all_begin(order: Order, first_begins: bool) -> bool:
     return Gang().any(first_begins)
 
 
-def _base(order: Order, record: RunRecord) -> "Base":
-    """The run's base on this worker's device."""
+def _unknown(lease: Lease) -> Task:
+    raise RuntimeError(f"nobody has said what {lease.id} is")
+
+
+def _base(order: Order, name: str, wanted: str, root: str) -> "Base":
+    """The base on this worker's device. Raises UserError if it is not the one of the hash `wanted`."""
     import torch
 
     from training.base.base import best_device, load_base
@@ -163,11 +188,11 @@ def _base(order: Order, record: RunRecord) -> "Base":
         torch.set_num_threads(order.threads)
     device = best_device()
     dtype = precision(order.plan.profile.mixed_precision, device)
-    base = load_base(record.base, device=device, dtype=dtype, root=record.manifest.root)
-    if base.hash != record.base_hash:
+    base = load_base(name, device=device, dtype=dtype, root=root, park_text=True)
+    if base.hash != wanted:
         raise UserError(
-            f"Base '{record.base}' on node {os.uname().nodename} is not the one the run was submitted with "
-            f"({base.hash[:12]} instead of {record.base_hash[:12]}). Put the same files on every node."
+            f"Base '{name}' on node {os.uname().nodename} is not the one the run was submitted with "
+            f"({base.hash[:12]} instead of {wanted[:12]}). Put the same files on every node."
         )
     return base
 

@@ -5,22 +5,33 @@ Decides how many there are and how large each is. It knows nothing of a subject 
 
 import os
 import time
+from collections import defaultdict
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from ray_app.train.cluster import Cluster, Limits, current
 from ray_app.train.lane import Order, in_words, run_lane
 from ray_app.train.sharing import Sharing
 from training.errors import UserError
 from training.manifest.plan import PackPlan, with_slots
-from training.run.run import RunStore
-from training.run.subject_queue import View
+from training.run.view import View
 
 CLUSTER_SECONDS = 10.0  # how often the cluster's size is looked at
 LANE_FAILURES = 3
 MOST_WORDS = 2000  # characters of an error that are kept
 LANES_HERE = 8  # each takes about 0.7 GB of processes where its task lives
+
+
+class LaneOrder(NamedTuple):
+    """What all lanes of a run, or of a fleet, are told alike; see `Order`."""
+
+    run: str
+    storage: str
+    queue: str
+    base: str = ""
+    base_hash: str = ""
+    warm_s: float = 0.0
 
 
 @dataclass
@@ -33,31 +44,35 @@ class _Lane:
 
 
 class Lanes:
-    """The open lanes of one run. `packs` are known by their place, their profile; `say` is told what goes wrong."""
+    """The open lanes of one run, or of a fleet. `packs` are known by their place, their profile, and may become more;
+    `order` is what all lanes are told alike; `say` is told what goes wrong. `spread`: subjects are spread over the
+    seats; else a lane has all the slots of its pack, for those that come later.
+    """
 
     def __init__(
         self,
-        store: RunStore,
+        order: LaneOrder,
         packs: Sequence[PackPlan],
         cluster: Cluster,
         limits: Limits,
         queue: Any,
-        queue_name: str,
         say: Callable[[str], None],
         sharing: Sharing | None = None,
+        *,
+        spread: bool = True,
     ) -> None:
-        self._store = store
+        self._order = order
+        self._spread = spread
         self._packs = packs
         self._cluster = cluster
         self._limits = limits
         self._queue = queue
-        self._queue_name = queue_name
         self._say = say
         self._sharing = sharing
         self._allowed: int | None = None
         self._lanes: dict[int, _Lane] = {}
         self._opened = 0
-        self._failures = dict.fromkeys(range(len(packs)), 0)
+        self._failures: defaultdict[int, int] = defaultdict(int)
         self._seats = cluster.seats
         self._looked = time.monotonic()
 
@@ -79,7 +94,7 @@ class Lanes:
             if not self._lanes and self._allowed is None:
                 mine = max(1, mine)  # a gang needs more devices than there are seats; `_devices` says that they exist
             while waiting > coming and mine > 0:
-                slots = min(pack.slots, -(-(waiting - coming) // mine))
+                slots = min(pack.slots, -(-(waiting - coming) // mine)) if self._spread else pack.slots
                 self._open(profile, with_slots(pack, slots))
                 coming, mine = coming + slots, mine - 1
 
@@ -134,12 +149,10 @@ class Lanes:
 
         index = self._opened
         order = Order(
-            run=self._store.run,
-            storage=self._store.storage.uri,
+            **self._order._asdict(),
             lane=index,
             profile=profile,
             plan=plan,
-            queue=self._queue_name,
             threads=self._threads(plan),
             resources=slot_resources(self._cluster, self._limits),
         )
@@ -178,6 +191,11 @@ class Lanes:
         if time.monotonic() - self._looked >= CLUSTER_SECONDS:
             self._looked = time.monotonic()
             self._seats = max(self._seats, current().seats)
+
+    @property
+    def seats(self) -> int:
+        """Lanes that can be open at once."""
+        return self._most()
 
     def _most(self) -> int:
         """Seats that the run may take."""

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import get_args
 
 from training.run.run import State, SubjectRecord
-from training.run.subject_queue import View
+from training.run.view import View
 
 WAIT_SECONDS = [1.0, 5.0, 15.0, 60.0, 300.0, 900.0, 3600.0, 4 * 3600.0, 24 * 3600.0]
 

@@ -12,8 +12,9 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -42,11 +43,33 @@ class _Listener:
             self.loop.call_soon_threadsafe(self.outcomes.put_nowait, outcome)
 
 
+class Device(Protocol):
+    """What the engine computes on, where it shares that with something else in the process."""
+
+    def turn(self) -> AbstractContextManager[None]:
+        """The device for one step."""
+
+    def rest(self) -> None:
+        """It is not wanted until the next turn."""
+
+
+class OwnDevice:
+    """A device that the engine has to itself."""
+
+    def turn(self) -> AbstractContextManager[None]:
+        """At once."""
+        return contextlib.nullcontext()
+
+    def rest(self) -> None:
+        """Nobody waits for it."""
+
+
 class EngineLoop:
     """Starts the thread at once. `close()` ends it."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, device: Device | None = None) -> None:
         self.engine = engine
+        self._device = device or OwnDevice()
         self._decoding = Decoding()
         self._commands: deque[Callable[[], None]] = deque()
         self._listeners: dict[Job, _Listener] = {}
@@ -128,15 +151,20 @@ class EngineLoop:
         try:
             while not self._closing:
                 self._obey()
-                if self.engine.idle and not self.engine.woken.wait(IDLE_S) and not self.engine.jobs:
-                    continue
+                if self.engine.idle:
+                    self._device.rest()
+                    if not self.engine.woken.wait(IDLE_S) and not self.engine.jobs:
+                        continue
                 self.engine.woken.clear()
                 self._obey()
-                self._tell(self.engine.step())
+                with self._device.turn():
+                    outcomes = self.engine.step()
+                self._tell(outcomes)
         except BaseException as error:
             logger.exception("the engine is broken and has stopped")
             self._broken = error
         self._closing = True
+        self._device.rest()
         with self._gate:
             self._ended = True
         self._obey()

@@ -6,10 +6,11 @@ Knows nothing about tensors, slots or Ray.
 """
 
 import time
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from fastapi import FastAPI, Request, Security
+from fastapi import APIRouter, FastAPI, Request, Security
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, Response
@@ -19,7 +20,7 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serving.config import Limits, ServeSpec
+from serving.config import ServeSpec
 from serving.errors import GenerationFailed
 from serving.http import (
     adapters as api_adapters,
@@ -51,10 +52,26 @@ several in `adapters`. `/sdapi/v1` is what AUTOMATIC1111's clients call.
 """
 
 
+@dataclass(frozen=True)
+class Extension:
+    """Further calls of the app: their routes, what they work with (`app.state.<name>`), and how many bytes may be sent
+    to a path, where that is more than a body may have."""
+
+    routers: Sequence[APIRouter]
+    state: Mapping[str, object]
+    uploads: Mapping[str, int]
+
+
 def create_app(
-    generate: Generate, engines: Engines, library: Library, spec: ServeSpec, keys: Keys | None = None
+    generate: Generate,
+    engines: Engines,
+    library: Library,
+    spec: ServeSpec,
+    keys: Keys | None = None,
+    extension: Extension | None = None,
 ) -> FastAPI:
     """The app. `generate` makes the events of a request; without `keys`, only this machine may call, as one tenant."""
+    extension = extension or Extension((), {}, {})
     app = FastAPIOffline(  # a /docs that loads nothing from elsewhere
         redoc_url=None,
         static_url="/docs/static",
@@ -82,18 +99,21 @@ def create_app(
     app.state.under = {}
     for kind in (ApiError, UserError, GenerationFailed, KeyReused, RequestValidationError, HTTPException):
         app.add_exception_handler(kind, _told)
-    for router in (api_images.router, api_adapters.router, routes.router, info.router):
+    for name, value in extension.state.items():
+        setattr(app.state, name, value)
+    for router in (api_images.router, api_adapters.router, routes.router, info.router, *extension.routers):
         app.include_router(router, dependencies=SECURITY)
     app.get("/healthz", tags=["operation"], responses={503: {"model": Health}})(_health)
     app.get("/metrics", tags=["operation"], response_class=Response)(_metrics)
-    app.add_middleware(BodyLimit, limits=spec.limits)
+    uploads = {UPLOAD: spec.limits.upload_bytes, **extension.uploads}
+    app.add_middleware(BodyLimit, usual=spec.limits.body_bytes, uploads=uploads)
     app.add_middleware(BodyTimeout)
     app.add_middleware(Guard, cors=spec.cors)
     if spec.cors:
         app.add_middleware(
             CORSMiddleware,
             allow_origins=spec.cors,
-            allow_methods=["GET", "POST", "PATCH", "DELETE"],
+            allow_methods=["GET", "POST", "PUT", "PATCH", "DELETE"],
             allow_headers=["*"],
             expose_headers=["X-Request-Id", "Retry-After"],
         )
@@ -184,16 +204,17 @@ class _TooLarge(HTTPException):
 class BodyLimit:
     """Refuses bodies that are too large, before or while they are read."""
 
-    def __init__(self, app: ASGIApp, limits: Limits) -> None:
+    def __init__(self, app: ASGIApp, usual: int, uploads: Mapping[str, int]) -> None:
         self._app = app
-        self._limits = limits
+        self._usual = usual
+        self._uploads = uploads
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        upload = scope["path"] == UPLOAD
-        limit = self._limits.upload_bytes + 2**16 if upload else self._limits.body_bytes
+        upload = self._uploads.get(scope["path"])
+        limit = self._usual if upload is None else upload + 2**16  # what a form adds
         told = dict(scope["headers"]).get(b"content-length", b"0")
         if not told.isdigit() or int(told) > limit:
             problem = Problem(413, f"The body may have at most {limit} bytes.", code="body_too_large")

@@ -7,16 +7,18 @@ one base. Every call blocks, so an event loop calls it from a thread. Knows noth
 import threading
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any
 
-from serving.config import EngineSpec, Limits
+from serving.config import MAX_RANK, EngineSpec, Limits
 from serving.engine.request import AdapterRef
 from serving.engine.tiers.fit import check_fit
 from serving.errors import QuotaExceeded, Refused
+from serving.flags import flag
 from serving.http.known import Known
-from training.adapters.adapter import Adapter, AdapterError, check_adapter, save_adapter
+from training.adapters.adapter import Adapter, AdapterError, check_adapter, load_adapter, save_adapter
 from training.adapters.formats.formats import import_adapter
 from training.base.families import open_family
 from training.base.files.folder import hash_base, public_name
@@ -32,14 +34,21 @@ USAGE_S = 10.0  # how old the count of a tenant's stored bytes may be
 class Library:
     """The registry's adapters for one base. What `current` says may be `refresh_s` old.
 
+    `serves` are hashes, or their beginnings, of other bases whose adapters are for this one, too, beside those that the
+    base names itself: of its few-step sister's, for example.
+
     Clients see the base's name without the path that it may have on this machine.
     """
 
-    def __init__(self, registry: Registry, outline: Outline, *, refresh_s: float = 1.0) -> None:
+    def __init__(
+        self, registry: Registry, outline: Outline, *, refresh_s: float = 1.0, serves: Sequence[str] = ()
+    ) -> None:
         self.registry = registry
         self.outline = outline
         self.base = public_name(outline.name)
         self.base_hash = hash_base(outline.folder)
+        self._serves = (self.base_hash, *outline.facts.serves, *serves)
+        self._fits: dict[str, str | None] = {}  # by version, of adapters of other bases: why it does not fit
         self.known = Known(registry, refresh_s)
         self._usage: dict[str, tuple[float, StoredUsage]] = {}
         self._uploads: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
@@ -49,7 +58,7 @@ class Library:
     def resolve(self, tenant: str, name: str) -> Resolved:
         """The version that `id`, `tenant/id` or either with `@version` means to `tenant` now.
 
-        Raises UnknownAdapter, CorruptAdapter; Refused for an adapter of another base."""
+        Raises UnknownAdapter, CorruptAdapter; Refused for an adapter of another base, unless it is served and fits."""
         path, _, version = name.partition("@")
         owner, slash, id = path.partition("/")
         owner, id = (owner, id) if slash else (tenant, path)
@@ -61,11 +70,27 @@ class Library:
             raise
         if resolved is None or (resolved.tenant != tenant and not resolved.public):
             raise unknown(name)
-        if resolved.card.base_hash != self.base_hash:
+        if problem := self._misfit(resolved):
             raise Refused(
-                f"Adapter '{name}' was made for another base ('{resolved.card.base}'); this server has '{self.base}'."
+                f"Adapter '{name}' was made for another base ({_base(resolved.card.base, resolved.card.family)}); this "
+                f"server has {_base(self.base, self.outline.facts.title)}{problem}"
             )
         return resolved
+
+    def _misfit(self, resolved: Resolved) -> str | None:
+        """The end of a sentence on why an adapter of another base is not served here; None if it is."""
+        made_for = resolved.card.base_hash
+        if made_for == self.base_hash:
+            return None
+        if not made_for.startswith(self._serves):
+            return f". If it fits, start the server with {flag('serves')} {made_for[:12]}."
+        if resolved.version not in self._fits:
+            try:
+                check_adapter(load_adapter(self.registry.weights(resolved)), self.shapes(), MAX_RANK)
+                self._fits[resolved.version] = None
+            except AdapterError as error:
+                self._fits[resolved.version] = f", which serves that one's adapters, but it does not fit: {error}"
+        return self._fits[resolved.version]
 
     def page(self, tenant: str, after: str | None = None, limit: int | None = None) -> tuple[list[Resolved], bool]:
         """At most `limit` adapters for this base that follow `after`, and whether there are more.
@@ -106,7 +131,7 @@ class Library:
         """
         check_id(id)
         shapes = self.shapes()
-        adapter = import_adapter({"adapter.safetensors": data}, shapes.keys())
+        adapter = import_adapter({"adapter.safetensors": data}, shapes, self.outline.names)
         check_fit(adapter, spec, self.outline.facts)
         check_adapter(adapter, shapes, spec.rank)
         self._check_words(adapter)
@@ -136,6 +161,7 @@ class Library:
                 "fingerprint": content_id(weights),
                 "base": self.base,
                 "base_hash": self.base_hash,
+                "family": self.outline.facts.title,
                 "rank": adapter.rank,
                 "alpha": adapter.rank,  # any scale of the file is folded in
                 "targets": _ends(adapter, self.outline.facts.denoiser),
@@ -246,7 +272,7 @@ class Library:
         except CorruptAdapter:
             return None
         mine = resolved is not None and (resolved.tenant == tenant or resolved.public)
-        return resolved if resolved and mine and resolved.card.base_hash == self.base_hash else None
+        return resolved if resolved and mine and resolved.card.base_hash.startswith(self._serves) else None
 
     def _forget(self, tenant: str, id: str) -> None:
         self._usage.pop(tenant, None)
@@ -260,6 +286,10 @@ class Library:
 def unknown(name: str) -> UnknownAdapter:
     """The one error for what is missing and for what is another's."""
     return UnknownAdapter(f"Unknown adapter '{name}'. See GET /v1/adapters for yours.")
+
+
+def _base(name: str, family: str) -> str:
+    return f"'{name}', {family}" if family else f"'{name}'"
 
 
 def _place(name: str, tenant: str) -> tuple[bool, str]:

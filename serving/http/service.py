@@ -16,7 +16,7 @@ from fastapi import Request
 
 from serving.engine.job import EngineStats
 from serving.engine.request import AdapterRef, Event, FinishedPicture, GenerateRequest
-from serving.http.access.tenants import Keys, Quota, Scope
+from serving.http.access.tenants import Key, Keys, Quota, Scope
 from serving.http.infotext import infotext, with_infotext
 from serving.http.intake import Intake
 from serving.http.metrics import Metrics
@@ -74,6 +74,11 @@ class Service:
             return picture
         text = infotext(wanted, picture.seed, self.intake.library.base, self.intake.library.base_hash)
         return picture.model_copy(update={"data": with_infotext(picture.data, text)})
+
+    def key(self, request: Request) -> Key | None:
+        """The key that a request was sent with, expired or not; None without one, and on a server without keys."""
+        token = _token(request.headers.get("authorization", ""))
+        return self.keys.find(token) if self.keys is not None and token else None
 
     def tenant(self, request: Request, scope: Scope | None = None) -> str:
         """The tenant of a request's key. Raises ApiError: 401 without a valid key, 403 if the key lacks `scope`."""

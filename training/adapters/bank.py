@@ -200,9 +200,11 @@ class Bank:
         """Rows wear `routes` inside. With gradient checkpointing, keep it open until backward is through."""
         before = self._using
         self._using = {route.component: route for route in routes}
+        _IN_USE.append(self)
         try:
             yield
         finally:
+            _IN_USE.pop()
             self._using = before
 
     @contextmanager
@@ -265,6 +267,22 @@ class Bank:
         if not 0 <= slot < self.slots:
             raise IndexError(f"slot {slot} is none of this bank's, which are 0 to {self.slots - 1}")
         return slot
+
+
+_IN_USE: list[Bank] = []  # the innermost last; threads that share a base alternate at borders, where all are set aside
+
+
+@contextmanager
+def set_aside() -> Iterator[None]:
+    """No row wears anything inside, whatever is in use outside; another thread may use banks over the same base."""
+    before = [(bank, bank._using) for bank in dict.fromkeys(_IN_USE)]
+    for bank, _ in before:
+        bank._using = {}
+    try:
+        yield
+    finally:
+        for bank, using in before:
+            bank._using = using
 
 
 def _common_run(rows_NX: Tensor) -> int:

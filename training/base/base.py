@@ -17,6 +17,7 @@ from training.base.family import Cond, Family, Parts, RowFacts, Words
 from training.base.files.check import check_base
 from training.base.files.folder import find_base, hash_base
 from training.base.footprint import images_at_once
+from training.base.frozen_prompts import HOST, FrozenPrompts
 from training.base.noise.process import Process
 from training.base.words import first_vector
 
@@ -25,13 +26,17 @@ DRAWN = RowFacts()
 
 @dataclass(frozen=True)
 class Base:
-    """A loaded base. `name` is what users call it; `hash` identifies its files."""
+    """A loaded base. `name` is what users call it; `hash` identifies its files.
+
+    `prompts` are there where text encoders that nobody trains wait in host memory.
+    """
 
     name: str
     hash: str
     folder: Path
     family: Family
     parts: Parts
+    prompts: FrozenPrompts | None = None
 
     @property
     def facts(self) -> Facts:
@@ -91,7 +96,12 @@ class Base:
     def encode(self, prompts: Sequence[str], words: Sequence[Words] | None = None, chunks: int = 1) -> list[Cond]:
         """The record of each prompt; differentiable where a bank's route is in use, and towards `words[n]`, the trained
         vectors of textual-inversion words in prompt n. Prompts are cut after `chunks`, and filled up to it."""
+        if self.prompts is not None:
+            return self.prompts.encode(prompts, chunks, self._encode_one)
         return self.family.encode(self.parts, prompts, words, chunks)
+
+    def _encode_one(self, prompt: str, chunks: int) -> Cond:
+        return self.family.encode(self.parts, [prompt], None, chunks)[0]
 
     def count_chunks(self, prompt: str, words: Words) -> int:
         """How often the text encoder must run to take all of a prompt in."""
@@ -142,19 +152,24 @@ def load_base(
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.float32,
     root: str = ".",
+    park_text: bool = False,
 ) -> Base:
     """Loads a base, frozen and in eval mode.
 
-    `name`: `pocket`, a diffusers folder or a hub id; `root`: where relative folders start. Raises UserError if it is
-    not found, or of a family that is not supported.
+    `name`: `pocket`, a diffusers folder or a hub id; `root`: where relative folders start. `park_text`: of a family
+    whose text encoders nobody trains, they are on the device only while prompts are encoded, each once. Raises
+    UserError if the base is not found, or of a family that is not supported.
     """
     folder = find_base(name, root)
     family = check_base(name, folder)
     target = torch.device(device) if device is not None else best_device()
     parts = family.load(target, dtype)
-    for model in parts.models.values():
-        model.requires_grad_(False).eval().to(target)
-    return Base(name, hash_base(folder), folder, family, parts)
+    facts = family.facts
+    parked = facts.frozen_encoders if park_text and not facts.text_encoders else ()
+    for component, model in parts.models.items():
+        model.requires_grad_(False).eval().to(HOST if component in parked else target)
+    prompts = FrozenPrompts({name: parts.models[name] for name in parked}, target) if parked else None
+    return Base(name, hash_base(folder), folder, family, parts, prompts)
 
 
 def best_device() -> torch.device:

@@ -3,10 +3,15 @@
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
+from pydantic import Field, StringConstraints, ValidationError
+
+from training.base.originals import Naming, without_naming
 from training.errors import UserError
+from training.storage.closed import Closed
 
+BaseHash = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{12,64}$")]
 SamplerName = Literal["ddim", "euler", "euler_a", "dpm++_2m", "euler_karras", "euler_a_karras", "dpm++_2m_karras"]
 SAMPLERS: tuple[SamplerName, ...] = get_args(SamplerName)
 FLOW_SAMPLERS: tuple[SamplerName, ...] = ("euler", "euler_a", "dpm++_2m")  # of bases trained by flow matching
@@ -18,13 +23,15 @@ DEFAULTS_FILE = "dreamfleet.json"  # in a base's folder: what its makers recomme
 class Facts:
     """Sizes, components and defaults of a base.
 
-    `denoiser` and `text_encoders` are the components (folders of the diffusers layout) that an adapter may change;
-    `frozen_encoders` are the text encoders that none may. `cell_px`: pixels a latent cell, per side; width and height
-    of a picture are multiples of `multiple_px`. `targets` and `text_targets` end the names of the layers that are
-    trained by default, `layers` and `text_layers` of all that adapters of this family change.
+    `family` names it in data, `title` in sentences. `denoiser` and `text_encoders` are the components (folders of the
+    diffusers layout) that an adapter may change; `frozen_encoders` are the text encoders that none may. `cell_px`:
+    pixels a latent cell, per side; width and height of a picture are multiples of `multiple_px`. `targets` and
+    `text_targets` end the names of the layers that are trained by default, `layers` and `text_layers` of all that
+    adapters of this family change.
     """
 
     family: str
+    title: str
     denoiser: str
     text_encoders: tuple[str, ...]
     channels: int
@@ -51,6 +58,14 @@ class Facts:
     sampler: SamplerName = "ddim"
     samplers: tuple[SamplerName, ...] = SAMPLERS
     judge: str | None = None  # a model that is made for this base's pictures
+    serves: tuple[str, ...] = ()  # hashes, or their beginnings, of bases whose adapters are for this one, too
+    half: Literal["fp16", "bf16"] = "fp16"  # what it is served in on CUDA, unless the server is told
+    # what other programs' files say of it: modelspec's architecture, kohya's name, what it predicts, its own layers
+    architecture: str = ""
+    kohya_base: str = ""
+    prediction: Literal["epsilon", "v", ""] = ""
+    originals: Naming = without_naming
+    native_files: bool = True  # whether ai-toolkit's files have the names of `originals`, too, or diffusers'
 
     @property
     def components(self) -> tuple[str, ...]:
@@ -102,19 +117,29 @@ def check_files(name: str, folder: Path, *needed: tuple[tuple[str, ...], ...]) -
             raise UserError(f"Base '{name}': folder '{folder}' has no {said}. Give a whole diffusers folder.")
 
 
-_DEFAULTS = ("steps", "guidance_scale", "sampler", "judge")
+class _Defaults(Closed):
+    """What `dreamfleet.json` may hold."""
+
+    steps: int | None = Field(default=None, ge=1, le=1000)
+    guidance_scale: float | None = Field(default=None, ge=0, le=100)
+    sampler: SamplerName | None = None
+    judge: str | None = None
+    serves: tuple[BaseHash, ...] | None = None
 
 
 def with_defaults(facts: Facts, folder: Path) -> Facts:
     """`facts` with the defaults that the base's own folder names in `dreamfleet.json`.
 
-    Raises UserError if the file names something else.
+    Raises UserError if the file names something else, or a value that cannot be.
     """
     file = folder / DEFAULTS_FILE
     if not file.is_file():
         return facts
-    said: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    unknown = sorted(set(said) - set(_DEFAULTS))
-    if unknown:
-        raise UserError(f"'{file}' has the key '{unknown[0]}'; known are {', '.join(_DEFAULTS)}.")
-    return replace(facts, **said)
+    try:
+        said = _Defaults.model_validate_json(file.read_bytes())
+    except ValidationError as error:
+        (first, *_) = error.errors()
+        place = ".".join(str(part) for part in first["loc"]) or "the file"
+        known = ", ".join(_Defaults.model_fields)
+        raise UserError(f"'{file}': {place} is {first['input']!r}: {first['msg']}. Known keys: {known}.") from None
+    return replace(facts, **said.model_dump(exclude_none=True))

@@ -60,6 +60,10 @@ class Family(Protocol):
         Raises UserError if the folder lacks one, or is of a kind that is not supported.
         """
 
+    @staticmethod
+    def owns(shapes: Mapping[str, tuple[int, ...]]) -> bool:
+        """Whether an adapter's tensors, by key with `_` for `.`, are of layers that only this family has."""
+
     @property
     def process(self) -> "Process":
         """The noise process of training and sampling."""

@@ -5,7 +5,7 @@ is complete. All errors are collected and reported together, each with its line 
 """
 
 import difflib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -76,6 +76,15 @@ def parse_manifest(text: str, *, name: str = "manifest", root: str = ".") -> Man
     return Manifest(
         version=1, name=header.name, tenant=header.tenant, base=header.base, subjects=tuple(subjects), root=root
     )
+
+
+def parse_subject(settings: Mapping[str, Any]) -> SubjectSpec:
+    """One subject from its settings, as a manifest names them. Raises ManifestError with every problem, a line each."""
+    problems: Problems = []
+    subject = _validate(SubjectSpec, dict(settings), (), {(): 1}, problems)
+    if subject is None:
+        raise ManifestError("\n".join(message for _, message in sorted(set(problems))))
+    return subject
 
 
 Problems = list[tuple[int, str]]

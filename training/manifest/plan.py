@@ -5,7 +5,7 @@ prompts, priors, batch sizes) may differ inside one.
 """
 
 from collections.abc import Iterable, Sequence
-from math import ceil, prod
+from math import ceil, log2, prod
 from typing import Literal
 
 from training.base.files.outline import Outline
@@ -122,6 +122,31 @@ def reserve(manifest: Manifest, base: Outline) -> tuple[PackPlan, ...]:
             profile = profile_of(subject, base).model_copy(update={"zero": subject.train.zero})
             groups.setdefault(profile, []).append(subject)
     return tuple(pack for profile, group in groups.items() for pack in _packs(profile, group, base, 1, MAX_ROWS))
+
+
+def lane_plan(subject: SubjectSpec, base: Outline, *, max_rows: int = MAX_ROWS) -> PackPlan:
+    """The pack of a lane that takes this subject, and others that are much like it: without subjects of its own.
+
+    Rank, rows and words are rounded up, so that subjects which differ a little have equal plans and share a lane.
+    """
+    most = rows_of(subject)
+    rows = 2 if most <= 2 else 4 ** ceil(log2(most) / 2)
+    rank = max(8, 2 ** ceil(log2(subject.lora.rank)))
+    words = len(subject.words.tokens)
+    profile = profile_of(subject, base)
+    slots = max(1, max_rows // rows) if profile.zero is None else 1
+    widest = subject.model_copy(update={"lora": subject.lora.model_copy(update={"rank": rank})})
+    state = slots * STATE_BYTES * adapter_parameters(widest, base)
+    return PackPlan(
+        profile=profile,
+        subjects=(),
+        slots=slots,
+        rank=rank,
+        rows=rows,
+        words=2 ** ceil(log2(words)) if words else 0,
+        state_bytes=state,
+        memory_mb=_memory_mb(profile, state, slots * rows, MOST_PICTURES * slots, base),
+    )
 
 
 def with_slots(pack: PackPlan, slots: int) -> PackPlan:

@@ -4,6 +4,7 @@ import json
 import time
 from collections.abc import Sequence
 
+from training.run.accepted import Ask, ask, is_unfinished, read_order
 from training.run.run import ENDED, RunRecord, RunStore, SubjectRecord
 from training.storage.storage import NotFound
 
@@ -27,8 +28,13 @@ def forget(store: RunStore) -> None:
 def cancel_run(store: RunStore, record: RunRecord, subjects: Sequence[str], *, driven: bool) -> bool:
     """Leaves the request for the driver; where no driver lives (`driven` is false), cancels at once.
 
-    Returns whether the whole run has ended by this.
+    A run of a fleet is asked of the fleet. Returns whether the whole run has ended by this.
     """
+    order = read_order(store.storage, store.run)
+    if order is not None:
+        if is_unfinished(store.storage, order):
+            ask(store.storage, Ask(run=store.run, verb="cancel", subjects=tuple(subjects)))
+        return False
     store.storage.put(_key(store), json.dumps({"subjects": list(subjects)}).encode())
     if driven:
         return False

@@ -9,11 +9,13 @@ from dataclasses import replace
 from training.manifest.plan import PackPlan, plan_run
 from training.run import cancel
 from training.run.lead import Lead, Lost
+from training.run.lease import entries
 from training.run.run import SubjectRecord
 from training.run.source import Beat, Orders, Outcome, Task
 from training.run.states import States
-from training.run.subject_queue import SubjectQueue, View, entries
+from training.run.subject_queue import SubjectQueue
 from training.run.submission import Submission, settle
+from training.run.view import View
 
 STOPPED = "the run was stopped"
 

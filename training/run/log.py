@@ -5,11 +5,24 @@ A storage cannot append, so a driver writes a part of its own and rewrites it wh
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
 from training.run.run import RunStore
 
 LINES = 1000
+
+
+class Line(NamedTuple):
+    """A line of a run's log: when it was written (seconds since the epoch), its text, and numbers for programs.
+
+    `id` orders the lines of a run and stays the same.
+    """
+
+    id: str
+    time: float
+    text: str
+    data: dict[str, Any]
 
 
 class RunLog:
@@ -22,9 +35,10 @@ class RunLog:
         self._flushed_at = 0.0
         self._part = self._new_part()
 
-    def add(self, text: str) -> None:
-        """Adds a line, with the time; `flush` writes it."""
-        self._lines.append(json.dumps({"time": round(time.time(), 3), "text": text}, ensure_ascii=False))
+    def add(self, text: str, data: Mapping[str, Any] | None = None) -> None:
+        """Adds a line, with the time; `flush` writes it. `data`: what programs may want to know of it."""
+        line: dict[str, Any] = {"time": round(time.time(), 3), "text": text}
+        self._lines.append(json.dumps(line | ({"data": dict(data)} if data else {}), ensure_ascii=False))
 
     def flush(self, every_s: float = 0.0) -> None:
         """Writes what is new, unless the last time is less than `every_s` seconds ago."""
@@ -41,8 +55,15 @@ class RunLog:
 
 def read_log(store: RunStore, subject: str | None = None) -> Iterator[tuple[float, str]]:
     """Time (seconds since the epoch) and text of each line; of one subject if given."""
+    for line in read_lines(store):
+        if subject is None or line.text.startswith(f"{subject}:"):
+            yield line.time, line.text
+
+
+def read_lines(store: RunStore) -> Iterator[Line]:
+    """Every line of a run's log, the earliest first."""
     for part in store.storage.list(f"runs/{store.run}/log"):
-        for line in store.storage.get(part).decode().splitlines():
+        began = part.rsplit("/", 1)[1].removesuffix(".jsonl")
+        for number, line in enumerate(store.storage.get(part).decode().splitlines()):
             entry = json.loads(line)
-            if subject is None or entry["text"].startswith(f"{subject}:"):
-                yield entry["time"], entry["text"]
+            yield Line(f"{int(began):x}-{number:04d}", entry["time"], entry["text"], entry.get("data", {}))

@@ -21,7 +21,7 @@ from training.run.source import Why
 from training.storage.closed import Closed
 from training.storage.interface import NotFound, Storage
 
-State = Literal["queued", "preparing", "training", "evaluating", "published", "failed", "cancelled", "reused"]
+State = Literal["queued", "preparing", "training", "evaluating", "paused", "published", "failed", "cancelled", "reused"]
 ENDED: frozenset[State] = frozenset({"published", "failed", "cancelled", "reused"})
 RunState = Literal["running", "done", "failed", "cancelled"]
 

@@ -6,12 +6,15 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from training.manifest.subject import SubjectSpec
 from training.photos.files import PhotoFile
 
-Kind = Literal["done", "bad subject", "diverged", "out of memory", "too large", "cancelled", "unknown"]
+if TYPE_CHECKING:
+    from training.run.home import Home
+
+Kind = Literal["done", "bad subject", "diverged", "out of memory", "too large", "cancelled", "paused", "unknown"]
 # how a worker lets go of a subject that has not ended
 Release = Literal["lost", "preempted", "stopped"]
 # why an attempt ended
@@ -51,7 +54,8 @@ class Task:
 
     `spec` is as it was submitted. `may_spread`: it has somewhere to go if this device is too small for it; without, it
     is tried anyway. `rate_factor`: its learning rates are multiplied by it. `files`: those that the fingerprint was
-    taken of, where that was in this process; None: the worker reads them.
+    taken of, where that was in this process; None: the worker reads them. `home`: its run and tenant; None: those of
+    the worker, which then trains one run.
     """
 
     spec: SubjectSpec
@@ -59,6 +63,12 @@ class Task:
     may_spread: bool = False
     rate_factor: float = 1.0
     files: tuple[PhotoFile, ...] | None = field(default=None, repr=False)
+    home: "Home | None" = None
+
+    @property
+    def key(self) -> str:
+        """What the worker and its source call it: its id, with the run where subjects of several runs meet."""
+        return self.spec.id if self.home is None else self.home.key(self.spec.id)
 
     @property
     def trained(self) -> SubjectSpec:
@@ -71,8 +81,8 @@ Say = Callable[[Sequence[str], Doing], None]  # what is being done with these su
 
 @dataclass
 class Beat:
-    """A sign of life, by subject id: what is being done with each subject of this worker; step and loss of those that
-    train. `notes` are for a person to read."""
+    """A sign of life, by the subjects' keys: what is being done with each subject of this worker; step and loss of
+    those that train. `notes` are for a person to read."""
 
     phase: dict[str, Doing] = field(default_factory=dict)
     steps: dict[str, int] = field(default_factory=dict)
@@ -83,15 +93,17 @@ class Beat:
 
 @dataclass(frozen=True)
 class Orders:
-    """What the source replies to a beat: subjects to drop, and whether to checkpoint everything and stop."""
+    """What the source replies to a beat: subjects to drop, subjects to checkpoint and give back, and whether to
+    checkpoint everything and stop."""
 
     cancel: frozenset[str] = frozenset()
+    pause: frozenset[str] = frozenset()
     stop: bool = False
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a subject ended here. `version` if it was published; `warnings` about its photos."""
+    """How a subject ended here; `id` is its key. `version` if it was published; `warnings` about its photos."""
 
     id: str
     kind: Kind

@@ -5,9 +5,10 @@ from collections.abc import Sequence
 
 from training.run.log import RunLog
 from training.run.run import ENDED, RunStore, SubjectRecord
-from training.run.subject_queue import View
+from training.run.view import View
 
 STEP_SAVE_SECONDS = 5.0  # how often steps are written; changes of state are written at once
+LOG_SECONDS = 1.0
 
 
 class States:
@@ -23,7 +24,7 @@ class States:
     def take_in(self, view: View) -> None:
         """Takes in what has changed. Changes of state are written at once, mere steps every `STEP_SAVE_SECONDS`."""
         for record in view.changed:
-            self._change(record)
+            self.change(record)
         for note in view.notes:
             self._log.add(note)
         self._log.flush(STEP_SAVE_SECONDS)
@@ -47,13 +48,25 @@ class States:
                 self.records[id] = record.model_copy(update={"step": step})
         self.save()
 
-    def _change(self, record: SubjectRecord) -> None:
+    def flush(self) -> None:
+        """Writes the log, unless that was done a moment ago."""
+        self._log.flush(LOG_SECONDS)
+
+    def change(self, record: SubjectRecord) -> None:
+        """Takes in one subject's record, as `take_in` does."""
         before = self.records[record.id]
         self.records[record.id] = record
         if record.state != before.state:
             reason = f": {record.reason}" if record.reason else ""
-            self._log.add(f"{record.id}: {record.state} at step {record.step}/{record.max_steps}{reason}")
+            self._log.add(
+                f"{record.id}: {record.state} at step {record.step}/{record.max_steps}{reason}", {"state": record.state}
+            )
         if record.state != before.state or time.monotonic() - self._saved_at[record.id] >= STEP_SAVE_SECONDS:
+            if record.state == "training" and record.step and record.step != self._saved[record.id].step:
+                self._log.add(
+                    f"{record.id}: step {record.step}/{record.max_steps}",
+                    {"step": record.step, "train_loss": record.loss},
+                )
             self._save(record)
 
     def _save(self, record: SubjectRecord) -> None:

@@ -1,23 +1,24 @@
-"""The subject queue of a run: who works on which subject, and how each stands. Plain Python; it knows no Ray.
+"""The subject queue of a run, or of a fleet: who works on which subject, and how each stands. Plain Python; it knows no
+Ray.
 
 A lane leases subjects, beats while it holds them and says how they ended. A lease that is not renewed, or whose lane
-died, goes back to the queue with the reason kept as an attempt. Nothing here is durable: the storage is, and after a
-restart the queue is made from the records there.
+died, goes back to the queue with the reason kept as an attempt. `Turns` says in which order subjects are leased; the
+seconds that a lane works are charged to the tenants of what it holds. Nothing here is durable: the storage is, and
+after a restart the queue is made from the records there.
 """
 
 import bisect
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from pydantic import Field
-
-from training.manifest.plan import PackPlan
-from training.manifest.subject import SubjectSpec
+from training.run.lease import Entry, Lease
 from training.run.run import ENDED, Attempt, State, SubjectRecord
-from training.run.source import Beat, Doing, Kind, Orders, Outcome, Phase, Release, Task, Why
-from training.storage.closed import Closed
+from training.run.source import Beat, Doing, Kind, Orders, Outcome, Phase, Release, Why
+from training.run.turns import Turns, Waiting
+from training.run.view import LaneView, View
 
 LEASE_SECONDS = 300.0
 MAX_ATTEMPTS = 3
@@ -45,81 +46,6 @@ _STATE_IN: dict[Phase, State] = {
 }
 
 
-class Entry(Closed):
-    """What the queue is told about a subject. Only lanes of its `profile` may lease it; high priorities go first.
-
-    `reserve`: the profile it goes to if one device is too small for it.
-    """
-
-    record: SubjectRecord
-    profile: int
-    priority: int = 0
-    reserve: int | None = None
-
-
-def entries(
-    subjects: Iterable[SubjectRecord], packs: Sequence[PackPlan], reserve: Sequence[PackPlan] = ()
-) -> list[Entry]:
-    """The entries of a run's subjects. A profile is the place of a pack among `packs`, then `reserve`."""
-    place = {id: index for index, pack in enumerate(packs) for id in pack.subjects}
-    spare = {id: index for index, pack in enumerate(reserve, len(packs)) for id in pack.subjects}
-    return [Entry(record=one, profile=place[one.id], reserve=spare.get(one.id)) for one in subjects]
-
-
-class Lease(Closed):
-    """A subject a lane may work on."""
-
-    id: str
-    fingerprint: str
-    rate_factor: float = Field(1.0, description="its learning rates are multiplied by it: less after it has diverged")
-    may_spread: bool = Field(False, description="a gang takes it if one device is too small for it")
-
-    def task(self, spec: SubjectSpec) -> Task:
-        """The leased subject with its settings, as they were submitted."""
-        return Task(spec, self.fingerprint, self.may_spread, self.rate_factor)
-
-
-class LaneView(Closed):
-    """What a lane is doing."""
-
-    lane: int
-    profile: int
-    held: tuple[str, ...]
-    phases: dict[str, Doing]
-    images_per_second: float
-
-
-class View(Closed):
-    """What changed since `since`, and how everything stands. `notes` are what lanes had to say since then."""
-
-    seq: int
-    changed: tuple[SubjectRecord, ...]
-    lanes: tuple[LaneView, ...]
-    waiting: dict[int, int]
-    unfinished: int
-    notes: tuple[str, ...]
-
-    @classmethod
-    def of_records(cls, records: Sequence[SubjectRecord]) -> "View":
-        """A view made of records alone, without a queue: a lane for every pack that holds subjects."""
-        packs: dict[int, list[SubjectRecord]] = {}
-        for record in records:
-            if record.state not in ENDED and record.state != "queued" and record.pack is not None:
-                packs.setdefault(record.pack, []).append(record)
-        lanes = tuple(
-            LaneView(
-                lane=pack,
-                profile=0,
-                held=tuple(record.id for record in held),
-                phases={record.id: Doing(Phase(record.state)) for record in held},
-                images_per_second=0.0,
-            )
-            for pack, held in sorted(packs.items())
-        )
-        unfinished = sum(record.state not in ENDED for record in records)
-        return cls(seq=0, changed=tuple(records), lanes=lanes, waiting={}, unfinished=unfinished, notes=())
-
-
 @dataclass
 class _Item:
     record: SubjectRecord
@@ -127,10 +53,15 @@ class _Item:
     priority: int
     order: int
     reserve: int | None = None
+    run: str = ""
+    tenant: str = ""
     holder: int | None = None
     until: float = 0.0
     since: float = 0.0
     cancel: bool = False
+    pause: bool = False
+    device_s: float = 0.0  # device-seconds since this queue was made
+    told_s: float = 0.0  # of them, those that `spent` has told
     losses: int = 0  # counted attempts since this queue was made
     seq: int = 0
 
@@ -138,6 +69,8 @@ class _Item:
 @dataclass
 class _Lane:
     profile: int
+    devices: int = 1
+    charged: float = 0.0  # up to when its time is charged
     held: set[str] = field(default_factory=set)
     phases: dict[str, Doing] = field(default_factory=dict)
     images_per_second: float = 0.0
@@ -151,7 +84,11 @@ class Note(NamedTuple):
 
 
 class SubjectQueue:
-    """See the module. Not thread-safe: one caller at a time. `clock` is monotonic, in seconds."""
+    """See the module. Not thread-safe: one caller at a time. `clock` is monotonic, in seconds.
+
+    `seats`: lanes that can be open at once; with all of them taken, a lane ends when what waits for another profile has
+    its turn. None: profiles do not wait for each other's lanes.
+    """
 
     def __init__(
         self,
@@ -160,7 +97,11 @@ class SubjectQueue:
         lease_s: float = LEASE_SECONDS,
         max_attempts: int = MAX_ATTEMPTS,
         clock: Callable[[], float] = time.monotonic,
+        turns: Turns | None = None,
+        seats: int | None = None,
     ) -> None:
+        self.turns = turns or Turns()
+        self.seats = seats
         self._lease_s = lease_s
         self._max_attempts = max_attempts
         self._clock = clock
@@ -173,20 +114,38 @@ class SubjectQueue:
         self._notes: list[Note] = []
         self._items: dict[str, _Item] = {}
         self._waiting: dict[int, list[str]] = {}
-        for order, entry in enumerate(entries):
-            self._items[entry.record.id] = _Item(entry.record, entry.profile, entry.priority, order, entry.reserve)
-            if entry.record.state not in ENDED:
-                self._wait(entry.record.id)
+        self._added = 0
+        self.add(entries)
+
+    def add(self, entries: Iterable[Entry]) -> None:
+        """Subjects come in; those that wait already, or train, stay as they are."""
+        for entry in entries:
+            before = self._items.get(entry.key)
+            if before is not None and before.record.state not in ENDED:
+                continue
+            self._added += 1
+            self._items[entry.key] = _Item(
+                entry.record, entry.profile, entry.priority, self._added, entry.reserve, entry.run, entry.tenant
+            )
+            if entry.record.state not in ENDED and entry.record.state != "paused":
+                self._wait(entry.key)
+
+    def remove(self, run: str) -> None:
+        """Forgets the subjects of a run, all of which have ended."""
+        for key in [key for key, item in self._items.items() if item.run == run]:
+            del self._items[key]
 
     # -- lanes --
 
-    def enter(self, lane: int, profile: int, reason: str = "its worker died", kind: Release = "lost") -> bool:
+    def enter(
+        self, lane: int, profile: int, reason: str = "its worker died", kind: Release = "lost", devices: int = 1
+    ) -> bool:
         """A lane's worker begins. What an earlier worker of the lane still held goes back, for `reason`.
 
         False: the lane is dismissed, or too many of its workers ended before they did anything.
         """
         self.release(lane, reason, kind)
-        self._lanes[lane] = _Lane(profile)
+        self._lanes[lane] = _Lane(profile, devices, self._clock())
         self._barren[lane] = self._barren.get(lane, -1) + 1
         return self._barren[lane] < self._max_attempts and lane not in self._dismissed
 
@@ -194,10 +153,11 @@ class SubjectQueue:
         """Up to `count` subjects for the lane, which holds them until they end or it stops beating."""
         self.expire()
         here = self._lane(lane)
+        self._charge(here)
         if self._ends(lane) or any(self._items[id].losses >= SUSPECT_ATTEMPTS for id in here.held):
             return []
         self._barren[lane] = -1
-        chosen = self._choose(here, count)
+        chosen = [] if self._outranked(here) else self._choose(here, count)
         for id in chosen:
             item = self._items[id]
             self._waiting[item.profile].remove(id)
@@ -209,6 +169,7 @@ class SubjectQueue:
     def beat(self, lane: int, beat: Beat) -> Orders:
         """Renews the lane's leases and takes in its news. Returns what it must drop."""
         here = self._lane(lane)
+        self._charge(here)
         here.phases, here.images_per_second = dict(beat.phase), beat.images_per_second
         for note in beat.notes:
             self._note(note)
@@ -219,8 +180,15 @@ class SubjectQueue:
             self._take_in(id, beat)
         self.expire()
         return Orders(
-            cancel=frozenset(drop | {id for id in here.held if self._items[id].cancel}), stop=self._ends(lane)
+            cancel=frozenset(drop | {id for id in here.held if self._items[id].cancel}),
+            pause=frozenset(id for id in here.held if self._items[id].pause),
+            stop=self._ends(lane),
         )
+
+    def stays(self, lane: int) -> bool:
+        """Whether a lane that holds nothing should wait for subjects."""
+        self.expire()
+        return not self._ends(lane) and not self._outranked(self._lane(lane))
 
     def ended(self, lane: int, outcome: Outcome) -> None:
         """A subject's end, as its lane saw it. A lane that lost the subject is heard only if it has published it."""
@@ -228,6 +196,8 @@ class SubjectQueue:
         if item is None or item.record.state in ENDED or (item.holder != lane and outcome.kind != "done"):
             return
         seconds = item.record.seconds + outcome.seconds
+        if item.holder in self._lanes:
+            self._charge(self._lanes[item.holder])
         self._let_go(outcome.id)
         state = _STATES.get(outcome.kind)
         news = {"step": max(outcome.step, item.record.step), "seconds": seconds, "warnings": outcome.warnings}
@@ -244,6 +214,8 @@ class SubjectQueue:
         elif outcome.kind == "diverged":
             self._attempt(outcome.id, outcome.reason or "diverged", "diverged")
             self._end(outcome.id, "failed", reason=outcome.reason)
+        elif outcome.kind == "paused":
+            self._again(outcome.id, outcome.reason or "paused", "stopped")
         elif state is None:
             self._again(outcome.id, outcome.reason or "unknown failure", "unknown")
         elif state == "failed":
@@ -251,6 +223,7 @@ class SubjectQueue:
             self._end(outcome.id, state, reason=outcome.reason or outcome.kind)
         else:
             self._end(outcome.id, state, reason=outcome.reason, version=outcome.version)
+            self.turns.ended(item.device_s)
 
     def release(self, lane: int, reason: str, kind: Release = "lost") -> None:
         """Everything the lane holds goes back to the queue; the lane is forgotten.
@@ -260,6 +233,7 @@ class SubjectQueue:
         gone = self._lanes.pop(lane, None)
         if gone is None:
             return
+        self._charge(gone)
         if kind != "stopped":
             self._troubles[lane] = reason
             if not gone.held:
@@ -290,8 +264,31 @@ class SubjectQueue:
             if item.holder is not None:
                 item.cancel = True
                 continue
-            self._waiting[item.profile].remove(id)
+            if item.record.state != "paused":
+                self._waiting[item.profile].remove(id)
             self._end(id, "cancelled", reason="cancelled by the user")
+
+    def pause(self, ids: Sequence[str]) -> None:
+        """Pauses subjects: waiting ones now, leased ones with a checkpoint when their lane beats next."""
+        for id in ids:
+            item = self._items.get(id)
+            if item is None or item.record.state in ENDED or item.record.state == "paused":
+                continue
+            item.pause = True
+            if item.holder is None:
+                self._waiting[item.profile].remove(id)
+                self._change(id, state="paused")
+
+    def resume(self, ids: Sequence[str]) -> None:
+        """Lets paused subjects wait for their turn again."""
+        for id in ids:
+            item = self._items.get(id)
+            if item is None:
+                continue
+            item.pause = False
+            if item.record.state == "paused":
+                self._change(id, state="queued")
+                self._wait(id)
 
     def give_up(self, profile: int, reason: str) -> None:
         """Fails what waits for a profile that no lane can serve."""
@@ -315,6 +312,7 @@ class SubjectQueue:
         return View(
             seq=self._seq,
             changed=tuple(item.record for item in self._items.values() if item.seq > since),
+            keys=tuple(key for key, item in self._items.items() if item.seq > since),
             lanes=tuple(
                 LaneView(
                     lane=name,
@@ -330,7 +328,65 @@ class SubjectQueue:
             notes=tuple(note.text for note in self._notes if note.seq > since),
         )
 
+    def order(self, profile: int | None = None) -> list[str]:
+        """What waits, the next first: of one profile, or of all. What a tenant's quotas hold back comes last."""
+        profiles = self._waiting if profile is None else (profile,)
+        waiting = [one for each in profiles for one in self._places(each)]
+        waiting.sort(key=lambda one: (-one.priority, one.order))
+        held = Counter(self._items[key].tenant for lane in self._lanes.values() for key in lane.held)
+        free = [one for one in waiting if not self.turns.spent(one.tenant)]
+        bound = [one.key for one in waiting if self.turns.spent(one.tenant)]
+        return [*self.turns.choose(free, held, len(free)), *bound]
+
+    def profile(self, key: str) -> int:
+        """The profile of a subject."""
+        return self._items[key].profile
+
+    def standing(self, tenant: str) -> int:
+        """How many subjects of a tenant wait."""
+        return sum(self._items[key].tenant == tenant for keys in self._waiting.values() for key in keys)
+
+    def spent(self) -> dict[str, float]:
+        """Device-seconds of each subject since the last call."""
+        found = {}
+        for key, item in self._items.items():
+            if item.device_s > item.told_s:
+                found[key], item.told_s = item.device_s - item.told_s, item.device_s
+        return found
+
     # -- pieces --
+
+    def _charge(self, lane: _Lane) -> None:
+        """Charges the time since the last charge to what the lane holds, a part each."""
+        now = self._clock()
+        if lane.held:
+            each = (now - lane.charged) * lane.devices / len(lane.held)
+            for key in lane.held:
+                item = self._items[key]
+                item.device_s += each
+                self.turns.charge(item.tenant, each)
+        lane.charged = now
+
+    def _outranked(self, here: _Lane) -> bool:
+        """Whether the lane should end: no other can open, and what waits for one has its turn first."""
+        if self.seats is None or len(self._lanes) < self.seats:
+            return False
+        served = {lane.profile for lane in self._lanes.values()}
+        if not any(keys for profile, keys in self._waiting.items() if profile not in served):
+            return False
+        return next((self._items[key].profile not in served for key in self.order()), False)
+
+    def _places(self, profile: int) -> list[Waiting]:
+        """What waits for a profile, in order of priority and age; not what is trained already for another run."""
+        busy = {self._print(key) for lane in self._lanes.values() for key in lane.held}
+        keys = [key for key in self._waiting.get(profile, ()) if self._print(key) not in busy]
+        items = [self._items[key] for key in keys]
+        return [Waiting(key, item.tenant, item.priority, item.order) for key, item in zip(keys, items, strict=True)]
+
+    def _print(self, key: str) -> tuple[str, ...]:
+        """What two subjects of different runs share if they become the same adapter."""
+        item = self._items[key]
+        return (item.tenant, item.record.id, item.record.fingerprint or key) if item.run else (key,)
 
     def _ends(self, lane: int) -> bool:
         return self._stopped or lane in self._dismissed
@@ -340,6 +396,7 @@ class SubjectQueue:
         factor = CALMER if _divergences(item.record) else 1.0
         return Lease(
             id=id,
+            run=item.run,
             fingerprint=item.record.fingerprint or "",
             rate_factor=factor,
             may_spread=item.reserve is not None,
@@ -347,13 +404,41 @@ class SubjectQueue:
 
     def _lane(self, lane: int) -> _Lane:
         """The lane's own entry. After a restart the queue learns of its lanes from their calls."""
-        return self._lanes.setdefault(lane, _Lane(profile=-1))
+        return self._lanes.setdefault(lane, _Lane(profile=-1, charged=self._clock()))
 
     def _choose(self, here: _Lane, count: int) -> list[str]:
-        """The first `count` waiting subjects of the profile. One that may have killed its workers is leased alone."""
-        waiting = self._waiting.get(here.profile, [])
-        calm = [id for id in waiting if self._items[id].losses < SUSPECT_ATTEMPTS][:count]
-        return calm if calm or here.held else waiting[:1]
+        """The next `count` waiting subjects of the profile. One that may have killed its workers is leased alone."""
+        waiting = self._places(here.profile)
+        held = Counter(self._items[key].tenant for lane in self._lanes.values() for key in lane.held)
+        self.turns.active({item.tenant for item in self._items.values() if item.record.state not in ENDED})
+        calm = [one for one in waiting if self._items[one.key].losses < SUSPECT_ATTEMPTS]
+        chosen: list[str] = []
+        seen: set[tuple[str, ...]] = set()
+        for key in self.turns.choose([one for one in calm if not self.turns.spent(one.tenant)], held, len(calm)):
+            if len(chosen) == count:
+                break
+            if self._print(key) not in seen and self._may_work(here, self._items[key].tenant, chosen):
+                chosen.append(key)
+                seen.add(self._print(key))
+        if chosen or here.held:
+            return chosen
+        suspects = [one for one in waiting if one not in calm and not self.turns.spent(one.tenant)]
+        return [one.key for one in suspects if self._may_work(here, one.tenant, ())][:1]
+
+    def _may_work(self, here: _Lane, tenant: str, chosen: Sequence[str]) -> bool:
+        """Whether one more subject here keeps the tenant within its devices; one that has none always may."""
+        most = self.turns.devices(tenant)
+        if most is None:
+            return True
+        taken = 0.0
+        for lane in self._lanes.values():
+            keys = [*lane.held, *(chosen if lane is here else ())]
+            mine, all_ = sum(self._items[key].tenant == tenant for key in keys), len(keys)
+            if lane is here:
+                mine, all_ = mine + 1, all_ + 1
+            taken += lane.devices * mine / max(1, all_)
+        first = not any(self._items[key].tenant == tenant for lane in self._lanes.values() for key in lane.held)
+        return taken <= most or (first and not any(self._items[key].tenant == tenant for key in chosen))
 
     def _hold(self, lane: int, id: str) -> bool:
         """Renews the lane's lease of a subject, or takes it up if nobody holds the subject; False if it may not."""
@@ -382,6 +467,8 @@ class SubjectQueue:
         item = self._items[id]
         if item.cancel:
             self._end(id, "cancelled", reason="cancelled by the user")
+        elif item.pause:
+            self._change(id, state="paused")
         elif item.losses >= self._max_attempts:
             self._end(id, "failed", reason=f"{reason} (attempt {item.losses} of {self._max_attempts})")
         else:
@@ -397,6 +484,13 @@ class SubjectQueue:
 
     def _end(self, id: str, state: State, *, reason: str | None = None, version: str | None = None) -> None:
         self._change(id, state=state, reason=reason, version=version or self._items[id].record.version)
+        item = self._items[id]
+        if state != "published" or not item.run:
+            return
+        for other in [key for keys in self._waiting.values() for key in keys if self._print(key) == self._print(id)]:
+            self._waiting[self._items[other].profile].remove(other)
+            step = self._items[other].record.max_steps
+            self._change(other, state="reused", version=item.record.version, step=step)
 
     def _let_go(self, id: str) -> None:
         item = self._items[id]

@@ -58,6 +58,7 @@ class Card(_Part):
     # the base and what was changed in it
     base: str
     base_hash: str
+    family: str = ""  # of the base, as messages call it
     rank: int
     alpha: float  # as trained; the file has alpha / rank folded in
     targets: tuple[str, ...]

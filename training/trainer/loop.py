@@ -99,7 +99,7 @@ def _join(pack: Pack, waiting: deque[Subject], room: int) -> tuple[tuple[str, ..
 
     while waiting and len(joined) < room:
         subject = waiting.popleft()
-        id = subject.spec.id
+        id = subject.id
         if not apart([id], partial(_take_in, pack, subject), refused):
             continue
         joined.append(id)

@@ -22,12 +22,21 @@ FP16_GROWTH_STEPS = 2000
 
 @dataclass(frozen=True)
 class Subject:
-    """A subject ready to train: its settings, its latents, and where it stopped if it has trained before."""
+    """A subject ready to train: its settings, its latents, and where it stopped if it has trained before.
+
+    `key`: what a pack calls it, where subjects of several runs share the pack; its id by default.
+    """
 
     spec: SubjectSpec
     instance: LatentSet
     prior: LatentSet | None = None
     state: SubjectState | None = None
+    key: str = ""
+
+    @property
+    def id(self) -> str:
+        """What packs, reports and progress call it."""
+        return self.key or self.spec.id
 
 
 class Report(NamedTuple):
@@ -138,7 +147,7 @@ class Member:
     def _report(self, norm: float) -> Report:
         loss = self.instance_loss + self.spec.prior.weight * self.prior_loss
         rate = self.train.learning_rate * self.rate(self.step)
-        return Report(self.spec.id, self.step + 1, loss, self.instance_loss, self.prior_loss, rate, norm)
+        return Report(self.subject.id, self.step + 1, loss, self.instance_loss, self.prior_loss, rate, norm)
 
     @property
     def history_tensor(self) -> torch.Tensor:

@@ -8,6 +8,7 @@ of files, queues or clocks.
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 
@@ -73,7 +74,7 @@ class Pack:
     @property
     def ids(self) -> list[str]:
         """The subjects training now, in slot order."""
-        return [member.spec.id for member in self._in_order()]
+        return [member.subject.id for member in self._in_order()]
 
     @property
     def free(self) -> int:
@@ -92,7 +93,7 @@ class Pack:
     def leave(self, id: str) -> Subject:
         """Frees a subject's slot and returns the subject as it stands, ready to join again."""
         member = self._member(id)
-        subject = Subject(member.spec, member.subject.instance, member.subject.prior, self.state(id))
+        subject = replace(member.subject, state=self.state(id))
         self._learner.leave(member.slot, member.train)
         self.bank.clear(member.slot)
         del self._members[member.slot]
@@ -202,7 +203,7 @@ class Pack:
         return [self._members[slot] for slot in sorted(self._members)]
 
     def _member(self, id: str) -> Member:
-        return next(member for member in self._members.values() if member.spec.id == id)
+        return next(member for member in self._members.values() if member.subject.id == id)
 
     def _optimizer_state(self, state: SubjectState) -> OptimizerState:
         rows = {name: self.bank.flat(self.bank.pack(adapter)) for name, adapter in state.optimizer_rows.items()}

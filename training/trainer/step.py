@@ -99,6 +99,8 @@ class Step:
         ]
 
     def _frozen_cond(self, prompt: str) -> Cond:
+        if self._base.prompts is not None:
+            return self._base.encode([prompt])[0]
         if prompt not in self._frozen:
             with torch.no_grad(), self._bank.using():
                 self._frozen[prompt] = self._base.encode([prompt])[0]

@@ -20,6 +20,9 @@ from serving.http.service import Service, service_of
 OPEN = "/healthz"  # load balancers ask by address
 KEYED = ("/v1/", "/sdapi/")
 UPLOAD = "/v1/adapters"
+UPLOADS = (UPLOAD, "/v1/files")
+TRAINING = ("/v1/adapters", "/v1/files", "/v1/fine_tuning", "/v1/runs")
+ADMIN = ("/v1/tenants", "/v1/keys")
 _READING = frozenset({"GET", "HEAD", "OPTIONS"})
 
 
@@ -52,7 +55,7 @@ class Guard:
         if not path.startswith(KEYED):
             return nullcontext()
         tenant = service.tenant(request, needed(request.method, path))
-        return service.quota.upload(tenant) if (request.method, path) == ("POST", UPLOAD) else nullcontext()
+        return service.quota.upload(tenant) if request.method == "POST" and path in UPLOADS else nullcontext()
 
     def _check_page(self, service: Service, request: Request) -> None:
         """Raises ApiError for a web page of an origin that is neither this server's nor in `cors`."""
@@ -79,9 +82,11 @@ class Guard:
 
 def needed(method: str, path: str) -> Scope | None:
     """The scope that a call needs; None: any key will do."""
+    if path.startswith(ADMIN):
+        return "admin"
     if method in _READING:
         return None
-    return "train" if path.startswith(UPLOAD) else "images"
+    return "train" if path.startswith(TRAINING) else "images"
 
 
 def is_loopback(host: str) -> bool:

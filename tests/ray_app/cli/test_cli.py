@@ -24,6 +24,7 @@ COMMANDS = [
     "adapters",
     "base",
     "keys",
+    "up",
 ]
 
 

@@ -19,6 +19,7 @@ import yaml
 from PIL import Image
 
 from ray_app.serve.deployments import Deployment, Server, start_server
+from ray_app.serve.fleet import FleetDeployment
 from serving.config import EngineSpec, Limits, ServeSpec
 from tests.ray_app.conftest import open_ports
 from tests.serving.company import random_adapter
@@ -252,3 +253,11 @@ def test_the_manifest_describes_a_deployment() -> None:
     deployment = Deployment.model_validate(app["args"])
     assert deployment.max_replicas > deployment.min_replicas
     assert config["http_options"]["host"] == "127.0.0.1" or deployment.server.keys is not None
+
+
+def test_the_manifest_of_the_fleet_describes_one() -> None:
+    config = yaml.safe_load(MANIFEST.with_name("fleet.yaml").read_text())
+    (app,) = config["applications"]
+    assert app["import_path"] == "ray_app.serve.fleet:build_fleet" and app["route_prefix"] == "/"
+    fleet = FleetDeployment.model_validate(app["args"])
+    assert config["http_options"]["host"] == "127.0.0.1" or fleet.deployment.server.keys is not None

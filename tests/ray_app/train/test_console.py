@@ -8,7 +8,7 @@ from rich.console import Console
 from ray_app.train.console import RunConsole
 from training.run.run import State, SubjectRecord
 from training.run.source import Doing, Phase
-from training.run.subject_queue import LaneView, View
+from training.run.view import LaneView, View
 
 
 @pytest.mark.parametrize(("state", "starts"), [("queued", True), ("published", False), ("failed", False)])

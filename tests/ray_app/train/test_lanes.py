@@ -1,18 +1,18 @@
 """How many lanes are open, and of how many devices; without Ray."""
 
-from typing import Any
-
 import pytest
 from ray.exceptions import RayTaskError
 
 from ray_app.train.cluster import Cluster, Limits
 from ray_app.train.lane import in_words
-from ray_app.train.lanes import Lanes, _cause, _Lane
+from ray_app.train.lanes import LaneOrder, Lanes, _cause, _Lane
 from tests.training.subjects import spec
 from training.errors import UserError
 from training.manifest.plan import PackPlan, Profile
 from training.manifest.subject import ZeroSpec
-from training.run.subject_queue import CALMER, Lease, View
+from training.run.lease import Lease
+from training.run.subject_queue import CALMER
+from training.run.view import View
 from training.storage.closed import Closed
 
 
@@ -28,9 +28,9 @@ class Counted(Lanes):
 
     def __init__(self, *packs: PackPlan, gpus: int, limits: Limits | None = None) -> None:
         self.refused: list[int] = []
-        store: Any = None
+        told = LaneOrder("run", "storage", "queue")
         cluster = Cluster(local=True, gpus=gpus, cpus=8, nodes=1)
-        super().__init__(store, packs, cluster, limits or Limits(), None, "queue", lambda _: None)
+        super().__init__(told, packs, cluster, limits or Limits(), None, lambda _: None)
 
     def _open(self, profile: int, plan: PackPlan) -> None:
         self._lanes[len(self._lanes)] = _Lane(profile, plan, None)

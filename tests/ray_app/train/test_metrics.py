@@ -16,7 +16,8 @@ PROGRAM = """
 import socket, time, urllib.request
 import ray
 from ray_app.train.metrics import RunMetrics
-from training.run.subject_queue import Entry, SubjectQueue
+from training.run.lease import Entry
+from training.run.subject_queue import SubjectQueue
 from training.run.run import SubjectRecord
 from training.run.source import Beat, Doing, Phase
 

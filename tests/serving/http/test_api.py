@@ -48,7 +48,7 @@ class World:
         )
         self.registry = Registry(open_storage(str(storage)))
         self.loop = EngineLoop(Engine(tiny, self.spec.engine, Fetcher(self.registry)))
-        self.library = Library(self.registry, outline(str(folder)), refresh_s=0.05)
+        self.library = Library(self.registry, outline(str(folder)), refresh_s=0.05, serves=self.spec.serves)
         self.keys = Keys(storage / "keys.json") if keys else None
         self.tokens = {name: self.keys.make(name)[1] for name in ("ann", "bob")} if self.keys else {}
         self.app: FastAPI = create_app(self.loop.stream, LocalEngines(self.loop), self.library, self.spec, self.keys)

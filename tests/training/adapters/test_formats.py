@@ -25,6 +25,7 @@ from training.adapters.formats.formats import (
 from training.adapters.formats.lora_diffusion import text_encoder_order, unet_order
 from training.adapters.merge import merge_adapters, reduce_rank
 from training.adapters.tensor_file import read_tensors, write_tensors
+from training.base.families import open_family
 from training.base.names import canonical
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
@@ -127,13 +128,16 @@ def test_kohya_keys_and_metadata_are_what_its_readers_look_for(pipeline: StableD
 def test_a_kohya_file_is_labelled_with_its_base(
     pipeline: StableDiffusionPipeline, tmp_path: Path, width: int, prediction: str, version: str, architecture: str
 ) -> None:
-    for name, config in (
-        ("unet/config.json", {"cross_attention_dim": width}),
+    pipeline.save_pretrained(tmp_path / "base")
+    for name, changes in (
+        ("unet/config.json", {"cross_attention_dim": width, "sample_size": 384}),
+        ("text_encoder/config.json", {"hidden_size": width}),
         ("scheduler/scheduler_config.json", {"prediction_type": prediction}),
     ):
-        (tmp_path / name).parent.mkdir()
-        (tmp_path / name).write_text(json.dumps(config))
-    files = export_adapter(full(pipeline), "kohya", label=label_of("rusty", tmp_path, 768))
+        file = tmp_path / "base" / name
+        file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    label = label_of("rusty", open_family(tmp_path / "base", "x").facts)
+    files = export_adapter(full(pipeline), "kohya", label=label)
     metadata = read_tensors(files["rusty.safetensors"]).metadata
     assert metadata["ss_base_model_version"] == version and metadata["modelspec.architecture"] == architecture
     assert metadata["ss_v2"] == str(width == 1024) and metadata["modelspec.resolution"] == "768x768"

@@ -38,7 +38,7 @@ def test_a_base_recommends_how_it_is_used(tiny_folder: Path, tmp_path: Path) -> 
     assert (facts.steps, facts.sampler, facts.guidance_scale) == (4, "euler", plain.guidance_scale)
     assert hash_base(copy) == hash_base(tiny_folder)  # adapters of the one are adapters of the other
     (copy / "dreamfleet.json").write_text('{"stepps": 4}')
-    with pytest.raises(UserError, match="'stepps'; known are steps, guidance_scale, sampler, judge"):
+    with pytest.raises(UserError, match="stepps is 4: .*Known keys: steps, guidance_scale, sampler, judge"):
         check_base("copy", copy)
 
 

@@ -19,10 +19,10 @@ from training.__main__ import main
 from training.adapters.adapter import Adapter, LowRank, check_adapter, load_adapter
 from training.adapters.formats.formats import export_adapter, import_adapter, label_of
 from training.adapters.formats.kohya import write_kohya
-from training.adapters.formats.sgm import sgm_paths
 from training.adapters.layout import find_sites
 from training.adapters.tensor_file import read_tensors
 from training.base.base import Base, load_base
+from training.base.families.sgm import sgm_paths
 from training.base.family import RowFacts
 from training.base.files.check import check_base
 from training.base.files.outline import outline
@@ -151,7 +151,8 @@ def test_a_kohya_file_of_another_program_is_read(xl: Base) -> None:
         tensors[f"{name}.lora_down.weight"] = torch.ones(4, *down)
         tensors[f"{name}.lora_up.weight"] = torch.ones(out, 4, *(1,) * (len(down) - 1))
         tensors[f"{name}.alpha"] = torch.tensor(2.0)
-    adapter = import_adapter({"some.safetensors": safetensors.torch.save(tensors)}, shapes.keys())
+    file = {"some.safetensors": safetensors.torch.save(tensors)}
+    adapter = import_adapter(file, shapes, outline(str(xl.folder)).names)
     assert adapter.modules.keys() == set(names.values())
     check_adapter(adapter, shapes, 4)
     assert all(torch.equal(low.delta(), torch.full_like(low.delta(), 2.0)) for low in adapter.modules.values())
@@ -160,8 +161,7 @@ def test_a_kohya_file_of_another_program_is_read(xl: Base) -> None:
 def test_a_kohya_file_says_what_it_is_for(xl: Base) -> None:
     (site,) = find_sites("text_encoder", xl.models["text_encoder"], ["encoder.layers.0.mlp.fc1"])
     adapter = Adapter({site.key: LowRank(torch.ones(1, 32), torch.ones(37, 1))})
-    label = label_of("rusty", xl.folder, 1024)
-    tensors, metadata = read_tensors(write_kohya(adapter, label, outline(str(xl.folder)).shapes))
+    tensors, metadata = read_tensors(write_kohya(adapter, label_of("rusty", xl.facts), outline(str(xl.folder)).names))
     assert {key.partition(".")[0] for key in tensors} == {"lora_te1_text_model_encoder_layers_0_mlp_fc1"}
     assert metadata["modelspec.architecture"] == "stable-diffusion-xl-v1-base/lora"
     assert metadata["ss_base_model_version"] == "sdxl_base_v1-0" and metadata["ss_v2"] == "False"

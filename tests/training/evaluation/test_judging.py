@@ -378,7 +378,7 @@ def test_looks_at_one_batch_depend_on_the_subject_alone(tiny: Base) -> None:
             pack.bank.put(slot, pack.bank.pack(adapter(tiny, seed)))
         watch = Watch(tiny)
         for one in made:
-            watch.join(one, latents("a photo of sks dog", 5, seed=1))
+            watch.join(one.id, one, latents("a photo of sks dog", 5, seed=1))
         together = watch._look(pack.bank, {"a": (0, 1.0), "b": (1, 1.0)})
         assert watch._look(pack.bank, {"b": (1, 1.0)})["b"] == pytest.approx(together["b"], rel=1e-5)
         assert together["a"] != pytest.approx(together["b"], rel=1e-3)
@@ -398,7 +398,7 @@ def test_a_look_wears_the_words_that_have_been_trained(tiny: Base) -> None:
             word = {"<s1>": torch.randn(1, 32, generator=stream(slot, "word"))}
             pack.bank.put(slot, pack.bank.pack(replace(adapter(tiny, 3), embeddings=word)))
         watch = Watch(tiny)
-        watch.join(one, latents(one.filled_instance_prompt, 5, seed=1))
+        watch.join(one.id, one, latents(one.filled_instance_prompt, 5, seed=1))
         first, second = (watch._look(pack.bank, {"a": (slot, 1.0)})["a"] for slot in (0, 1))
         assert first != pytest.approx(second, rel=1e-6)
     finally:

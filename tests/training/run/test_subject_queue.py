@@ -2,9 +2,11 @@
 
 import pytest
 
+from training.run.lease import Entry
 from training.run.run import State, SubjectRecord
 from training.run.source import Beat, Doing, Kind, Outcome, Phase
-from training.run.subject_queue import CALMER, LEASE_SECONDS, Entry, SubjectQueue, View
+from training.run.subject_queue import CALMER, LEASE_SECONDS, SubjectQueue
+from training.run.view import View
 
 
 class Clock:

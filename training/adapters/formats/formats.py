@@ -1,9 +1,10 @@
 """Other programs' adapter files, in and out.
 
-Owns what a user asks for by name (`diffusers`, `kohya`, `lora_diffusion`), the recognition of a file by its keys, and
-the rule that an import which attaches nothing, or leaves a key unused, is an error. The keys of each format are in
-`named.py` (diffusers, PEFT and their ancestors), `peft.py` (PEFT's settings), `kohya.py` and
-`lora_diffusion.py`. Canonical module keys and the meaning of an adapter are in `adapter.py`.
+Owns what a user asks for by name (`diffusers`, `kohya`, `ai_toolkit`, `lora_diffusion`, `peft`), the recognition of a
+file by its keys, and the rule that an import which attaches nothing, or leaves a key unused, is an error. The keys of
+each format are in `named.py` (diffusers, PEFT, ai-toolkit and their ancestors), `peft.py` (PEFT's settings),
+`kohya.py`, `ai_toolkit.py` and `lora_diffusion.py`; `fused.py` joins and splits layers. Canonical module keys and the
+meaning of an adapter are in `adapter.py`.
 """
 
 import re
@@ -28,16 +29,20 @@ from training.adapters.adapter import (
     some,
     trimmed,
 )
+from training.adapters.formats.ai_toolkit import write_ai_toolkit
+from training.adapters.formats.fused import split
 from training.adapters.formats.kohya import Label, is_kohya, label_of, read_kohya, write_kohya
 from training.adapters.formats.lora_diffusion import is_lora_diffusion, read_lora_diffusion, write_lora_diffusion
 from training.adapters.formats.named import is_named, read_named
 from training.adapters.formats.parts import OWN, ImportedFile, ImportedParts
 from training.adapters.formats.peft import CONFIG, peft_config, write_peft
 from training.adapters.tensor_file import TensorFileError, read_tensors, write_tensors
+from training.base.families import title_of_adapter
+from training.base.originals import NO_NAMES, Names
 
 __all__ = ["Format", "Label", "export_adapter", "import_adapter", "label_of", "recognise"]
 
-Format = Literal["diffusers", "kohya", "lora_diffusion", "peft"]
+Format = Literal["diffusers", "kohya", "ai_toolkit", "lora_diffusion", "peft"]
 """What can be written; all of them, and files of older diffusers, can be read."""
 
 # what lies beside weights in the folders of other programs, and is none
@@ -52,18 +57,22 @@ def export_adapter(
     format: Format,
     modules: Collection[str] = (),
     label: Label | None = None,
+    names: Names = NO_NAMES,
 ) -> dict[str, bytes]:
     """The files of `adapter` in `format`, by name: its weights in float16, and one file for each trained token.
 
-    `modules` are the canonical keys of all modules of the base; lora_diffusion needs them, as its keys are positions,
-    and kohya for Stable Diffusion XL. `label` is what kohya's readers show. Raises AdapterError if the format cannot
-    hold the adapter.
+    `modules` are the canonical keys of all modules of the base; lora_diffusion needs them, as its keys are positions.
+    `names` are those of its layers in its family's own programs, which kohya and ai_toolkit use; `label` is what
+    kohya's readers show. Raises AdapterError if the format cannot hold the adapter.
     """
     if format == "diffusers":
         files = {"pytorch_lora_weights.safetensors": save_adapter(adapter)}
     elif format == "kohya":
-        name = label or Label()
-        files = {f"{_UNSAFE.sub('_', name.name)}.safetensors": write_kohya(adapter, name, modules)}
+        label = label or Label()
+        files = {f"{_UNSAFE.sub('_', label.name)}.safetensors": write_kohya(adapter, label, names)}
+    elif format == "ai_toolkit":
+        stem = _UNSAFE.sub("_", label.name if label else "adapter")
+        files = {f"{stem}.safetensors": write_ai_toolkit(adapter, names)}
     elif format == "lora_diffusion":
         files = write_lora_diffusion(adapter, modules)
     elif format == "peft":
@@ -76,21 +85,22 @@ def export_adapter(
     return files
 
 
-def import_adapter(files: Mapping[str, bytes], modules: Collection[str]) -> Adapter:
+def import_adapter(files: Mapping[str, bytes], modules: Collection[str], names: Names = NO_NAMES) -> Adapter:
     """The adapter in `files` (names to bytes), in any format that `recognise` knows, for a base with `modules`.
 
-    Names are paths: PEFT's settings hold for the files of their folder, and a folder may be named by its component.
+    `names` are those of the base's layers in its family's own programs. The files' names are paths: PEFT's settings
+    hold for the files of their folder, and a folder may be named by its component.
     Values keep their type where no scale has to be folded in, and become float32 where one has. Raises AdapterError
     naming what does not fit.
     """
-    parts = ImportedParts()
-    for source in _sources(files):
-        _read(source, frozenset(modules), parts)
+    parts, sources = ImportedParts(), _sources(files)
+    for source in sources:
+        _read(source, frozenset(modules) | names.originals.keys(), parts)
     if parts.unused:
         count = f"{len(parts.unused)} keys fit no module of this base: {some(sorted(parts.unused))}"
-        raise AdapterError(f"{count}. Was it trained on another base, or with a method other than plain LoRA?")
+        raise AdapterError(f"{count}. {_whose(sources, names)}")
     adapter = Adapter(
-        trimmed({name: _low_rank(name, half) for name, half in sorted(parts.modules.items())}, parts.notes),
+        trimmed(_own_layers(parts, names, _whose(sources, names)), parts.notes),
         parts.embeddings,
         {key: parts.metadata[key] for key in METADATA if key in parts.metadata},
     )
@@ -140,7 +150,7 @@ def _format_of(source: ImportedFile) -> str:
         return "embedding"
     raise AdapterError(
         f"{source.name} is in no known format; its keys are like {some(sorted(keys), 3)}. Readable are diffusers, "
-        "kohya, lora_diffusion, PEFT and textual-inversion files."
+        "kohya, ai-toolkit, lora_diffusion, PEFT and textual-inversion files."
     )
 
 
@@ -172,6 +182,30 @@ def _read_embedding(source: ImportedFile, parts: ImportedParts) -> None:
     if others:
         parts.metadata["word_widths"] = ",".join(str(tensor.shape[-1]) for tensor in vectors)
     parts.embed(check_token(token), torch.cat(vectors, dim=-1))
+
+
+def _own_layers(parts: ImportedParts, names: Names, whose: str) -> dict[str, LowRank]:
+    """The changes of the base's own layers; those of layers that the original fuses are split."""
+    made: dict[str, LowRank] = {}
+    for name, half in sorted(parts.modules.items()):
+        whole, fused = _low_rank(name, half), names.originals.get(name)
+        if fused is not None and whole.up.shape[0] != sum(fused.rows):
+            raise AdapterError(
+                f"Module {name} has {whole.up.shape[0]} outputs; this base's has {sum(fused.rows)}. {whose}"
+            )
+        for key, low in split(name, whole, names.originals).items():
+            if key in made:
+                raise AdapterError(f"Module {key} occurs twice: by itself, and in a layer such as {name}.")
+            made[key] = low
+    return dict(sorted(made.items()))
+
+
+def _whose(sources: Sequence[ImportedFile], names: Names) -> str:
+    """A sentence on the family that a file which does not fit is made for, where that can be told."""
+    title = title_of_adapter({key: tuple(part.shape) for one in sources for key, part in one.tensors.items()})
+    if names.title and title and title != names.title:
+        return f"The file is an adapter of {title}; this base is {names.title}. Import it for one of those."
+    return "Was it trained on another base, or with a method other than plain LoRA?"
 
 
 def _low_rank(name: str, half: Mapping[str, torch.Tensor]) -> LowRank:

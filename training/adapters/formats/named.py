@@ -2,6 +2,7 @@
 
 diffusers         unet.<path>.lora.down.weight, text_encoder.<path>.lora_linear_layer.up.weight, <path>.lora_A.weight
 PEFT folder       base_model.model.<path>.lora_A.weight, with alpha and rank in adapter_config.json
+ai-toolkit        diffusion_model.<path of diffusers or of the original>.lora_A.weight
 older diffusers   <path of attn>.processor.to_q_lora.down.weight, with or without unet.
 """
 
@@ -17,7 +18,9 @@ from training.adapters.formats.parts import ImportedFile, ImportedParts
 from training.adapters.formats.peft import PREFIX, alpha_of, check_plain
 
 _EMBEDDING = "lora_embeddings."
-_COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2")
+_DENOISERS = ("unet", "transformer")
+_COMPONENTS = (*_DENOISERS, "text_encoder", "text_encoder_2")
+_NATIVE = ("model.diffusion_model.", "diffusion_model.")  # before a path of the denoiser
 _SUFFIX = re.compile(
     r"(?:\.lora|\.lora_linear_layer|_lora)\.(?P<way>down|up)\.weight"
     r"|\.lora_(?P<kohya>down|up)\.weight"
@@ -34,6 +37,8 @@ def is_named(keys: Sequence[str]) -> str | None:
         return None
     if all(key.startswith(PREFIX) for key in keys):
         return "peft"
+    if all(key.startswith(_NATIVE) for key in keys):
+        return "ai_toolkit"
     return "diffusers_old" if any(".processor." in key for key in keys) else "diffusers"
 
 
@@ -59,7 +64,11 @@ def read_named(source: ImportedFile, modules: Collection[str], parts: ImportedPa
 
 def _module(path: str, modules: Collection[str], file: str) -> str | None:
     """The canonical key of a path as any of these formats writes it, if the base has it."""
-    path = path.removeprefix(PREFIX).replace(".processor", "")
+    path = path.removeprefix(PREFIX).removeprefix("default.").replace(".processor", "")
+    native = next((prefix for prefix in _NATIVE if path.startswith(prefix)), None)
+    if native is not None:
+        path = path.removeprefix(native)
+        return next((found for component in _DENOISERS if (found := _in(component, path, modules))), None)
     component, _, rest = path.partition(".")
     if component in _COMPONENTS:
         return _in(component, rest, modules)
@@ -69,10 +78,8 @@ def _module(path: str, modules: Collection[str], file: str) -> str | None:
 
 
 def _in(component: str, path: str, modules: Collection[str]) -> str | None:
-    if component == "unet":
-        names = [f"unet.{path}", f"unet.{path}.0"]  # older diffusers wrote to_out for to_out.0
-    elif component == "transformer":
-        names = [f"transformer.{path}"]
+    if component in _DENOISERS:
+        names = [f"{component}.{path}", f"{component}.{path}.0"]  # older diffusers wrote to_out for to_out.0
     else:
         start, dot, end = path.rpartition(".to_")
         path = f"{start}.{_CLIP.get('to_' + end, 'to_' + end)}" if dot else path

@@ -1,6 +1,7 @@
 """One file a family, and the list of them. Nothing else names a pipeline, UNet, CLIP or VAE class."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 from training.base.families.flux_1 import Flux1
@@ -31,3 +32,9 @@ def open_family(folder: Path, name: str) -> Family:
     raise UserError(
         f"Base '{name}' is a {pipeline}, which cannot be trained. Supported: {known}. Take a base of that kind."
     )
+
+
+def title_of_adapter(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
+    """The title of the family that an adapter's tensors, by key, are made for; None where that cannot be told."""
+    plain = {key.replace(".", "_").replace(":", "_"): shape for key, shape in shapes.items()}
+    return next((family.title for family in FAMILIES if family.owns(plain)), None)

@@ -4,15 +4,17 @@ torch is imported inside: planning reads the facts without it. Source: diffusers
 """
 
 import json
-from collections.abc import Hashable, Sequence
-from functools import cached_property
+from collections.abc import Hashable, Mapping, Sequence
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from training.base.facts import FLOW_SAMPLERS, Facts, check_class, check_files, read_config, with_defaults
+from training.base.families.blocks import DOUBLE_BLOCKS, FLUX_2_GROWTH, inner_growth
 from training.base.family import Cond, Parts, RowFacts, Words
 from training.base.files.weights import load_model
 from training.base.footprint import PIXEL_BYTES
+from training.base.originals import Original, any_like, below, by_rules
 from training.errors import UserError
 
 if TYPE_CHECKING:
@@ -28,6 +30,24 @@ TARGETS = (
 )  # fmt: skip
 LAYERS = (
     *TARGETS, "linear", "linear_1", "linear_2", "proj_mlp", "proj_out", "x_embedder", "context_embedder",
+)  # fmt: skip
+ORIGINALS = (
+    *DOUBLE_BLOCKS,
+    *below("double_blocks.{}", "transformer_blocks.{}", {
+        "img_mlp.0": "ff.net.0.proj", "img_mlp.2": "ff.net.2",
+        "txt_mlp.0": "ff_context.net.0.proj", "txt_mlp.2": "ff_context.net.2",
+        "img_mod.lin": "norm1.linear", "txt_mod.lin": "norm1_context.linear",
+    }),
+    *below("single_blocks.{}", "single_transformer_blocks.{}", {
+        "linear1": "attn.to_q attn.to_k attn.to_v proj_mlp", "linear2": "proj_out", "modulation.lin": "norm.linear",
+    }),
+    ("img_in", Original(("x_embedder",))),
+    ("txt_in", Original(("context_embedder",))),
+    *below("time_in", "time_text_embed.timestep_embedder", {"in_layer": "linear_1", "out_layer": "linear_2"}),
+    *below("vector_in", "time_text_embed.text_embedder", {"in_layer": "linear_1", "out_layer": "linear_2"}),
+    *below("guidance_in", "time_text_embed.guidance_embedder", {"in_layer": "linear_1", "out_layer": "linear_2"}),
+    ("final_layer.linear", Original(("proj_out",))),
+    ("final_layer.adaLN_modulation.1", Original(("norm_out.linear",), swapped=True)),
 )  # fmt: skip
 SCHEDULER = "scheduler/scheduler_config.json"
 CLIP_TOKENIZER = (("tokenizer/tokenizer.json",), ("tokenizer/vocab.json", "tokenizer/merges.txt"))
@@ -57,6 +77,10 @@ class Flux1:
         self._guided = bool(transformer.get("guidance_embeds", False))
         facts = Facts(
             family="flux-1",
+            title=self.title,
+            architecture="flux-1-dev" if self._guided else "flux-1-schnell",
+            kohya_base="flux1",
+            originals=partial(by_rules, ORIGINALS),
             denoiser="transformer",
             text_encoders=(),
             frozen_encoders=("text_encoder", "text_encoder_2"),
@@ -80,8 +104,17 @@ class Flux1:
             guidance_scale=3.5 if self._guided else 1.0,
             sampler="euler",
             samplers=FLOW_SAMPLERS,
+            half="bf16",
         )
         self.facts = with_defaults(facts, folder)
+
+    @staticmethod
+    def owns(shapes: Mapping[str, tuple[int, ...]]) -> bool:
+        """See `Family`. Of the names that FLUX.2 has, too, the inner width of its layers tells."""
+        if any_like(shapes, r"single_transformer_blocks_\d+_(proj_mlp|proj_out|attn_to_[qkv]_|norm_linear)"):
+            return True
+        shared = any_like(shapes, r"(double|single)_blocks_\d+_(img|txt|linear|modulation)")
+        return shared and not FLUX_2_GROWTH & inner_growth(shapes)
 
     @cached_property
     def process(self) -> "Flow":

@@ -4,15 +4,17 @@ torch is imported inside: planning reads the facts without it. Source: diffusers
 """
 
 import json
-from collections.abc import Hashable, Sequence
-from functools import cached_property
+from collections.abc import Hashable, Mapping, Sequence
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from training.base.facts import FLOW_SAMPLERS, Facts, check_class, check_files, read_config, with_defaults
+from training.base.families.blocks import DOUBLE_BLOCKS, FLUX_2_GROWTH, inner_growth
 from training.base.family import Cond, Parts, RowFacts, Words
 from training.base.files.weights import load_model
 from training.base.footprint import PIXEL_BYTES
+from training.base.originals import Original, any_like, below, by_rules
 from training.errors import UserError
 
 if TYPE_CHECKING:
@@ -23,9 +25,26 @@ if TYPE_CHECKING:
     from training.base.noise.process import Size
 
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "attn.to_qkv_mlp_proj", "attn.to_out")
+MODULATIONS = ("single_stream_modulation", "double_stream_modulation_img", "double_stream_modulation_txt")
 LAYERS = (
     *TARGETS, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "linear_in", "linear_out", "linear", "linear_1",
     "linear_2", "x_embedder", "context_embedder", "proj_out",
+)  # fmt: skip
+ORIGINALS = (
+    *DOUBLE_BLOCKS,
+    *below("double_blocks.{}", "transformer_blocks.{}", {
+        "img_mlp.0": "ff.linear_in", "img_mlp.2": "ff.linear_out",
+        "txt_mlp.0": "ff_context.linear_in", "txt_mlp.2": "ff_context.linear_out",
+    }),
+    *below("single_blocks.{}", "single_transformer_blocks.{}", {
+        "linear1": "attn.to_qkv_mlp_proj", "linear2": "attn.to_out",
+    }),
+    *((f"{name}.lin", Original((f"{name}.linear",))) for name in MODULATIONS),
+    ("img_in", Original(("x_embedder",))),
+    ("txt_in", Original(("context_embedder",))),
+    *below("time_in", "time_guidance_embed.timestep_embedder", {"in_layer": "linear_1", "out_layer": "linear_2"}),
+    ("final_layer.linear", Original(("proj_out",))),
+    ("final_layer.adaLN_modulation.1", Original(("norm_out.linear",), swapped=True)),
 )  # fmt: skip
 SCHEDULER = "scheduler/scheduler_config.json"
 TOKENIZERS = (("tokenizer/tokenizer.json",), ("tokenizer/vocab.json", "tokenizer/merges.txt"))
@@ -55,6 +74,10 @@ class Flux2Klein:
         distilled = bool(index.get("is_distilled", False))
         facts = Facts(
             family="flux-2-klein",
+            title=self.title,
+            architecture="flux-2-klein",
+            kohya_base="flux-2-klein",
+            originals=partial(by_rules, ORIGINALS),
             denoiser="transformer",
             text_encoders=(),
             frozen_encoders=("text_encoder",),
@@ -78,8 +101,15 @@ class Flux2Klein:
             guidance_scale=1.0 if distilled else 4.0,
             sampler="euler",
             samplers=FLOW_SAMPLERS,
+            half="bf16",
         )
         self.facts = with_defaults(facts, folder)
+
+    @staticmethod
+    def owns(shapes: Mapping[str, tuple[int, ...]]) -> bool:
+        """See `Family`."""
+        own = r"to_qkv_mlp_proj|(ff|ff_context)_linear_(in|out)|stream_modulation"
+        return any_like(shapes, own) or bool(FLUX_2_GROWTH & inner_growth(shapes))
 
     @cached_property
     def process(self) -> "Flow":

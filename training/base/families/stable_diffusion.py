@@ -4,16 +4,26 @@ torch is imported inside: planning reads the facts without it. Source: diffusers
 """
 
 import json
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from training.base.facts import check_files, read_config, with_defaults
 from training.base.families.clip import CLIP_ATTENTION, CLIP_LAYERS, check_clip, load_tokenizer, run_clip
-from training.base.families.unet import SCHEDULER, check_unet, check_width, load_unet, unet_facts, unet_features
+from training.base.families.unet import (
+    SCHEDULER,
+    UNET_BLOCKS,
+    XL_ONLY,
+    check_unet,
+    check_width,
+    load_unet,
+    unet_facts,
+    unet_features,
+)
 from training.base.family import Cond, Parts, RowFacts, Words
 from training.base.files.weights import load_model
+from training.base.originals import any_like
 
 if TYPE_CHECKING:
     import torch
@@ -23,6 +33,7 @@ if TYPE_CHECKING:
     from training.base.noise.process import Size
 
 # settings of a UNet that ask for more than a timestep and a prompt
+V2_WIDTH = 1024  # of the text encoder that 2.x reads; 1.x has 768
 CONDITIONS = ("addition_embed_type", "class_embed_type", "encoder_hid_dim_type", "num_class_embeds")
 
 
@@ -44,13 +55,20 @@ class StableDiffusion:
             unet,
             vae,
             family="stable-diffusion",
+            title=self.title,
             text_encoders=("text_encoder",),
             text_targets=CLIP_ATTENTION,
             text_layers=CLIP_LAYERS,
             prompt_tokens=text.get("max_position_embeddings", 77) - 2,
             word_widths=(text.get("hidden_size", 512),),
+            **_label(unet, v=json.loads((folder / SCHEDULER).read_text()).get("prediction_type") == "v_prediction"),
         )
         self.facts = with_defaults(facts, folder)
+
+    @staticmethod
+    def owns(shapes: Mapping[str, tuple[int, ...]]) -> bool:
+        """See `Family`."""
+        return any_like(shapes, UNET_BLOCKS) and not any_like(shapes, XL_ONLY)
 
     @cached_property
     def process(self) -> "Ddpm":
@@ -128,3 +146,15 @@ class StableDiffusion:
     ) -> "Tensor":
         """The UNet's second block on the way up."""
         return unet_features(parts.models["unet"], lambda: self.predict(parts, x_NCHW, times_N, conds, rows))
+
+
+def _label(unet: dict[str, Any], *, v: bool) -> dict[str, str]:
+    """What other programs call it; 2.x has another text encoder than 1.x."""
+    second = unet.get("cross_attention_dim") == V2_WIDTH
+    version = ("v2-768-v" if v else "v2-512") if second else "v1"
+    kohya_base = f"sd_v{2 if second else 1}{'_v' if v else ''}"
+    return {
+        "architecture": f"stable-diffusion-{version}",
+        "kohya_base": kohya_base,
+        "prediction": "v" if v else "epsilon",
+    }

@@ -5,16 +5,18 @@ al. 2023 (sizes and crops as inputs).
 """
 
 import json
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from training.base.facts import SamplerName, check_files, read_config, with_defaults
 from training.base.families.clip import CLIP_ATTENTION, CLIP_LAYERS, check_clip, load_tokenizer, run_clip
+from training.base.families.sgm import sgm_originals
 from training.base.families.unet import (
     SCHEDULER,
     UNET_LAYERS,
+    XL_ONLY,
     check_unet,
     check_width,
     load_unet,
@@ -23,6 +25,7 @@ from training.base.families.unet import (
 )
 from training.base.family import Cond, Parts, RowFacts, Words
 from training.base.files.weights import load_model
+from training.base.originals import any_like
 from training.errors import UserError
 
 if TYPE_CHECKING:
@@ -67,6 +70,11 @@ class StableDiffusionXL:
             unet,
             vae,
             family="stable-diffusion-xl",
+            title=self.title,
+            architecture="stable-diffusion-xl-v1-base",
+            kohya_base="sdxl_base_v1-0",
+            prediction="v" if self._scheduler.get("prediction_type") == "v_prediction" else "epsilon",
+            originals=sgm_originals,
             text_encoders=ENCODERS,
             text_targets=CLIP_ATTENTION,
             layers=(*UNET_LAYERS, "add_embedding.linear_1", "add_embedding.linear_2"),
@@ -78,6 +86,11 @@ class StableDiffusionXL:
             sampler=SAMPLERS.get(str(self._scheduler.get("_class_name")), "euler"),
         )
         self.facts = with_defaults(facts, folder)
+
+    @staticmethod
+    def owns(shapes: Mapping[str, tuple[int, ...]]) -> bool:
+        """See `Family`."""
+        return any_like(shapes, XL_ONLY)
 
     @cached_property
     def process(self) -> "Ddpm":

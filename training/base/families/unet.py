@@ -14,6 +14,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SCHEDULER = "scheduler/scheduler_config.json"
+UNET_BLOCKS = r"(down|up)_blocks_\d+_(attentions|resnets|downsamplers|upsamplers)_|mid_block_|unet_\d+_(down|up)$"
+# layers of an adapter that has the names of a UNet, but is for Stable Diffusion XL
+XL_ONLY = (
+    r"text_encoder_2_|lora_te2_|(attentions_\d+|(input|output)_blocks_\d+_1|middle_block_1)_transformer_blocks_[1-9]"
+    r"|(input|output)_blocks_\d+_|middle_block_|add_embedding_"
+)
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 UNET_LAYERS = (
     *ATTENTION, "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out",

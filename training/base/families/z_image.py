@@ -4,7 +4,7 @@ torch is imported inside: planning reads the facts without it. Source: diffusers
 """
 
 import json
-from collections.abc import Hashable, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -13,6 +13,7 @@ from training.base.facts import FLOW_SAMPLERS, Facts, check_class, check_files, 
 from training.base.family import Cond, Parts, RowFacts, Words
 from training.base.files.weights import load_model
 from training.base.footprint import PIXEL_BYTES
+from training.base.originals import Original, any_like, below, by_rules
 from training.errors import UserError
 
 if TYPE_CHECKING:
@@ -28,6 +29,17 @@ ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 LAYERS = (
     *ATTENTION, "feed_forward.w1", "feed_forward.w2", "feed_forward.w3", "adaLN_modulation.0", "adaLN_modulation.1",
     "linear", "mlp.0", "mlp.2",
+)  # fmt: skip
+ORIGINALS = (
+    *(
+        rule
+        for blocks in ("layers", "noise_refiner", "context_refiner")
+        for rule in below(f"{blocks}.{{}}.attention", f"{blocks}.{{}}.attention", {
+            "qkv": "to_q to_k to_v", "out": "to_out.0",
+        })
+    ),
+    ("x_embedder", Original(("all_x_embedder.2-1",))),
+    *below("final_layer", "all_final_layer.2-1", {"linear": "linear", "adaLN_modulation.1": "adaLN_modulation.1"}),
 )  # fmt: skip
 SCHEDULER = "scheduler/scheduler_config.json"
 TOKENIZERS = (("tokenizer/tokenizer.json",), ("tokenizer/vocab.json", "tokenizer/merges.txt"))
@@ -56,6 +68,11 @@ class ZImage:
         self._prompt_tokens: int = min(PROMPT_TOKENS, transformer.get("axes_lens", [1024])[0] - 2)
         facts = Facts(
             family="z-image",
+            title=self.title,
+            architecture="z-image",
+            kohya_base="z-image",
+            originals=_originals,
+            native_files=False,
             denoiser="transformer",
             text_encoders=(),
             frozen_encoders=("text_encoder",),
@@ -76,8 +93,14 @@ class ZImage:
             guidance_scale=5.0,
             sampler="euler",
             samplers=FLOW_SAMPLERS,
+            half="bf16",
         )
         self.facts = with_defaults(facts, folder)
+
+    @staticmethod
+    def owns(shapes: Mapping[str, tuple[int, ...]]) -> bool:
+        """See `Family`."""
+        return any_like(shapes, r"(^|_)(layers|noise_refiner|context_refiner)_\d+_(attention|feed_forward|adaLN)_")
 
     @cached_property
     def process(self) -> "Flow":
@@ -185,3 +208,10 @@ def _check(name: str, transformer: dict[str, Any], vae: dict[str, Any], text: di
                 f"Base '{name}': its transformer reads {what} of width {read}, and they are written with {written}. "
                 "The two are of different models."
             )
+
+
+def _originals(paths: Collection[str]) -> dict[str, Original]:
+    """By the original's paths; most layers have the same there."""
+    named = by_rules(ORIGINALS, paths)
+    renamed = {layer for one in named.values() for layer in one.layers}
+    return named | {path: Original((path,)) for path in paths if path not in renamed}

@@ -16,6 +16,7 @@ from training.base.files.weights import checkpoint_version, find_weights, read_h
 from training.errors import UserError
 from training.storage.file_hash import cache_folder, hash_file
 
+_HASHED = (".json", ".safetensors", ".txt", ".jinja", ".model")  # a chat template or a tokenizer may be the last two
 EMBEDDED = Path(__file__).parents[2] / "bases"
 
 
@@ -58,7 +59,7 @@ def _download(name: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
-    small = ["*.json", "*.txt", "*/*.json", "*/*.txt"]
+    small = [pattern for end in (".json", ".txt", ".jinja", ".model") for pattern in (f"*{end}", f"*/*{end}")]
     try:
         open_family(Path(snapshot_download(name, allow_patterns=small)), name)
         return Path(snapshot_download(name, allow_patterns=[*small, "*/*.safetensors"]))
@@ -101,7 +102,7 @@ def hash_base(folder: Path) -> str:
     """
     digest = hashlib.sha256()
     for file in sorted(folder.rglob("*")):
-        if file.suffix in (".json", ".safetensors", ".txt") and file.is_file() and file.name != DEFAULTS_FILE:
+        if file.suffix in _HASHED and file.is_file() and file.name != DEFAULTS_FILE:
             digest.update(f"{file.relative_to(folder).as_posix()}\0".encode())
             digest.update(bytes.fromhex(hash_file(file)))
     return digest.hexdigest()

@@ -9,6 +9,7 @@ from training.base.facts import Facts
 from training.base.files.check import check_base
 from training.base.files.folder import count_parameters, find_base, layer_shapes
 from training.base.names import canonical
+from training.base.originals import FusedLayer, Names
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,21 @@ class Outline:
             for name, shape in found.items()
             if len(shape) in (2, 4)
         }
+
+    @cached_property
+    def names(self) -> Names:
+        """What its denoiser's layers are called by the family's own programs."""
+        denoiser, shapes = self.facts.denoiser, self.layers[self.facts.denoiser]
+        layers = {name for name, shape in shapes.items() if len(shape) in (2, 4)}
+        originals = {
+            f"{denoiser}.{path}": FusedLayer(
+                tuple(canonical(denoiser, layer) for layer in one.layers),
+                tuple(shapes[layer][0] for layer in one.layers),
+                one.swapped,
+            )
+            for path, one in self.facts.originals(layers).items()
+        }
+        return Names(self.facts.title, originals, len(self.facts.text_encoders), self.facts.native_files)
 
 
 def outline(name: str, root: str = ".") -> Outline:

@@ -43,7 +43,7 @@ class Watch:
         self._base = base
         self._fixed: dict[str, _Fixed] = {}
 
-    def join(self, spec: SubjectSpec, images: LatentSet) -> None:
+    def join(self, id: str, spec: SubjectSpec, images: LatentSet) -> None:
         """Begins to look at a subject: draws its fixed batch."""
         generator = stream(spec.train.seed, "fixed")
         picked = shuffled(spec.train.seed, "fixed", len(images), 0, ROWS)
@@ -53,7 +53,7 @@ class Watch:
         noise = [torch.randn(latent.shape, generator=generator) for latent in latents]
         prompts = [images.prompts[index] for index in picked]
         rows = [images.images[index].row for index in picked]
-        self._fixed[spec.id] = _Fixed(spec, latents, noise, places, prompts, rows)
+        self._fixed[id] = _Fixed(spec, latents, noise, places, prompts, rows)
 
     def leave(self, id: str) -> None:
         """Forgets a subject."""

@@ -16,17 +16,16 @@ from training.manifest.gate import failures, gate_reason
 from training.manifest.subject import SubjectSpec
 from training.photos.variants import variants
 from training.run.fault import Failure, apart, failure_of, together
-from training.run.run import RunStore
 from training.run.source import Doing, Phase, Say
 from training.trainer.checkpoint import read_states
 from training.trainer.pack import Pack
 from training.trainer.worker.publish import Finished, Publication, publish_subject
 
-Pictures = dict[str, list[Image.Image]]  # by subject id
+Pictures = dict[str, list[Image.Image]]  # by the subject's key
 
 
 class Finishing:
-    """Finishes the subjects of one pack.
+    """Finishes the subjects of one pack, each for its run and tenant. All ids here are keys.
 
     `pictures(ids)` draws subjects as they are in their slots; `say(ids, doing)` is told what is being done.
     """
@@ -35,15 +34,11 @@ class Finishing:
         self,
         base: Base,
         pack: Pack,
-        run: RunStore,
-        tenant: str,
         pictures: Callable[[Sequence[str]], Pictures],
         say: Say,
     ) -> None:
         self._base = base
         self._pack = pack
-        self._run = run
-        self._tenant = tenant
         self._pictures = pictures
         self._say = say
         self._box = JudgeBox(base)
@@ -60,7 +55,7 @@ class Finishing:
         def failed(what: str) -> Callable[[str, Exception], None]:
             return lambda id, error: ends.update({id: failure_of(error, what)})
 
-        subjects = {one.spec.id: one for one in finished}
+        subjects = {one.key: one for one in finished}
         evaluations = together(
             list(subjects), lambda ids: self._judge([subjects[id] for id in ids]), failed("it could not be judged")
         )
@@ -85,14 +80,14 @@ class Finishing:
         asked = [one for one in finished if one.spec.evaluate.enabled]
 
         def alive(_drawn: int, _wanted: int) -> None:
-            self._say([one.spec.id for one in finished], Doing(Phase.EVALUATING))
+            self._say([one.key for one in finished], Doing(Phase.EVALUATING))
 
         exams = [self._exam(one) for one in asked]
         found = evaluate_subjects(self._base, exams, self._judges, alive=alive) if exams else []
         for one, evaluation in zip(asked, found, strict=True):
-            save_record(self._run, evaluation, one.photos, one.held_out)
-        judged = {evaluation.id: evaluation for evaluation in found}
-        return {one.spec.id: judged.get(one.spec.id) for one in finished}
+            save_record(one.home.run, evaluation, one.photos, one.held_out)
+        judged = {one.key: evaluation for one, evaluation in zip(asked, found, strict=True)}
+        return {one.key: judged.get(one.key) for one in finished}
 
     def _judges(self, spec: SubjectSpec) -> Judges:
         return self._box.judges(spec.evaluate.likeness_model, spec.evaluate.fidelity_model)
@@ -100,7 +95,7 @@ class Finishing:
     def _exam(self, finished: Finished) -> Exam:
         spec, last = finished.spec, finished.state
         wanted = set(candidate_steps(spec.train.max_steps, spec.evaluate.candidates))
-        earlier = [(step, state) for step, state in read_states(self._run, spec.id) if step in wanted]
+        earlier = [(step, state) for step, state in read_states(finished.home.run, spec.id) if step in wanted]
         checkpoints = {step: state.adapter for step, state in earlier if step < last.step} | {last.step: last.adapter}
         side = spec.train.resolution or self._base.facts.resolution
         return Exam(
@@ -120,16 +115,15 @@ class Finishing:
         if below is not None:
             return Failure("bad subject", below)
         if evaluation is not None and evaluation.choice.step != finished.state.step:
-            chosen = next(s for step, s in read_states(self._run, spec.id) if step == evaluation.choice.step)
-            slot, _ = self._pack.slot(spec.id)
+            chosen = next(s for step, s in read_states(finished.home.run, spec.id) if step == evaluation.choice.step)
+            slot, _ = self._pack.slot(finished.key)
             self._pack.bank.put(slot, self._pack.bank.pack(chosen.adapter))
         return None
 
     def _publish(self, finished: Finished, evaluation: Evaluation | None, pictures: Sequence[Image.Image]) -> str:
-        id = finished.spec.id
-        self._say([id], Doing(Phase.PUBLISHING))
-        publication = Publication(finished, self._pack.adapter(id), evaluation, pictures)
-        return publish_subject(self._run, self._tenant, self._base, publication)
+        self._say([finished.key], Doing(Phase.PUBLISHING))
+        publication = Publication(finished, self._pack.adapter(finished.key), evaluation, pictures)
+        return publish_subject(finished.home.run, finished.home.tenant, self._base, publication)
 
 
 def gate_failure(spec: SubjectSpec, evaluation: Evaluation | None) -> str | None:

@@ -10,7 +10,7 @@ from training.evaluation.exam import candidate_steps
 from training.manifest.subject import SubjectSpec
 from training.photos.intake import Taken
 from training.run.fault import apart, together
-from training.run.run import RunStore
+from training.run.home import Home
 from training.sampling.samples import Worn, draw_samples
 from training.trainer.checkpoint import dump_state
 from training.trainer.member import Report, Subject
@@ -18,7 +18,7 @@ from training.trainer.pack import Pack
 from training.trainer.worker.events import NAME as EVENTS, event_file
 from training.trainer.worker.publish import Finished, png_bytes
 
-Missed = Callable[[str, str, Exception], None]  # what is missing, subject id, error
+Missed = Callable[[str, str, Exception], None]  # what is missing, the subject's key, error
 
 
 @dataclass
@@ -26,6 +26,7 @@ class Kept:
     """A subject, and what was kept of it: the step of its last checkpoint (-1: none), images/s and pictures by step."""
 
     spec: SubjectSpec
+    home: Home
     fingerprint: str
     taken: Taken
     step: int = -1
@@ -34,21 +35,20 @@ class Kept:
 
 
 class Keeping:
-    """Keeps the subjects of one pack. A subject goes on without what cannot be kept; `missed` is called with
-    what it is, the id and the error.
+    """Keeps the subjects of one pack, each with its run. A subject goes on without what cannot be kept; `missed` is
+    called with what it is, the subject's key and the error. All ids here are keys.
     """
 
-    def __init__(self, base: Base, pack: Pack, run: RunStore, missed: Missed) -> None:
+    def __init__(self, base: Base, pack: Pack, missed: Missed) -> None:
         self._base = base
         self._pack = pack
-        self._run = run
         self._missed = missed
         self._kept: dict[str, Kept] = {}
 
-    def join(self, fingerprint: str, taken: Taken, subject: Subject) -> None:
+    def join(self, home: Home, fingerprint: str, taken: Taken, subject: Subject) -> None:
         """Begins to keep a subject, from the step of its state on."""
         step = subject.state.step if subject.state else -1
-        self._kept[subject.spec.id] = Kept(subject.spec, fingerprint, taken, step)
+        self._kept[subject.id] = Kept(subject.spec, home, fingerprint, taken, step)
 
     def leave(self, id: str) -> Kept | None:
         """Forgets a subject; returns what was kept of it, None if it never joined."""
@@ -58,7 +58,7 @@ class Keeping:
         """A subject as it stands in its slot, with all that was kept of it."""
         kept = self._kept[id]
         state = self._pack.state(id)
-        return Finished(kept.spec, kept.fingerprint, state, *kept.taken, kept.rates, kept.samples)
+        return Finished(id, kept.spec, kept.home, kept.fingerprint, state, *kept.taken, kept.rates, kept.samples)
 
     def follow(self, reports: Sequence[Report], images_per_second: float) -> None:
         """Keeps what is due after a step of these subjects: samples first, so that the events hold them."""
@@ -106,10 +106,11 @@ class Keeping:
         drawn = self.pictures(list(steps))
 
         def keep(id: str) -> None:
-            self._kept[id].samples[steps[id]] = drawn[id]
+            kept = self._kept[id]
+            kept.samples[steps[id]] = drawn[id]
             for index, image in enumerate(drawn[id]):
-                key = self._run.subject_key(id, "samples", f"{steps[id]:08d}-{index}.png")
-                self._run.storage.put(key, png_bytes(image))
+                key = kept.home.run.subject_key(kept.spec.id, "samples", f"{steps[id]:08d}-{index}.png")
+                kept.home.run.storage.put(key, png_bytes(image))
 
         apart(list(drawn), keep, lambda id, error: self._missed("its samples could not be kept", id, error))
 
@@ -117,10 +118,10 @@ class Keeping:
         state, kept = self._pack.state(id), self._kept[id]
         if state.step <= max(kept.step, 0):
             return
-        spec = kept.spec
-        self._run.save_checkpoint(id, state.step, dump_state(state), spec.train.keep_checkpoints, _spared_steps(spec))
+        spec, run = kept.spec, kept.home.run
+        run.save_checkpoint(spec.id, state.step, dump_state(state), spec.train.keep_checkpoints, _spared_steps(spec))
         events = event_file(state.history, kept.rates, kept.samples)
-        self._run.storage.put(self._run.subject_key(id, "events", EVENTS), events)
+        run.storage.put(run.subject_key(spec.id, "events", EVENTS), events)
         kept.step = state.step
 
 

@@ -10,7 +10,7 @@ from training.manifest.subject import SubjectSpec
 from training.photos.files import read_files
 from training.photos.intake import Taken, fingerprint, take_in
 from training.photos.photos import Photos
-from training.run.run import RunStore
+from training.run.home import Home
 from training.run.source import Doing, Phase, Say, Task
 from training.trainer.checkpoint import SubjectState, read_states
 from training.trainer.latents import LatentSet, photo_latents
@@ -21,60 +21,58 @@ CHANGED = "its files have changed since the run looked at them; the same command
 
 
 class Preparing:
-    """Prepares the subjects of one run.
+    """Prepares subjects, each of its own run.
 
-    `say(ids, doing)` is told what is being done, `note(text)` what a person should read. `root` is where the manifest's
-    relative folders start.
+    `say(keys, doing)` is told what is being done, `note(text)` what a person should read.
     """
 
     def __init__(
         self,
         base: Base,
-        run: RunStore,
-        root: str,
         say: Say,
         note: Callable[[str], None],
     ) -> None:
         self._base = base
-        self._run = run
-        self._root = root
         self._say = say
         self._note = note
 
-    def photos(self, task: Task) -> Taken:
+    def photos(self, task: Task, home: Home) -> Taken:
         """Reads and checks the files of a leased subject: its photos, and those kept out of training.
 
         Raises UserError if they are not those of the task's fingerprint, or cannot be trained on.
         """
         spec = task.trained
-        self._say([spec.id], Doing(Phase.READING))
-        files = task.files if task.files is not None else read_files(spec, self._run.storage, self._root)
-        if fingerprint(task.spec, self._base.hash, files, self._root) != task.fingerprint:
+        self._say([task.key], Doing(Phase.READING))
+        files = task.files if task.files is not None else read_files(spec, home.run.storage, home.root)
+        if fingerprint(task.spec, self._base.hash, files, home.root) != task.fingerprint:
             raise UserError(CHANGED)
         taken = take_in(spec, files, self._base.facts.resolution)
         for refusal in taken.photos.refusals:
-            self._note(f"{spec.id}: {refusal}")
+            self._note(f"{task.key}: {refusal}")
         return taken
 
-    def subject(self, spec: SubjectSpec, found: Photos) -> Subject:
+    def subject(self, task: Task, home: Home, found: Photos) -> Subject:
         """The subject, ready to join a pack: latents, prior, and the state of its latest whole checkpoint if any."""
-        encoding = partial(self._say, [spec.id], Doing(Phase.ENCODING))
+        spec = task.trained
+        encoding = partial(self._say, [task.key], Doing(Phase.ENCODING))
         prompt = spec.filled_instance_prompt
-        instance = photo_latents(self._base, self._run.storage, found.good, spec.train, prompt, encoding)
+        instance = photo_latents(self._base, home.run.storage, found.good, spec.train, prompt, encoding)
         wants_images = spec.prior.enabled and spec.prior.source != "prediction"
-        prior = self._prior(spec, found) if wants_images else None
-        return Subject(spec, instance, prior, self._state(spec))
+        prior = self._prior(task.key, spec, home, found) if wants_images else None
+        if self._base.prompts is not None:  # all at once: its encoders come to the device for that
+            self._base.encode([*instance.prompts, *(prior.prompts if prior else ()), spec.filled_class_prompt])
+        return Subject(spec, instance, prior, self._state(task.key, spec, home), task.key)
 
-    def _prior(self, spec: SubjectSpec, found: Photos) -> LatentSet:
+    def _prior(self, key: str, spec: SubjectSpec, home: Home, found: Photos) -> LatentSet:
         captions = [photo.caption for photo in found.good if photo.caption]
-        for done, wanted, prior in prepare_prior(self._base, self._run.storage, spec, self._root, captions):
-            self._say([spec.id], Doing(Phase.CLASS_IMAGES, done, wanted))
+        for done, wanted, prior in prepare_prior(self._base, home.run.storage, spec, home.root, captions):
+            self._say([key], Doing(Phase.CLASS_IMAGES, done, wanted))
             if prior is not None:
                 return prior
         raise AssertionError("prepare_prior ends with a set")
 
-    def _state(self, spec: SubjectSpec) -> SubjectState | None:
+    def _state(self, key: str, spec: SubjectSpec, home: Home) -> SubjectState | None:
         def torn(step: int, error: UserError) -> None:
-            self._note(f"{spec.id}: checkpoint of step {step} is skipped: {error}")
+            self._note(f"{key}: checkpoint of step {step} is skipped: {error}")
 
-        return next((state for _, state in read_states(self._run, spec.id, torn)), None)
+        return next((state for _, state in read_states(home.run, spec.id, torn)), None)

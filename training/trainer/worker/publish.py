@@ -1,5 +1,6 @@
 """From a trained subject to a published version: weights, card, samples, loss curve, events."""
 
+import hashlib
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -7,16 +8,18 @@ from datetime import UTC, datetime
 
 from PIL import Image
 
-from training.adapters.adapter import Adapter, save_adapter, version_of
+from training.adapters.adapter import Adapter, LowRank, save_adapter, version_of
 from training.base.base import Base
 from training.base.files.folder import public_name
+from training.errors import UserError
 from training.evaluation.evaluate import Evaluation
 from training.manifest.subject import SubjectSpec
 from training.photos.photos import Photo, Photos
+from training.run.home import Home
 from training.run.run import RunStore
 from training.storage.card import Card, Chosen
 from training.storage.registry import Registry
-from training.trainer.checkpoint import HISTORY, SubjectState
+from training.trainer.checkpoint import HISTORY, SubjectState, read_states
 from training.trainer.worker.events import NAME as EVENTS, event_file
 from training.trainer.worker.loss_plot import plot_losses
 
@@ -26,13 +29,15 @@ _NOT_SETTINGS = {"id", "images", "public", "min_images"}
 
 @dataclass(frozen=True)
 class Finished:
-    """A subject after its last step. `state` is as trained; its last step is the state's.
+    """A subject after its last step, under its `key`. `state` is as trained; its last step is the state's.
 
     `photos` are those it was trained on, `held_out` those kept out of training. `rates` are images/s by step, `samples`
     the pictures that were drawn while it trained, by step.
     """
 
+    key: str
     spec: SubjectSpec
+    home: Home
     fingerprint: str
     state: SubjectState
     photos: Photos
@@ -82,6 +87,34 @@ def publish_subject(run: RunStore, tenant: str, base: Base, publication: Publica
     return Registry(run.storage).publish(tenant, spec.id, weights, card, extras).version
 
 
+def publish_checkpoint(home: Home, spec: SubjectSpec, version: str, step: int) -> str:
+    """Makes an earlier step of a published subject current; returns its version.
+
+    `version` is the subject's published one. Raises UserError if the step's checkpoint is not kept.
+    """
+    registry, name = Registry(home.run.storage), f"{home.tenant}/{spec.id}"
+    card = registry.resolve(name, version).card
+    kept = home.run.checkpoints(spec.id)
+    state = next((state for found, state in read_states(home.run, spec.id) if found == step), None)
+    if state is None:
+        there = ", ".join(map(str, kept)) or "none"
+        raise UserError(f"Step {step} of '{spec.id}' has no checkpoint. There are {there}.")
+    scaled = {key: LowRank(one.down, one.up * spec.lora.scale) for key, one in state.adapter.modules.items()}
+    about = {"base": card.base, "base_hash": card.base_hash, "class": spec.class_ or "", "trigger": trigger(spec)}
+    weights = save_adapter(Adapter(modules=scaled, embeddings=state.adapter.embeddings, metadata=about))
+    if version_of(weights) in registry.versions(home.tenant, spec.id):
+        return registry.set_current(home.tenant, spec.id, version_of(weights)).version
+    news = {
+        "sha256": version_of(weights),
+        "size": len(weights),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "fingerprint": hashlib.sha256(f"{card.fingerprint} step {step}".encode()).hexdigest(),
+        "steps": step,
+        "chosen": Chosen(step=step, reason="made current by hand"),
+    }
+    return registry.publish(home.tenant, spec.id, weights, card.model_copy(update=news)).version
+
+
 def png_bytes(image: Image.Image) -> bytes:
     """The picture as a PNG file."""
     buffer = io.BytesIO()
@@ -102,6 +135,7 @@ def make_card(run: str, base: Base, publication: Publication, weights: bytes) ->
             "fingerprint": finished.fingerprint,
             "base": public_name(base.name),
             "base_hash": base.hash,
+            "family": base.facts.title,
             "rank": spec.lora.rank,
             "alpha": spec.lora.alpha or spec.lora.rank,
             "targets": spec.lora.targets,

@@ -13,6 +13,7 @@ from functools import partial
 from training.base.base import Base
 from training.manifest.plan import PackPlan
 from training.run.fault import Failure, apart, failure_of, reason_of, together
+from training.run.home import Home
 from training.run.run import RunStore
 from training.run.source import Beat, Doing, Kind, Orders, Outcome, Phase, Source, Task
 from training.trainer.fitting import open_pack
@@ -36,12 +37,11 @@ class _Held:
 
 
 class Worker:
-    """The work of one device. `work` is the entry point."""
+    """The work of one device. `work` is the entry point. All ids are the subjects' keys."""
 
-    def __init__(
-        self, base: Base, plan: PackPlan, source: Source, run: RunStore, *, tenant: str, root: str = "."
-    ) -> None:
+    def __init__(self, base: Base, plan: PackPlan, source: Source, home: Home) -> None:
         self._source = source
+        self._home = home
         self._held: dict[str, _Held] = {}
         self._beat = Beat()
         self._beaten = 0.0
@@ -51,9 +51,9 @@ class Worker:
         self._pack = self._opened.pack
         self._beat.notes += self._opened.notes
         self._watch = Watch(base)
-        self._preparing = Preparing(base, run, root, self._say, self._beat.notes.append)
-        self._keeping = Keeping(base, self._pack, run, self._miss)
-        self._finishing = Finishing(base, self._pack, run, tenant, self._keeping.pictures, self._say)
+        self._preparing = Preparing(base, self._say, self._beat.notes.append)
+        self._keeping = Keeping(base, self._pack, self._miss)
+        self._finishing = Finishing(base, self._pack, self._keeping.pictures, self._say)
 
     def work(self) -> None:
         """Until the source has nothing more, or says stop."""
@@ -77,7 +77,7 @@ class Worker:
             tasks = self._source.lease(count - len(ready))
             if not tasks:
                 break
-            by_id = {task.spec.id: task for task in tasks}
+            by_id = {task.key: task for task in tasks}
             self._held |= {id: _Held(time.time()) for id in by_id}
             prepare = partial(self._prepare, by_id)
             ready += apart(list(by_id), prepare, partial(self._fail, "it could not be prepared")).values()
@@ -85,16 +85,16 @@ class Worker:
 
     def _prepare(self, tasks: dict[str, Task], id: str) -> Subject:
         task = tasks.pop(id)  # its files need not be held while it trains
-        spec = task.trained
+        spec, home = task.trained, task.home or self._home
         if task.may_spread:
             self._opened.check(spec)
         self._finishing.check(spec)
-        taken = self._preparing.photos(task)
+        taken = self._preparing.photos(task, home)
         self._held[id].warnings = taken.warnings
-        subject = self._preparing.subject(spec, taken.photos)
+        subject = self._preparing.subject(task, home, taken.photos)
         if spec.evaluate.early_stop:
-            self._watch.join(spec, subject.instance)
-        self._keeping.join(task.fingerprint, taken, subject)
+            self._watch.join(id, spec, subject.instance)
+        self._keeping.join(home, task.fingerprint, taken, subject)
         return subject
 
     # -- meanwhile --
@@ -115,6 +115,10 @@ class Worker:
             if id in self._pack.ids:
                 self._pack.leave(id)
             self._end(id, "cancelled", "cancelled by the user")
+        for id in orders.pause & set(self._pack.ids):
+            self._keeping.checkpoint([id], "no checkpoint where it was paused")
+            self._pack.leave(id)
+            self._end(id, "paused", "paused by the user")
         self._stop = self._stop or orders.stop
 
     def _stop_early(self, progress: Progress) -> None:
@@ -198,5 +202,8 @@ class Worker:
 
 
 def work(base: Base, plan: PackPlan, source: Source, run: RunStore, *, tenant: str, root: str = ".") -> None:
-    """Trains what `source` leases, in one pack, until it has nothing more or says stop. See the module's docstring."""
-    Worker(base, plan, source, run, tenant=tenant, root=root).work()
+    """Trains what `source` leases, in one pack, until it has nothing more or says stop. See the module's docstring.
+
+    `run`, `tenant` and `root` are those of tasks that name no home of their own.
+    """
+    Worker(base, plan, source, Home(run, tenant, root)).work()

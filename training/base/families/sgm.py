@@ -7,6 +7,8 @@ Source: diffusers' `_maybe_map_sgm_blocks_to_diffusers`, the other way round.
 import re
 from collections.abc import Collection
 
+from training.base.originals import Original
+
 _PLACE = re.compile(r"(down_blocks|up_blocks)\.(\d+)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)")
 _MIDDLE = re.compile(r"mid_block\.(resnets|attentions)\.(\d+)\.(.+)")
 _RESNET = {
@@ -23,6 +25,11 @@ _ALONE = {
     "add_embedding.linear_1": "label_emb.0.0",
     "add_embedding.linear_2": "label_emb.0.2",
 }
+
+
+def sgm_originals(paths: Collection[str]) -> dict[str, Original]:
+    """The layers of a UNet by their original paths."""
+    return {original: Original((path,)) for path, original in sgm_paths(paths).items()}
 
 
 def sgm_paths(paths: Collection[str]) -> dict[str, str]:

@@ -1,0 +1,63 @@
+"""The app of a fleet: serving's, with the calls about training."""
+
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+
+from fastapi import FastAPI
+
+from fleet.board import Board
+from fleet.config import FleetSpec
+from fleet.http import admin, files, jobs, runs, usage
+from fleet.http.context import Fleet
+from fleet.submitting import Desk
+from serving.engine.request import Event, FinishedPicture, GenerateRequest
+from serving.http.app import Extension, create_app, open_keys
+from serving.http.library import Library
+from serving.http.service import Engines, Generate
+from training.run.usage import UsageBook, What
+
+
+def make_fleet_app(
+    spec: FleetSpec,
+    generate: Generate,
+    engines: Engines,
+    library: Library,
+    *,
+    wake: Callable[[], None] = lambda: None,
+    book: UsageBook | None = None,
+) -> FastAPI:
+    """The app. `wake` lets a driver in this process look at once; `book` is where its usage is counted."""
+    storage = library.registry.storage
+    board = Board(storage, wake)
+    desk = Desk(storage, library.outline, library.base_hash, spec, board)
+    fleet = Fleet(desk, board, library.registry, book or UsageBook(storage), spec)
+    extension = Extension(
+        routers=(files.router, jobs.router, runs.router, usage.router, admin.router),
+        state={"fleet": fleet},
+        uploads={"/v1/files": spec.limits.file_bytes, "/v1/runs": spec.limits.file_bytes},
+    )
+    counted = Counted(generate, fleet.usage)
+    return create_app(counted, engines, library, spec.server, open_keys(spec.server.keys), extension)
+
+
+class Counted:
+    """A `Generate` that counts the pictures of each tenant: for each adapter of a mix its part."""
+
+    def __init__(self, generate: Generate, book: UsageBook) -> None:
+        self._generate = generate
+        self._book = book
+
+    async def __call__(self, request: GenerateRequest) -> AsyncIterator[Event]:
+        """The events of a request."""
+        names = [use.ref.id for use in request.adapters] or [""]
+        events = self._generate(request)
+        try:
+            async for event in events:
+                if isinstance(event, FinishedPicture):
+                    steps = request.width * request.height * request.steps
+                    part: dict[What, float] = {"images": 1 / len(names), "pixel_steps": steps / len(names)}
+                    for name in names:
+                        self._book.add(request.tenant, name, part)
+                yield event
+        finally:
+            if isinstance(events, AsyncGenerator):
+                await events.aclose()

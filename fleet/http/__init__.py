@@ -1,0 +1,2 @@
+"""The fleet's HTTP calls: files, jobs, runs, usage, tenants and keys. Routes parse, ask the desk and dump; no decision
+is taken here."""
