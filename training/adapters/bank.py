@@ -175,17 +175,22 @@ class Bank:
             return Route(component, slots_NK.shape[0], {})
         first, read_SP = slots[0], self._weights_read
         in_order = first >= 0 and slots_GK.shape[1] == 1 and slots == list(range(first, first + len(slots)))
-        index_GK = slots_GK.clamp(min=0).to(read_SP.device)
+        index_GK = slots_GK.clamp(min=0) if in_order else slots_GK.clamp(min=0).to(read_SP.device)
         scale_GK11 = None if (weights_GK == 1).all() else weights_GK.to(read_SP)[:, :, None, None]
         # the ranks that nobody uses are neither gathered nor multiplied
         rank = max((self._ranks[slot] for slot in set(slots) if slot >= 0), default=0)
-        pieces = self.layout.ranked(read_SP, component)[:, :rank].split(self.layout.widths[component], dim=2)
+        rows_SRW = self.layout.ranked(read_SP, component)[:, :rank]
+        if in_order:
+            rows_SRW = rows_SRW[first : first + len(slots)]
+        if scale_GK11 is None and dtype is not None:
+            rows_SRW = rows_SRW.to(dtype)  # all layers at once, and one gradient for all
+        pieces = rows_SRW.split(self.layout.widths[component], dim=2)
         g, k = slots_GK.shape
         deltas: dict[int, Delta] = {}
         for index in sorted(active):
             # [G, K, rank, I] and [G, K, rank, O]
             down, up = (
-                piece_SRX[first : first + g].unsqueeze(1) if in_order else piece_SRX[index_GK]
+                piece_SRX.unsqueeze(1) if in_order else piece_SRX[index_GK]
                 for piece_SRX in pieces[2 * index : 2 * index + 2]
             )
             if scale_GK11 is not None:

@@ -147,8 +147,11 @@ def _by_member(losses_N: Tensor, batch: Batch, members: int) -> tuple[Tensor, Te
 
     Summed by index, never by a matrix of zeros and ones: 0 x NaN would spread one subject's failure.
     """
-    member_N = torch.tensor(batch.member, device=losses_N.device)
-    is_prior_N = torch.tensor(batch.is_prior, device=losses_N.device)
     zeros = losses_N.new_zeros(members)
-    instance_M = zeros.index_add(0, member_N[~is_prior_N], losses_N[~is_prior_N])
-    return instance_M, zeros.index_add(0, member_N[is_prior_N], losses_N[is_prior_N])
+    kinds: list[Tensor] = []
+    for is_prior in (False, True):
+        # picked on the host: a mask on the device would have it wait for how many rows there are
+        rows = [row for row, prior in enumerate(batch.is_prior) if prior == is_prior]
+        places_R, rows_R = torch.tensor([[batch.member[row] for row in rows], rows]).to(losses_N.device)
+        kinds.append(zeros.index_add(0, places_R, losses_N[rows_R]))
+    return kinds[0], kinds[1]
