@@ -1,4 +1,4 @@
-"""Counts of work on torch's meta device, where every shape is there and no arithmetic is done: exact, and without a GPU.
+"""Counts of work on torch's meta device, where every shape is there and nothing is computed: exact, and without a GPU.
 
 A kernel is a call of an operator that computes (views are none); attention is one, as where it is fused. A read is a
 value that the host waits for, an upload one that it sends. Nothing here knows what is counted.
@@ -174,7 +174,8 @@ def _attention(
         made: Tensor = aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, scale=scale)[0]
         return made
     mask = attn_mask.to(query.dtype).expand(*query.shape[:-1], key.shape[-2])
-    made = aten._scaled_dot_product_efficient_attention(query, key, value, mask, torch.is_grad_enabled(), scale=scale)[0]
+    trains = torch.is_grad_enabled()
+    made = aten._scaled_dot_product_efficient_attention(query, key, value, mask, trains, scale=scale)[0]
     return made
 
 

@@ -12,7 +12,7 @@ the host keeps up; they are a bound and no measurement.
 import argparse
 import json
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -83,12 +83,10 @@ def serving(base: PaperBase, images: int = IMAGES) -> Paper:
     engine = Engine(base, EngineSpec(device="cpu", slots=images, rank=RANK, max_rows=2 * images), _adapters(base))
     guidance = 4.0 if facts.guidance == "cfg" else 1.0
     for index in range(images):
-        engine.submit(
-            GenerateRequest(
-                prompt="a photo of a dog", width=facts.resolution, height=facts.resolution, steps=9, seed=index,
-                guidance_scale=guidance, adapters=(AdapterUse(ref=AdapterRef(tenant="t", id=f"a{index}", version="1")),),
-            )
-        )  # fmt: skip
+        worn = AdapterUse(ref=AdapterRef(tenant="t", id=f"a{index}", version="1"))
+        asked = {"width": facts.resolution, "height": facts.resolution, "steps": 9, "seed": index}
+        request = {"prompt": "a dog", "guidance_scale": guidance, "scheduler": "euler", "adapters": (worn,), **asked}
+        engine.submit(GenerateRequest.model_validate(request))
     with counting():
         while len(engine.scheduler.running) < images:
             engine.woken.wait(1)

@@ -1,4 +1,4 @@
-"""Released bases at their real sizes on the meta device: every shape, no weights. Prompts have records of the right shape.
+"""Released bases at their real sizes on the meta device: every shape, no weights. Prompts are records of that shape.
 
 Configs are those of the released models: Stable Diffusion 1.5 and XL 1.0, FLUX.1 dev, FLUX.2 klein base 4B.
 """
@@ -76,7 +76,11 @@ SIZES: dict[str, Size] = {
             num_layers=5, num_single_layers=20, num_attention_heads=24, joint_attention_dim=7680, guidance_embeds=False
         ),
         {
-            "vae": {"_class_name": "AutoencoderKLFlux2", "block_out_channels": [128, 256, 512, 512], "sample_size": 1024},
+            "vae": {
+                "_class_name": "AutoencoderKLFlux2",
+                "block_out_channels": [128, 256, 512, 512],
+                "sample_size": 1024,
+            },
             "scheduler": FLOW_SCHEDULER,
             "text_encoder": {"hidden_size": 2560},
         },

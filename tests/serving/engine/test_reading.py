@@ -10,16 +10,16 @@ from serving.engine.reading import backwards, read_noise, reading_request
 from serving.engine.request import GenerateRequest
 from serving.errors import Refused
 from serving.marking.noise import FOUND, NoiseMark
-from tests.flow import flow_base
+from tests.families import write_family
 from tests.serving.company import Shelf, ask, finished, run, small
-from training.base.base import Base
+from training.base.base import Base, load_base
 
 MARK = NoiseMark(b"m" * 32)
 
 
 @pytest.fixture(scope="module")
 def flow(tmp_path_factory: pytest.TempPathFactory) -> Base:
-    return flow_base(tmp_path_factory.mktemp("flow"))
+    return load_base(str(write_family("z-image", tmp_path_factory.mktemp("flow"))), device="cpu")
 
 
 def made(base: Base, mark: NoiseMark | None, request: GenerateRequest) -> Tensor:
@@ -42,7 +42,8 @@ def test_marked_pictures_depend_on_the_request_alone(tiny: Base) -> None:
 @pytest.mark.parametrize("family", ["ddpm", "flow"])
 def test_the_run_backwards_finds_the_message_of_its_run(family: str, tiny: Base, flow: Base) -> None:
     base, sampler = (tiny, "ddim") if family == "ddpm" else (flow, "euler")
-    request = ask(prompt="", seed=3, steps=25, guidance_scale=1.0, scheduler=sampler, width=32, height=32)
+    side = 16 * base.facts.cell_px
+    request = ask(prompt="", seed=3, steps=25, guidance_scale=1.0, scheduler=sampler, width=side, height=side)
     found = walked_back(base, made(base, MARK, request), steps=25)
     reading = MARK.read(found.numpy())
     assert reading.log10 < FOUND
