@@ -33,7 +33,9 @@ async def train_demo(request: Request, idempotency_key: Once = None) -> RunInfo:
     manifest["defaults"]["train"].setdefault("sample_every", SAMPLE_EVERY)
     for subject in manifest["subjects"]:
         subject["images"] = f"{file.id}/{subject['id']}"
-    look = await asyncio.to_thread(fleet.desk.submit_run, tenant, RunBody(manifest=manifest), idempotency_key)
+    look = await asyncio.to_thread(
+        fleet.desk.submit_run, tenant, RunBody.model_validate({"manifest": manifest}), idempotency_key
+    )
     return run_info(look, await asyncio.to_thread(fleet.board.standing))
 
 
