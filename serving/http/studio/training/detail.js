@@ -15,6 +15,7 @@ import { listSamples } from "./samples.js";
 import { lineOf, share, tagOf } from "./words.js";
 
 const POLL_MS = 2000;
+const SMOOTH = 0.15; // the weight of a new loss in the mean
 
 /** The page of job/<id> or run/<run>/<subject>. */
 export async function subjectPage({ parts, signal }) {
@@ -115,7 +116,15 @@ function factsOf({ progress, finish, created, run, group, settings, ended }) {
 /** The loss curve and the log; both grow with `add`. */
 function storyPanel(entry) {
   const points = [];
-  const data = () => ({ series: [{ name: "loss", color: "var(--curve-1)", points }], x: "step", low: 0, height: 240 });
+  const data = () => ({
+    series: [
+      { name: "loss", color: "var(--line-strong)", points },
+      { name: "average", color: "var(--curve-1)", points: averaged(points) },
+    ],
+    x: "step",
+    low: 0,
+    height: 240,
+  });
   const curve = chart(data());
   const list = h("ol", { class: "story" });
   const add = (event) => {
@@ -141,6 +150,12 @@ function storyPanel(entry) {
     loss: h("section", { class: "panel", "aria-label": "Loss" }, h("h2", {}, "Loss"), curve),
     log: h("section", { class: "panel", "aria-label": "What happened" }, h("h2", {}, "What happened"), list),
   };
+}
+
+/** The running mean of a curve: single losses jump, as each step sees other noise. */
+function averaged(points) {
+  let mean = null;
+  return points.map(([x, y]) => [x, (mean = mean === null ? y : mean + (y - mean) * SMOOTH)]);
 }
 
 async function listen(entry, story, signal) {
