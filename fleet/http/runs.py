@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from fleet.board import Look
 from fleet.http.bodies import RunBody
-from fleet.http.context import check_admin, event_page, event_stream, fleet_of
+from fleet.http.context import check_admin, event_page, event_stream, fleet_of, wants_stream
 from fleet.http.files import Once
 from fleet.http.jobs import STREAMED, After, Limit
 from fleet.http.wire import EventPage, RunInfo, RunPage, RunSubject, RunSubjects, SamplePage
@@ -133,7 +133,7 @@ async def list_run_events(
 ) -> EventPage | StreamingResponse:
     """What has happened to a run, the latest first; as server-sent events with `stream` or `Accept`."""
     look = await _look(request, id)
-    if stream or "text/event-stream" in request.headers.get("accept", ""):
+    if stream or wants_stream(request):
         board, tenant = fleet_of(request).board, look.order.tenant
         return event_stream(request, lambda: board.look(tenant, id, "run"))
     return await asyncio.to_thread(event_page, look, after, limit)
