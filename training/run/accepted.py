@@ -90,9 +90,9 @@ def orders_of(storage: Storage, tenant: str, kind: Kind) -> list[str]:
     return [key.rsplit("/", 1)[1].partition("-")[2] for key in storage.list(f"{_TENANTS}/{tenant}/{kind}")]
 
 
-def unfinished(storage: Storage) -> list[str]:
-    """The runs that the fleet has accepted and that have not ended, in no order. One listing."""
-    return [key.partition("@")[2] for key in storage.list(_RUNS)]
+def unfinished(storage: Storage, tenant: str | None = None) -> list[str]:
+    """The runs that the fleet has accepted, of one tenant or of all, and that have not ended, in no order. One listing."""
+    return [key.partition("@")[2] for key in storage.list(_RUNS if tenant is None else f"{_RUNS}/{tenant}")]
 
 
 def waiting_of(storage: Storage, tenant: str) -> int:
