@@ -91,7 +91,7 @@ def orders_of(storage: Storage, tenant: str, kind: Kind) -> list[str]:
 
 
 def unfinished(storage: Storage, tenant: str | None = None) -> list[str]:
-    """The runs that the fleet has accepted, of one tenant or of all, and that have not ended, in no order. One listing."""
+    """The runs, of one tenant or of all, that were accepted and have not ended, in no order. One listing."""
     return [key.partition("@")[2] for key in storage.list(_RUNS if tenant is None else f"{_RUNS}/{tenant}")]
 
 
