@@ -42,7 +42,7 @@ def test_without_a_driver_nothing_trains(tmp_path: Path) -> None:
 
 def test_accepting_twice_is_accepting_once_and_asks_keep_their_order(tmp_path: Path) -> None:
     storage = open_storage(str(tmp_path))
-    manifest = Manifest(name="job", tenant="ann", subjects=(spec("rusty"),))
+    manifest = Manifest(version=1, name="job", tenant="ann", base="b", subjects=(spec("rusty"),))
     record = RunRecord(run="r1", name="job", tenant="ann", base="b", base_hash="h", digest="d", manifest=manifest)
     order = Order(run="r1", tenant="ann", kind="job", subjects=1)
     for _ in range(2):
