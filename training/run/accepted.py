@@ -74,7 +74,8 @@ def accept(storage: Storage, record: RunRecord, manifest_yaml: str, order: Order
     if not storage.exists(f"runs/{record.run}/run.json"):
         store.create(record, manifest_yaml)
     storage.put(_listed(order), b"{}")
-    take_up(storage, order)
+    if store.record().state == "running":
+        take_up(storage, order)
 
 
 def read_order(storage: Storage, run: str) -> Order | None:

@@ -7,7 +7,7 @@ import pytest
 from tests.training.subjects import spec
 from training.manifest.manifest import Manifest
 from training.run.accepted import Ask, Order, accept, ask, asks, close, orders_of, read_order, unfinished, waiting_of
-from training.run.run import RunRecord
+from training.run.run import RunRecord, RunStore, end_run
 from training.run.standing import Finishes, read_standing
 from training.run.usage import UsageBook, month_used, read_usage
 from training.storage.storage import open_storage
@@ -54,8 +54,11 @@ def test_accepting_twice_is_accepting_once_and_asks_keep_their_order(tmp_path: P
     for verb in verbs:
         ask(storage, Ask.model_validate({"run": "r1", "verb": verb}))
     assert [one.ask.verb for one in asks(storage)] == verbs
+    end_run(RunStore(storage, "r1"), record, ())
     close(storage, order)
     assert unfinished(storage) == [] and waiting_of(storage, "ann") == 0
+    accept(storage, record, "version: 1", order)
+    assert unfinished(storage) == []  # it has ended: the same submission again starts nothing
 
 
 def test_usage_of_several_processes_adds_up(tmp_path: Path) -> None:
