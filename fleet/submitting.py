@@ -14,6 +14,7 @@ from fleet.config import FleetSpec
 from fleet.files import PREFIX, Files
 from fleet.hooks import check_hook
 from fleet.http.bodies import HookBody, JobBody, RunBody
+from fleet.manifests import text_of
 from fleet.once import digest, id_once
 from fleet.settings import check_subject, default_id, subject_of
 from serving.errors import QueueFull
@@ -64,8 +65,7 @@ class Desk:
 
     def submit_run(self, tenant: str, body: RunBody, key: str | None) -> Look:
         """Accepts a manifest. Raises ApiError, ManifestError for what is wrong with it."""
-        text = body.manifest if isinstance(body.manifest, str) else yaml.safe_dump(body.manifest, allow_unicode=True)
-        manifest = parse_manifest(text)
+        manifest = parse_manifest(text_of(body.manifest))
         self._check_base(manifest.base)
         if manifest.tenant not in (tenant, "default"):
             raise ApiError(400, f"The manifest's tenant is '{manifest.tenant}', your key's '{tenant}'.", param="tenant")

@@ -4,7 +4,6 @@ import asyncio
 import json
 from typing import Annotated
 
-import yaml
 from fastapi import APIRouter, Path, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response, StreamingResponse
@@ -16,6 +15,7 @@ from fleet.http.context import check_admin, event_page, event_stream, fleet_of, 
 from fleet.http.files import Once
 from fleet.http.jobs import STREAMED, After, Limit
 from fleet.http.wire import EventPage, RunInfo, RunPage, RunSubject, RunSubjects, SamplePage
+from fleet.manifests import values_of
 from fleet.showing import run_info, run_subject, sample, samples_of
 from serving.http.images import ERRORS
 from serving.http.problems import ApiError
@@ -197,10 +197,7 @@ def _text(data: bytes) -> str:
 
 def _with_photos(body: RunBody, file: str, folders: set[str]) -> RunBody:
     """The manifest with each subject's `images` in the archive that came along: the folder of that name, or its id."""
-    try:
-        raw = yaml.safe_load(body.manifest) if isinstance(body.manifest, str) else body.manifest
-    except yaml.YAMLError as error:
-        raise ApiError(400, f"The manifest is not valid YAML: {error}.", param="manifest") from None
+    raw = values_of(body.manifest)
     subjects = raw.get("subjects") if isinstance(raw, dict) else None
     for subject in subjects if isinstance(subjects, list) else []:
         if isinstance(subject, dict):

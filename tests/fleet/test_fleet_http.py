@@ -188,6 +188,21 @@ def test_a_manifest_reads_uploads_only(house: House, images: str) -> None:
     assert answer.status_code == 400 and "give the id of an uploaded file" in answer.json()["error"]["message"]
 
 
+@pytest.mark.parametrize(
+    "manifest, said",
+    [
+        ("a: &a [1, 1]\nb: [*a, *a]", "aliases"),
+        ("[" * 5000, "nested"),
+        ("a: [1", "not valid YAML"),
+        ({"a": json.loads("[" * 900 + "]" * 900)}, "nested"),
+        ("x" * 2_000_001, "2000000"),
+    ],
+)
+def test_a_manifest_that_would_take_the_server_down_is_refused(house: House, manifest: Any, said: str) -> None:
+    answer = httpx.post(f"{house.url}/v1/runs", json={"manifest": manifest}, timeout=60)
+    assert answer.status_code == 400 and said in answer.json()["error"]["message"], answer.text
+
+
 def test_what_is_another_tenants_does_not_exist(two: House) -> None:
     ann, bob = two.client("ann"), two.client("bob")
     file = upload(ann)
