@@ -17,14 +17,14 @@ def text_of(manifest: str | dict[str, Any]) -> str:
     if isinstance(manifest, str):
         _check_text(manifest)
         return manifest
-    _check_depth(manifest)
+    check_depth(manifest, "manifest")
     return yaml.safe_dump(manifest, allow_unicode=True)
 
 
 def values_of(manifest: str | dict[str, Any]) -> Any:
     """The manifest as values. Raises ApiError as `text_of`."""
     if not isinstance(manifest, str):
-        _check_depth(manifest)
+        check_depth(manifest, "manifest")
         return manifest
     _check_text(manifest)
     return yaml.load(manifest, Loader=Loader)
@@ -45,13 +45,14 @@ def _check_text(text: str) -> None:
         raise _bad(f"it is not valid YAML: {error}") from None
 
 
-def _check_depth(value: object) -> None:
+def check_depth(value: object, param: str) -> None:
+    """Raises ApiError naming `param` for a value that is nested deeper than any setting is."""
     level: list[object] = [value]
     for _ in range(MOST_DEEP):
         level = [inner for one in level for inner in _inside(one)]
         if not level:
             return
-    raise _bad(f"it is nested more than {MOST_DEEP} deep")
+    raise ApiError(400, f"'{param}' is nested more than {MOST_DEEP} deep.", param=param)
 
 
 def _inside(value: object) -> list[object]:

@@ -105,6 +105,11 @@ def test_a_job_that_cannot_be_trained_is_refused_before_it_is_accepted(house: Ho
         ({"model": "sd9"}, "not on 'sd9'"),
         ({"suffix": "No Good"}, "suffix"),
         ({"priority": 1000}, "priority"),
+        ({"hyperparameters": {"batch_size": json.loads("[" * 900 + "]" * 900)}}, "nested"),
+        (
+            {"method": {"type": "dreambooth_lora", "dreambooth_lora": {"class": json.loads("[" * 900 + "]" * 900)}}},
+            "nested",
+        ),
     ]
     for change, said in wrong:
         body = {"model": house.base, "training_file": file, "suffix": "rusty", "method": METHOD, **change}
