@@ -13,6 +13,7 @@ WORKDIR /opt/dreamfleet
 COPY pyproject.toml constraints.txt README.md LICENSE ./
 COPY training ./training
 COPY serving ./serving
+COPY fleet ./fleet
 COPY ray_app ./ray_app
 RUN pip install --extra-index-url "$TORCH_INDEX" -c constraints.txt torch==2.13.0 .
 USER ray

@@ -17,6 +17,10 @@ class TrainLimits(Closed):
     max_steps: int = Field(default=100_000, ge=1, description="optimizer steps of one subject")
 
 
+# fields of `FleetSpec` that are flags of the command that starts a fleet
+FLEET_FLAGS = ("train_share", "warm_s", "train_rows", "uris", "private_hooks")
+
+
 class FleetSpec(Closed):
     """A whole fleet: what it serves, what it trains, and how both share a device."""
 

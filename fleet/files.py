@@ -121,9 +121,9 @@ class Files:
     def delete(self, tenant: str, id: str) -> None:
         """Removes a file. Raises ApiError: 404, or 409 while a subject that has not ended trains on it."""
         self.get(tenant, id)
-        for run in unfinished(self.storage):
+        for run in unfinished(self.storage, tenant):
             order = read_order(self.storage, run)
-            if order is not None and order.tenant == tenant and id in order.files and not self._has_ended(run):
+            if order is not None and id in order.files and not self._has_ended(run):
                 raise ApiError(
                     409, f"File '{id}' is used by {run}, which has not ended. Cancel it first.", code="file_in_use"
                 )

@@ -1,7 +1,11 @@
 """A fleet that listens: one process, one port, until it is interrupted."""
 
+import os
 import signal
 from types import FrameType
+
+# two threads compute by turns: OpenMP threads of the one that waits must not spin long; torch reads this once
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import uvicorn
 

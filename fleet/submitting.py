@@ -14,6 +14,7 @@ from fleet.config import FleetSpec
 from fleet.files import PREFIX, Files
 from fleet.hooks import check_hook
 from fleet.http.bodies import HookBody, JobBody, RunBody
+from fleet.manifests import check_depth, text_of
 from fleet.once import digest, id_once
 from fleet.settings import check_subject, default_id, subject_of
 from serving.errors import QueueFull
@@ -51,6 +52,9 @@ class Desk:
     def submit_job(self, tenant: str, body: JobBody, key: str | None) -> Look:
         """Accepts a job. Raises ApiError, UserError for what cannot be trained."""
         self._check_base(body.model)
+        check_depth(body.hyperparameters, "hyperparameters")
+        if body.method is not None:
+            check_depth(body.method.dreambooth_lora.model_extra, "method.dreambooth_lora")
         file, images = self.files.images(tenant, body.training_file)
         photos = sum(one.photos for one in file.subjects)
         method = body.method.dreambooth_lora.model_dump() if body.method else {}
@@ -67,8 +71,7 @@ class Desk:
 
     def submit_run(self, tenant: str, body: RunBody, key: str | None) -> Look:
         """Accepts a manifest. Raises ApiError, ManifestError for what is wrong with it."""
-        text = body.manifest if isinstance(body.manifest, str) else yaml.safe_dump(body.manifest, allow_unicode=True)
-        manifest = filled(parse_manifest(text), self.base.facts)
+        manifest = filled(parse_manifest(text_of(body.manifest)), self.base.facts)
         self._check_base(manifest.base)
         if manifest.base_quantization != "none" or manifest.training_adapter is not None:
             raise ApiError(

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import click
 from PIL import Image
-from playwright.sync_api import Browser, Page
+from playwright.sync_api import Browser, FilePayload, Page
 
 from tests.browser import DESKTOP, PHONE, chromium, open_page
 
@@ -55,11 +55,27 @@ def visit(path: str, ready: str) -> Callable[[Page], None]:
 
 
 def bring(page: Page) -> None:
-    """Subjects, with the photos of one that is not trained yet."""
+    """Subjects, with the photos of one that is not trained yet, of which some could be better."""
+    found = sorted((PHOTOS / "pogo").glob("*.png"))[:5]
+    with Image.open(found[0]) as first, Image.open(found[1]) as second:
+        wide = first.convert("RGB").resize((160, 64)).crop((20, 0, 140, 64))
+        tiny = second.convert("RGB").resize((24, 24))
+        photos = [picture(file.name, Image.open(file)) for file in found]
+        photos += [picture("wide.png", wide), picture("far.png", tiny)]
+    photos.append({"name": "notes.jpg", "mimeType": "image/jpeg", "buffer": b"not a photo"})
     page.goto("/#/subjects")
-    page.get_by_label("A folder of subjects").set_input_files(PHOTOS / "pogo")
+    page.get_by_label("Photos of a subject").set_input_files(photos)
+    page.get_by_label("Id", exact=True).fill("pogo")
     page.get_by_label("Class", exact=True).fill("frog")
+    page.get_by_label("Trigger word").focus()
     page.get_by_text("good photos").wait_for()
+
+
+def picture(name: str, image: Image.Image) -> FilePayload:
+    """A PNG file to upload."""
+    data = io.BytesIO()
+    image.save(data, "PNG")
+    return {"name": name, "mimeType": "image/png", "buffer": data.getvalue()}
 
 
 def follow(page: Page) -> None:

@@ -50,6 +50,11 @@ def check_admin(request: Request) -> None:
     service_of(request).tenant(request, "admin")
 
 
+def wants_stream(request: Request) -> bool:
+    """Whether the caller asks for server-sent events, as a browser's EventSource does."""
+    return "text/event-stream" in request.headers.get("accept", "")
+
+
 def event_page(look: Look, after: str | None, limit: int, subject: str | None = None) -> EventPage:
     """A page of events, the latest first. Raises ApiError 404 for an `after` that is no event of it."""
     events = events_of(look, subject)[::-1]

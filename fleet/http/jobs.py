@@ -8,7 +8,7 @@ from fastapi.responses import Response, StreamingResponse
 
 from fleet.board import Look
 from fleet.http.bodies import JobBody
-from fleet.http.context import Fleet, check_admin, event_page, event_stream, fleet_of
+from fleet.http.context import Fleet, check_admin, event_page, event_stream, fleet_of, wants_stream
 from fleet.http.files import Once
 from fleet.http.wire import CheckpointInfo, CheckpointPage, EventPage, JobInfo, JobPage, SamplePage
 from fleet.showing import checkpoints_of, job_info, sample, samples_of
@@ -96,7 +96,7 @@ async def list_events(
 ) -> EventPage | StreamingResponse:
     """What has happened to a job, the latest first; with `stream` from the beginning, and on as it happens."""
     look = await _look(request, id)
-    if stream:
+    if stream or wants_stream(request):
         board, tenant = fleet_of(request).board, look.order.tenant
         return event_stream(request, lambda: board.look(tenant, id, "job"))
     return await asyncio.to_thread(event_page, look, after, limit)

@@ -4,7 +4,6 @@ import asyncio
 import json
 from typing import Annotated
 
-import yaml
 from fastapi import APIRouter, Path, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response, StreamingResponse
@@ -12,10 +11,11 @@ from pydantic import ValidationError
 
 from fleet.board import Look
 from fleet.http.bodies import RunBody
-from fleet.http.context import check_admin, event_page, event_stream, fleet_of
+from fleet.http.context import check_admin, event_page, event_stream, fleet_of, wants_stream
 from fleet.http.files import Once
 from fleet.http.jobs import STREAMED, After, Limit
 from fleet.http.wire import EventPage, RunInfo, RunPage, RunSubject, RunSubjects, SamplePage
+from fleet.manifests import values_of
 from fleet.showing import run_info, run_subject, sample, samples_of
 from serving.http.images import ERRORS
 from serving.http.problems import ApiError
@@ -133,7 +133,7 @@ async def list_run_events(
 ) -> EventPage | StreamingResponse:
     """What has happened to a run, the latest first; as server-sent events with `stream` or `Accept`."""
     look = await _look(request, id)
-    if stream or "text/event-stream" in request.headers.get("accept", ""):
+    if stream or wants_stream(request):
         board, tenant = fleet_of(request).board, look.order.tenant
         return event_stream(request, lambda: board.look(tenant, id, "run"))
     return await asyncio.to_thread(event_page, look, after, limit)
@@ -197,10 +197,7 @@ def _text(data: bytes) -> str:
 
 def _with_photos(body: RunBody, file: str, folders: set[str]) -> RunBody:
     """The manifest with each subject's `images` in the archive that came along: the folder of that name, or its id."""
-    try:
-        raw = yaml.safe_load(body.manifest) if isinstance(body.manifest, str) else body.manifest
-    except yaml.YAMLError as error:
-        raise ApiError(400, f"The manifest is not valid YAML: {error}.", param="manifest") from None
+    raw = values_of(body.manifest)
     subjects = raw.get("subjects") if isinstance(raw, dict) else None
     for subject in subjects if isinstance(subjects, list) else []:
         if isinstance(subject, dict):

@@ -98,7 +98,7 @@ def run_demo(out: Path, manifest: Path = MANIFEST) -> int:
     shots = _serve_and_draw(storage, submission.manifest.base, asks, stages, console)
     _write(out, manifest, submission, trained, shots, stages)
     console.print(f"look at {out / 'report.html'} and {out / 'contact.png'}")
-    console.print(f"open the studio: `dreamfleet serve --storage {out / 'storage'}`, then http://127.0.0.1:8000")
+    console.print(f"open the studio: `dreamfleet up --storage {out / 'storage'}`, then http://127.0.0.1:8000")
     return 0 if len(trained) == len(subjects) else 1
 
 

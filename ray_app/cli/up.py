@@ -4,11 +4,11 @@ from pathlib import Path
 
 import click
 
-from fleet.config import FleetSpec, TrainLimits
+from fleet.config import FLEET_FLAGS, FleetSpec, TrainLimits
 from ray_app.cli import options
 from ray_app.cli.train import lanes_option, max_gpus_option
 from ray_app.train.cluster import LOCAL
-from serving.config import EngineSpec, ServeSpec
+from serving.config import SERVER_FLAGS, EngineSpec, ServeSpec
 from serving.flags import flags
 
 
@@ -16,7 +16,7 @@ from serving.flags import flags
 @options.storage
 @click.option(
     "--address",
-    default="local",
+    default=LOCAL,
     show_default=True,
     envvar="DREAMFLEET_ADDRESS",
     help="local: this machine, in one process; or a Ray cluster (auto, host:port, ray://host:10001)",
@@ -25,23 +25,11 @@ from serving.flags import flags
 @click.option("--host", default="127.0.0.1", show_default=True, help="address to listen on")
 @click.option("--port", default=8000, show_default=True, type=click.IntRange(0, 65535))
 @click.option("--keys", type=click.Path(path_type=Path), help="keys file; without it only this machine may connect")
-@click.option("--cors", multiple=True, help="an origin whose web pages may use the server, https://studio.example")
-@click.option(
-    "--train-share",
-    default=0.25,
-    show_default=True,
-    type=click.FloatRange(0, 1, min_open=True, max_open=True),
-    help="the part of the device that training gets while pictures are wanted",
-)
-@click.option("--warm-s", default=300.0, show_default=True, help="seconds that a lane waits for more subjects")
-@click.option("--train-rows", default=32, show_default=True, type=click.IntRange(1), help="rows of one training step")
-@click.option(
-    "--photo-uri", "uris", multiple=True, help="beginning of URIs that photos may be read from; default: none"
-)
 @lanes_option
 @max_gpus_option
-@click.option("--private-hooks", is_flag=True, help="webhooks may go to loopback and private addresses")
+@flags(FleetSpec, "fleet", only=FLEET_FLAGS)
 @flags(TrainLimits, "limits")
+@flags(ServeSpec, "server", only=SERVER_FLAGS)
 @flags(EngineSpec, "engine")
 def up(
     storage: str,
@@ -50,28 +38,17 @@ def up(
     host: str,
     port: int,
     keys: Path | None,
-    cors: tuple[str, ...],
-    train_share: float,
-    warm_s: float,
-    train_rows: int,
     lanes: int | None,
     max_gpus: int | None,
-    uris: tuple[str, ...],
-    private_hooks: bool,
+    fleet: FleetSpec,
     limits: TrainLimits,
+    server: ServeSpec,
     engine: EngineSpec,
 ) -> None:
     """Train and serve over HTTP, until Ctrl-C: on this machine in one process, or on a cluster."""
-    server = ServeSpec(base=base, storage=storage, keys=str(keys) if keys else None, cors=cors, engine=engine)
-    spec = FleetSpec(
-        server=server,
-        limits=limits,
-        train_share=train_share,
-        warm_s=warm_s,
-        train_rows=train_rows,
-        uris=uris,
-        private_hooks=private_hooks,
-    )
+    file = str(keys) if keys else None
+    server = server.model_copy(update={"base": base, "storage": storage, "keys": file, "engine": engine})
+    spec = fleet.model_copy(update={"server": server, "limits": limits})
     if address == LOCAL:
         from fleet.running import run_fleet
 
@@ -86,7 +63,7 @@ def up(
         base=base,
         host=host,
         port=port,
-        keys=str(keys) if keys else None,
+        keys=file,
         deployment=Deployment(server=server),
         build=lambda deployment: build_fleet(
             FleetDeployment(deployment=deployment, fleet=spec, lanes=FleetLanes(lanes=lanes, gpus=max_gpus))

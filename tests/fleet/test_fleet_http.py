@@ -105,6 +105,11 @@ def test_a_job_that_cannot_be_trained_is_refused_before_it_is_accepted(house: Ho
         ({"model": "sd9"}, "not on 'sd9'"),
         ({"suffix": "No Good"}, "suffix"),
         ({"priority": 1000}, "priority"),
+        ({"hyperparameters": {"batch_size": json.loads("[" * 900 + "]" * 900)}}, "nested"),
+        (
+            {"method": {"type": "dreambooth_lora", "dreambooth_lora": {"class": json.loads("[" * 900 + "]" * 900)}}},
+            "nested",
+        ),
     ]
     for change, said in wrong:
         body = {"model": house.base, "training_file": file, "suffix": "rusty", "method": METHOD, **change}
@@ -186,6 +191,21 @@ def test_a_manifest_reads_uploads_only(house: House, images: str) -> None:
     }
     answer = httpx.post(f"{house.url}/v1/runs", json={"manifest": manifest})
     assert answer.status_code == 400 and "give the id of an uploaded file" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    "manifest, said",
+    [
+        ("a: &a [1, 1]\nb: [*a, *a]", "aliases"),
+        ("[" * 5000, "nested"),
+        ("a: [1", "not valid YAML"),
+        ({"a": json.loads("[" * 900 + "]" * 900)}, "nested"),
+        ("x" * 2_000_001, "2000000"),
+    ],
+)
+def test_a_manifest_that_would_take_the_server_down_is_refused(house: House, manifest: Any, said: str) -> None:
+    answer = httpx.post(f"{house.url}/v1/runs", json={"manifest": manifest}, timeout=60)
+    assert answer.status_code == 400 and said in answer.json()["error"]["message"], answer.text
 
 
 def test_what_is_another_tenants_does_not_exist(two: House) -> None:

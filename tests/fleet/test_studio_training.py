@@ -39,6 +39,7 @@ def fill(page: Page, subject: str, kind: str) -> None:
     card.get_by_text("Settings", exact=True).click()
     card.get_by_label("Steps").fill("6")
     card.get_by_label("Class images").fill("4")
+    card.get_by_label("Checkpoint every").fill("3")
 
 
 def test_photos_are_checked_train_together_and_are_drawn(browser: Browser, house: House, folders: Path) -> None:
@@ -65,6 +66,10 @@ def test_photos_are_checked_train_together_and_are_drawn(browser: Browser, house
         page.get_by_role("link", name="buddy").first.click()
         expect(page.get_by_role("region", name="Loss").locator("circle").first).to_be_visible()
         expect(page.get_by_role("region", name="What happened")).to_contain_text("published")
+        before = house.registry.resolve("default/buddy").version
+        page.get_by_role("button", name="Make current").first.click()
+        expect(page.get_by_role("link", name="Compare those that are published")).to_be_visible()
+        assert house.registry.resolve("default/buddy").version != before
         page.get_by_role("link", name="Draw with it").click()
         expect(page.get_by_label("Prompt")).to_have_value(re.compile("a photo of a sks dog"))
         page.get_by_label("Pictures", exact=True).fill("1")
@@ -72,6 +77,12 @@ def test_photos_are_checked_train_together_and_are_drawn(browser: Browser, house
         expect(page.locator(".batch .tile img[alt*='seed']")).to_have_count(1)
         page.goto("/#/usage")
         expect(page.get_by_role("row", name=re.compile("^buddy 1"))).to_contain_text("6")
+        page.goto("/#/subjects")
+        page.get_by_text("Photos that the server keeps").click()
+        page.get_by_role("button", name="Delete buddy.zip").click()
+        page.get_by_role("button", name="Delete them").click()
+        expect(page.get_by_role("button", name="Delete mug.zip")).to_be_visible()
+        expect(page.get_by_role("button", name="Delete buddy.zip")).to_have_count(0)
     assert house.registry.resolve("default/buddy").card.class_name == "dog"
     with open_page(browser, house.url, PHONE) as page:
         for path in PAGES:

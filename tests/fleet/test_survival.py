@@ -21,6 +21,7 @@ from tests.fleet.test_hooks import SECRET, Listener
 from training.base.files.folder import hash_base
 from training.base.files.outline import outline
 from training.run import accepted
+from training.run.cancel import cancel_run
 from training.run.fleet import FleetDriver, fleet_lead
 from training.run.run import RunStore
 from training.run.source import Outcome
@@ -200,7 +201,15 @@ def test_a_run_of_another_base_fails_in_words(tiny_folder: Path, tmp_path: Path)
     assert subject.state == "failed" and "Submit it again" in str(subject.reason)
 
 
-def test_store_of_a_run_is_where_status_and_logs_look(tiny_folder: Path, tmp_path: Path) -> None:
+def test_the_command_line_asks_the_fleet(tiny_folder: Path, tmp_path: Path) -> None:
+    """`dreamfleet cancel RUN` does not go behind its driver's back."""
     made = desk(tiny_folder, tmp_path)
     run = submit(made, "ann", "a")
-    assert RunStore(made.storage, run).record().tenant == "ann"
+    one = driver(made)
+    one.tick()
+    store = RunStore(made.storage, run)
+    assert not cancel_run(store, store.record(), [], driven=False)
+    assert made.board.look("ann", run, "job").subjects[0].state == "queued"
+    one.tick()
+    assert made.board.look("ann", run, "job").subjects[0].state == "cancelled"
+    assert store.record().state == "cancelled" and not accepted.asks(made.storage)

@@ -74,7 +74,8 @@ def accept(storage: Storage, record: RunRecord, manifest_yaml: str, order: Order
     if not storage.exists(f"runs/{record.run}/run.json"):
         store.create(record, manifest_yaml)
     storage.put(_listed(order), b"{}")
-    take_up(storage, order)
+    if store.record().state == "running":
+        take_up(storage, order)
 
 
 def read_order(storage: Storage, run: str) -> Order | None:
@@ -90,9 +91,9 @@ def orders_of(storage: Storage, tenant: str, kind: Kind) -> list[str]:
     return [key.rsplit("/", 1)[1].partition("-")[2] for key in storage.list(f"{_TENANTS}/{tenant}/{kind}")]
 
 
-def unfinished(storage: Storage) -> list[str]:
-    """The runs that the fleet has accepted and that have not ended, in no order. One listing."""
-    return [key.partition("@")[2] for key in storage.list(_RUNS)]
+def unfinished(storage: Storage, tenant: str | None = None) -> list[str]:
+    """The runs, of one tenant or of all, that were accepted and have not ended, in no order. One listing."""
+    return [key.partition("@")[2] for key in storage.list(_RUNS if tenant is None else f"{_RUNS}/{tenant}")]
 
 
 def waiting_of(storage: Storage, tenant: str) -> int:

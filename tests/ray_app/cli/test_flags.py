@@ -12,6 +12,7 @@ import ray_app.serve.deployments
 import serving.__main__
 from ray_app.cli.main import main
 from ray_app.cli.server import serve
+from ray_app.cli.up import up
 from serving.config import EngineSpec, ServeSpec
 from serving.engine.tiers.fit import check_fit
 from tests.serving.company import random_adapter
@@ -106,7 +107,7 @@ def test_a_bad_value_names_its_flag_and_what_is_allowed(
 
 
 def test_help_says_every_fields_meaning() -> None:
-    for command in (serve, serving.__main__.main):
+    for command in (serve, serving.__main__.main, up):
         said = {option.name: option.help for option in command.params if isinstance(option, click.Option)}
         assert all(said[name] == field.description for name, field in EngineSpec.model_fields.items())
 

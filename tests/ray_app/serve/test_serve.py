@@ -183,6 +183,13 @@ def test_a_stream_and_an_error_come_through(client: Client) -> None:
 
 
 @pytest.mark.ray
+def test_the_studio_is_there(client: Client) -> None:
+    page, script = client.call("GET", "/"), client.call("GET", "/studio/app.js")
+    assert "<title>dreamfleet</title>" in page.text and "import " in script.text
+    assert page.headers["content-security-policy"] == script.headers["content-security-policy"]
+
+
+@pytest.mark.ray
 def test_replace_and_delete_reach_every_replica(client: Client) -> None:
     client.upload("brief", 50)
     first = client.images(model="brief").json()["data"][0]

@@ -11,6 +11,11 @@ export async function uploadPhotos(blob, name, options) {
   return (await send("POST", "/v1/files", { form, ...options })).json();
 }
 
+/** What was uploaded, the latest first. */
+export function listPhotos(options) {
+  return all("/v1/files", options);
+}
+
 /** Removes an upload. */
 export function deletePhotos(id) {
   return send("DELETE", path("v1", "files", id));

@@ -10,6 +10,7 @@ import { draftCard } from "./card.js";
 import { demoButton } from "./demo.js";
 import { allDrafts, newDraft } from "./draft.js";
 import { byFolder, chosenFiles, droppedFiles } from "./drop.js";
+import { keptPanel } from "./kept.js";
 
 const CLASSES = ["person", "man", "woman", "dog", "cat", "car", "cup", "toy", "backpack", "shoe", "house", "style"];
 
@@ -88,6 +89,7 @@ export async function subjectsPage({ signal }) {
     ),
     box,
     list,
+    keptPanel(),
     h(
       "datalist",
       { id: "classes" },

@@ -45,6 +45,7 @@ export function recipeFields(draft, base, changed) {
         "Learning rate",
         number(train.learning_rate, { min: 0, step: "any", placeholder: "0.0001" }, set("train", "learning_rate")),
       ),
+      field("Checkpoint every", number(train.checkpoint_every, { min: 1 }, set("train", "checkpoint_every"))),
       field("Class images", number(draft.settings.prior?.images, { min: 1, placeholder: 200 }, set("prior", "images"))),
       field("Rank", number(draft.settings.lora?.rank, { min: 1, max: 320, placeholder: 8 }, set("lora", "rank"))),
       field(

@@ -18,7 +18,7 @@ export function controls(entry, changed) {
 
 function button(entry, verb, changed) {
   const whole = entry.kind === "run";
-  const text = verb[0].toUpperCase() + verb.slice(1) + (whole ? " the run" : "");
+  const text = verb[0].toUpperCase() + verb.slice(1) + (whole ? ` the run ${entry.group}` : "");
   const act = async (event) => {
     const pressed = event.currentTarget;
     if (
@@ -46,7 +46,7 @@ function button(entry, verb, changed) {
     {
       class: `button small ${verb === "cancel" ? "quiet danger" : ""}`,
       type: "button",
-      "aria-label": `${text} ${whole ? "" : entry.id}`.trim(),
+      "aria-label": whole ? text : `${text} ${entry.id}`,
       onclick: act,
     },
     text,

@@ -1,20 +1,22 @@
 /** One subject in training, live: loss, samples, checkpoints, what happened. */
 
-import { follow, listCheckpoints, serveCheckpoint } from "../api/training.js";
+import { follow } from "../api/training.js";
 import { chart } from "../charts/chart.js";
 import { h, icon, ICONS, put } from "../frame/dom.js";
 import { date, decimal, span, when } from "../frame/format.js";
-import { notify, problemBox, tell } from "../frame/notice.js";
+import { problemBox, tell } from "../frame/notice.js";
 import { poll } from "../frame/poll.js";
 import { link } from "../frame/router.js";
 import { picture } from "../pictures/picture.js";
 import { view } from "../pictures/viewer.js";
+import { checkpointTable } from "./checkpoints.js";
 import { controls } from "./controls.js";
 import { showEntry } from "./entries.js";
 import { listSamples } from "./samples.js";
 import { lineOf, share, tagOf } from "./words.js";
 
 const POLL_MS = 2000;
+const SMOOTH = 0.15; // the weight of a new loss in the mean
 
 /** The page of job/<id> or run/<run>/<subject>. */
 export async function subjectPage({ parts, signal }) {
@@ -115,7 +117,15 @@ function factsOf({ progress, finish, created, run, group, settings, ended }) {
 /** The loss curve and the log; both grow with `add`. */
 function storyPanel(entry) {
   const points = [];
-  const data = () => ({ series: [{ name: "loss", color: "var(--curve-1)", points }], x: "step", low: 0, height: 240 });
+  const data = () => ({
+    series: [
+      { name: "loss", color: "var(--line-strong)", points },
+      { name: "average", color: "var(--curve-1)", points: averaged(points) },
+    ],
+    x: "step",
+    low: 0,
+    height: 240,
+  });
   const curve = chart(data());
   const list = h("ol", { class: "story" });
   const add = (event) => {
@@ -141,6 +151,12 @@ function storyPanel(entry) {
     loss: h("section", { class: "panel", "aria-label": "Loss" }, h("h2", {}, "Loss"), curve),
     log: h("section", { class: "panel", "aria-label": "What happened" }, h("h2", {}, "What happened"), list),
   };
+}
+
+/** The running mean of a curve: single losses jump, as each step sees other noise. */
+function averaged(points) {
+  let mean = null;
+  return points.map(([x, y]) => [x, (mean = mean === null ? y : mean + (y - mean) * SMOOTH)]);
 }
 
 async function listen(entry, story, signal) {
@@ -189,66 +205,4 @@ function samplesPanel() {
     );
   };
   return { node, show };
-}
-
-async function checkpointTable(entry, signal, refresh) {
-  const found = await listCheckpoints(entry.run, { signal });
-  if (!found.length) return null;
-  const names = ["likeness", "fidelity", "balance", "copying"].filter((name) =>
-    found.some((one) => name in one.metrics),
-  );
-  const serve = async (one) => {
-    try {
-      await serveCheckpoint(entry.run, one.id);
-      notify(`Step ${one.step_number} is served now.`);
-      await refresh();
-    } catch (error) {
-      tell(error);
-    }
-  };
-  const line = (one) =>
-    h(
-      "tr",
-      { class: one.chosen ? "is-chosen" : null },
-      h("th", { scope: "row" }, `step ${one.step_number}`),
-      names.map((name) => h("td", { class: "number" }, name in one.metrics ? decimal(one.metrics[name], 3) : "")),
-      h(
-        "td",
-        { class: "small" },
-        one.current && h("span", { class: "tag good" }, "served"),
-        one.chosen && h("span", { class: "tag accent" }, "chosen"),
-        one.reason && h("p", { class: "muted" }, one.reason),
-      ),
-      h(
-        "td",
-        {},
-        entry.status === "succeeded" &&
-          !one.current &&
-          h("button", { class: "button small", type: "button", onclick: () => serve(one) }, "Make current"),
-      ),
-    );
-  return [
-    h("h2", {}, "Checkpoints"),
-    h(
-      "div",
-      { class: "scroll" },
-      h(
-        "table",
-        {},
-        h(
-          "thead",
-          {},
-          h(
-            "tr",
-            {},
-            h("th", { scope: "col" }, "Step"),
-            names.map((name) => h("th", { scope: "col", class: "number" }, name)),
-            h("th", { scope: "col" }, "Choice"),
-            h("td", {}),
-          ),
-        ),
-        h("tbody", {}, found.map(line)),
-      ),
-    ),
-  ];
 }

@@ -22,7 +22,7 @@ export async function trainingPage({ signal }) {
   const now = h("ul", { class: "entries" });
   const past = h("ul", { class: "entries" });
   const blank = h("div");
-  const heads = { now: h("h2", {}, "Now"), past: h("h2", {}, "Before") };
+  const heads = { now: head("Now"), past: head("Before") };
   const rows = new Map();
 
   async function refresh() {
@@ -46,8 +46,11 @@ export async function trainingPage({ signal }) {
       past,
       entries.filter((one) => one.ended),
     );
-    heads.now.hidden = !running.length;
-    heads.past.hidden = !past.childElementCount;
+    heads.now.show(running, refresh);
+    heads.past.show(
+      entries.filter((one) => one.ended),
+      refresh,
+    );
     put(blank, !entries.length && nothing(base));
   }
 
@@ -85,11 +88,32 @@ export async function trainingPage({ signal }) {
     problems,
     lanes,
     blank,
-    heads.now,
+    heads.now.node,
     now,
-    heads.past,
+    heads.past.node,
     past,
   );
+}
+
+/** The heading of a list, with the buttons of the runs that are in it: a run is cancelled or tried again as a whole. */
+function head(text) {
+  const buttons = h("div", { class: "row" });
+  const node = h("div", { class: "spread" }, h("h2", {}, text), buttons);
+  let known = "";
+  const show = (entries, refresh) => {
+    node.hidden = !entries.length;
+    const asked = new Map();
+    for (const one of entries) {
+      if (one.kind === "run" && one.status !== "succeeded") asked.set(`${one.run} ${one.ended}`, one);
+    }
+    if ([...asked.keys()].join() === known) return;
+    known = [...asked.keys()].join();
+    put(
+      buttons,
+      [...asked.values()].map((one) => controls(one, refresh)),
+    );
+  };
+  return { node, show };
 }
 
 /** A lane: whose subjects share its passes. */
@@ -184,7 +208,7 @@ function row(first, refresh) {
     meter.setAttribute("aria-valuenow", Math.round(share(entry) * 100));
     meter.hidden = entry.ended;
     void picture.look(entry);
-    if (known !== entry.status) put(buttons, controls(entry, refresh));
+    if (known !== entry.status) put(buttons, entry.kind === "job" && controls(entry, refresh));
     known = entry.status;
   };
   return { node, show };
