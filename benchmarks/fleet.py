@@ -41,7 +41,7 @@ RUNNING = "running on "
 PORTION = 0.3
 
 
-class Server:
+class ServerProcess:
     """A server in a process of its own."""
 
     def __init__(self, command: list[str], log: Path) -> None:
@@ -189,7 +189,7 @@ def measure(folder: Path, steps: int, count: int) -> dict[str, str]:
     tokens = [Keys(keys).make(name)[1] for name in ("ann", "bob")]
     found: dict[str, str] = {}
     serve = [sys.executable, "-m", "serving", "--port", "0", "--storage", str(folder / "serving")]
-    alone = Server(serve, folder / "serving.log")
+    alone = ServerProcess(serve, folder / "serving.log")
     plain = Tenant(alone.url, "none")
     for seed in range(4):
         plain.draw(seed)
@@ -198,7 +198,7 @@ def measure(folder: Path, steps: int, count: int) -> dict[str, str]:
     rates, training_mb = manifest_alone(folder, steps)
     manifest_rate = statistics.median(rates[2:])
     up = [sys.executable, "-m", "ray_app.cli.main", "up", "--port", "0", "--storage", str(folder / "up")]
-    server = Server([*up, "--keys", str(keys)], folder / "up.log")
+    server = ServerProcess([*up, "--keys", str(keys)], folder / "up.log")
     try:
         tenants = [Tenant(server.url, token) for token in tokens]
         for seed in range(4):

@@ -20,7 +20,7 @@ _NAMES: dict[Kind, str] = {"job": "fine-tuning job", "run": "run"}
 
 
 @dataclass(frozen=True)
-class Look:
+class Submitted:
     """A run as it lies on the storage, its subjects in manifest order."""
 
     order: Order
@@ -49,7 +49,7 @@ class Board:
         self.wake = wake
         self._standing: tuple[float, Standing] | None = None
 
-    def look(self, tenant: str, run: str, kind: Kind) -> Look:
+    def look(self, tenant: str, run: str, kind: Kind) -> Submitted:
         """A tenant's run. Raises ApiError 404 for what is not there, or another's."""
         order = accepted.read_order(self.storage, run) if _RUN.fullmatch(run) else None
         if order is None or order.tenant != tenant or order.kind != kind:
@@ -63,7 +63,7 @@ class Board:
             store.subject(spec.id) or SubjectRecord(id=spec.id, max_steps=spec.train.max_steps)
             for spec in record.manifest.subjects
         )
-        return Look(order, record, subjects, store)
+        return Submitted(order, record, subjects, store)
 
     def page(
         self,
@@ -72,14 +72,14 @@ class Board:
         after: str | None,
         limit: int,
         keep: Callable[[Order], bool] = lambda order: True,
-    ) -> tuple[list[Look], bool]:
+    ) -> tuple[list[Submitted], bool]:
         """At most `limit` of a tenant's runs that follow `after`, the latest first, and whether there are more."""
         runs = accepted.orders_of(self.storage, tenant, kind)[::-1]
         if after is not None:
             if after not in runs:
                 raise ApiError(404, f"No {_NAMES[kind]} '{after[:80]}'.", param="after", code=f"{kind}_not_found")
             runs = runs[runs.index(after) + 1 :]
-        found: list[Look] = []
+        found: list[Submitted] = []
         for run in runs:
             order = accepted.read_order(self.storage, run)
             if order is None or not keep(order):
@@ -89,7 +89,7 @@ class Board:
             found.append(self.look(tenant, run, kind))
         return found, False
 
-    def ask(self, look: Look, verb: Verb, subjects: Sequence[str] = ()) -> Look:
+    def ask(self, look: Submitted, verb: Verb, subjects: Sequence[str] = ()) -> Submitted:
         """Asks the driver; returns how the run stands once it has heeded that, or after a moment."""
         key = accepted.ask(self.storage, Ask(run=look.order.run, verb=verb, subjects=tuple(subjects)))
         self.wake()

@@ -32,7 +32,7 @@ PREFIX = "file-"
 _ID = re.compile(rf"{PREFIX}[0-9a-f]{{8,64}}")
 
 
-class Problem(Closed):
+class BadFile(Closed):
     """A file that is not used, and why."""
 
     name: str
@@ -54,7 +54,7 @@ class Checked(Closed):
     folder: str
     photos: int
     captions: int
-    problems: tuple[Problem, ...] = ()
+    problems: tuple[BadFile, ...] = ()
     warnings: tuple[Finding, ...] = ()
     error: str | None = None
 
@@ -180,7 +180,7 @@ class Files:
         try:
             found = photos(files, resolution=self._resolution, min_photos=0)
         except TooFewPhotos as error:
-            bad = tuple(Problem(name=one.name, reason=one.reason) for one in error.rejected)
+            bad = tuple(BadFile(name=one.name, reason=one.reason) for one in error.rejected)
             return Checked(folder=folder, photos=0, captions=captions, problems=bad, error=str(error))
         except UserError as error:
             return Checked(folder=folder, photos=0, captions=captions, error=str(error))
@@ -192,7 +192,7 @@ def _checked(folder: str, captions: int, found: Photos) -> Checked:
         folder=folder,
         photos=len(found.good),
         captions=captions,
-        problems=tuple(Problem(name=one.name, reason=one.reason) for one in found.rejected),
+        problems=tuple(BadFile(name=one.name, reason=one.reason) for one in found.rejected),
         warnings=tuple(
             Finding(kind=one.kind, names=one.names, message=one.message, advice=one.advice) for one in found.warnings
         ),

@@ -8,8 +8,8 @@ from prometheus_client import CollectorRegistry, Gauge, generate_latest
 from fleet.board import Board
 from fleet.config import FleetSpec
 from fleet.http import admin, demo, files, jobs, runs, usage
-from fleet.http.context import Fleet
-from fleet.submitting import Desk
+from fleet.http.context import FleetContext
+from fleet.submitting import SubmissionDesk
 from serving.engine.request import Event, FinishedPicture, GenerateRequest
 from serving.http.app import Extension, create_app, open_keys
 from serving.http.library import Library
@@ -30,15 +30,15 @@ def make_fleet_app(
     """The app. `wake` lets a driver in this process look at once; `book` is where its usage is counted."""
     storage = library.registry.storage
     board = Board(storage, wake)
-    desk = Desk(storage, library.outline, library.base_hash, spec, board)
-    fleet = Fleet(desk, board, library.registry, book or UsageBook(storage), spec)
+    desk = SubmissionDesk(storage, library.outline, library.base_hash, spec, board)
+    fleet = FleetContext(desk, board, library.registry, book or UsageBook(storage), spec)
     extension = Extension(
         routers=(files.router, jobs.router, runs.router, demo.router, usage.router, admin.router),
         state={"fleet": fleet},
         uploads={"/v1/files": spec.limits.file_bytes, "/v1/runs": spec.limits.file_bytes},
         metrics=lambda: _gauges(board),
     )
-    counted = Counted(generate, fleet.usage)
+    counted = CountedPictures(generate, fleet.usage)
     marks = Marks(spec.server.marks, storage)
     return create_app(counted, engines, library, spec.server, open_keys(spec.server.keys), marks, extension)
 
@@ -59,7 +59,7 @@ def _gauges(board: Board) -> bytes:
     return generate_latest(registry)
 
 
-class Counted:
+class CountedPictures:
     """A `Generate` that counts the pictures of each tenant: for each adapter of a mix its part."""
 
     def __init__(self, generate: Generate, book: UsageBook) -> None:

@@ -4,17 +4,17 @@ import re
 from collections.abc import Sequence
 from pathlib import PurePosixPath
 
-from fleet.board import Board, Look
+from fleet.board import Board, Submitted
 from fleet.http.wire import (
     CheckpointInfo,
     EventInfo,
     JobError,
     JobInfo,
     JobStatus,
-    Progress,
     RunInfo,
     RunSubject,
     SampleInfo,
+    SubjectProgress,
 )
 from serving.http.problems import ApiError
 from training.base.files.folder import public_name
@@ -40,7 +40,7 @@ def status_of(subject: SubjectRecord) -> JobStatus:
     return _STATUS.get(subject.state, "running")
 
 
-def job_info(look: Look, standing: Standing) -> JobInfo:
+def job_info(look: Submitted, standing: Standing) -> JobInfo:
     """A job as `GET /v1/fine_tuning/jobs/{id}` shows it."""
     (subject,), (spec,) = look.subjects, look.record.manifest.subjects
     about = look.order.about
@@ -68,7 +68,7 @@ def job_info(look: Look, standing: Standing) -> JobInfo:
     )
 
 
-def run_info(look: Look, standing: Standing) -> RunInfo:
+def run_info(look: Submitted, standing: Standing) -> RunInfo:
     """A run as `GET /v1/runs/{id}` shows it."""
     counts: dict[str, int] = {}
     for subject in look.subjects:
@@ -90,7 +90,7 @@ def run_info(look: Look, standing: Standing) -> RunInfo:
     )
 
 
-def run_subject(look: Look, subject: SubjectRecord, standing: Standing) -> RunSubject:
+def run_subject(look: Submitted, subject: SubjectRecord, standing: Standing) -> RunSubject:
     """One subject of a run."""
     return RunSubject(
         id=subject.id,
@@ -106,13 +106,13 @@ def run_subject(look: Look, subject: SubjectRecord, standing: Standing) -> RunSu
     )
 
 
-def progress_of(look: Look, subject: SubjectRecord, standing: Standing) -> Progress:
+def progress_of(look: Submitted, subject: SubjectRecord, standing: Standing) -> SubjectProgress:
     """How a subject stands, with what the driver has last said of its lane."""
     key = f"{look.order.run}/{subject.id}"
     fresh = Board.is_fresh(standing) and subject.state not in ENDED
     lane = next((lane for lane in standing.lanes if fresh and key in lane.subjects), None)
     waits = fresh and lane is None and key in standing.waiting
-    return Progress(
+    return SubjectProgress(
         state=subject.state,
         doing=lane.subjects[key] if lane else None,
         step=subject.step,
@@ -128,13 +128,13 @@ def progress_of(look: Look, subject: SubjectRecord, standing: Standing) -> Progr
     )
 
 
-def events_of(look: Look, subject: str | None = None) -> list[EventInfo]:
+def events_of(look: Submitted, subject: str | None = None) -> list[EventInfo]:
     """What has happened, the earliest first; of one subject if given."""
     lines = [line for line in read_lines(look.store) if subject is None or line.text.startswith(f"{subject}:")]
     return [_event(line, look.order.kind) for line in lines]
 
 
-def checkpoints_of(look: Look, subject: SubjectRecord, registry: Registry) -> list[CheckpointInfo]:
+def checkpoints_of(look: Submitted, subject: SubjectRecord, registry: Registry) -> list[CheckpointInfo]:
     """The steps of a subject that are kept, with the scores of those that were judged, the latest first."""
     record = load_record(look.store, subject.id)
     steps = set(look.store.checkpoints(subject.id)) | set(record.steps if record else ())
@@ -164,7 +164,7 @@ def checkpoints_of(look: Look, subject: SubjectRecord, registry: Registry) -> li
     return found
 
 
-def samples_of(look: Look, subject: SubjectRecord, path: str) -> list[SampleInfo]:
+def samples_of(look: Submitted, subject: SubjectRecord, path: str) -> list[SampleInfo]:
     """The pictures that were drawn while a subject trained; `path` is where they are served."""
     folder = look.store.subject_key(subject.id, "samples")
     names = [PurePosixPath(key).name for key in look.store.storage.list(folder)]
@@ -176,7 +176,7 @@ def samples_of(look: Look, subject: SubjectRecord, path: str) -> list[SampleInfo
     return found
 
 
-def sample(look: Look, subject: SubjectRecord, name: str) -> bytes:
+def sample(look: Submitted, subject: SubjectRecord, name: str) -> bytes:
     """One of these pictures, a PNG file. Raises ApiError 404."""
     try:
         if not _SAMPLE.fullmatch(name):
@@ -186,7 +186,7 @@ def sample(look: Look, subject: SubjectRecord, name: str) -> bytes:
         raise ApiError(404, f"No sample '{name[:80]}'.", code="sample_not_found") from None
 
 
-def _published(look: Look, subject: SubjectRecord, registry: Registry) -> tuple[dict[int, str], str | None]:
+def _published(look: Submitted, subject: SubjectRecord, registry: Registry) -> tuple[dict[int, str], str | None]:
     """Version by step, of what this subject has published, and the version that is current now."""
     name = f"{look.order.tenant}/{subject.id}"
     try:
@@ -212,14 +212,14 @@ def _event(line: Line, kind: str) -> EventInfo:
     )
 
 
-def _finish(look: Look, subject: SubjectRecord, standing: Standing) -> int | None:
+def _finish(look: Submitted, subject: SubjectRecord, standing: Standing) -> int | None:
     if subject.state in ENDED or not Board.is_fresh(standing):
         return None
     end = standing.finish.get(f"{look.order.run}/{subject.id}")
     return None if end is None else int(end)
 
 
-def _model(look: Look, subject: SubjectRecord) -> str | None:
+def _model(look: Submitted, subject: SubjectRecord) -> str | None:
     if status_of(subject) != "succeeded":
         return None
     return f"{public_name(look.record.base)}:{look.order.tenant}/{subject.id}"

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from fleet.board import Board, Look
+from fleet.board import Board, Submitted
 from fleet.config import FleetSpec
 from fleet.files import PREFIX, Files
 from fleet.hooks import check_hook
@@ -37,7 +37,7 @@ from training.storage.interface import Storage
 FULL_S = 60.0
 
 
-class Desk:
+class SubmissionDesk:
     """Where jobs and manifests are submitted, for the base of this fleet."""
 
     def __init__(self, storage: Storage, base: Outline, base_hash: str, spec: FleetSpec, board: Board) -> None:
@@ -49,7 +49,7 @@ class Desk:
         self.files = Files(storage, base.facts.resolution, spec.limits)
         self.name = public_name(base.name)
 
-    def submit_job(self, tenant: str, body: JobBody, key: str | None) -> Look:
+    def submit_job(self, tenant: str, body: JobBody, key: str | None) -> Submitted:
         """Accepts a job. Raises ApiError, UserError for what cannot be trained."""
         self._check_base(body.model)
         check_depth(body.hyperparameters, "hyperparameters")
@@ -69,7 +69,7 @@ class Desk:
         order = self._order(run, tenant, "job", body.priority, [file.id], about, body.webhook, 1)
         return self._accept(manifest, order)
 
-    def submit_run(self, tenant: str, body: RunBody, key: str | None) -> Look:
+    def submit_run(self, tenant: str, body: RunBody, key: str | None) -> Submitted:
         """Accepts a manifest. Raises ApiError, ManifestError for what is wrong with it."""
         manifest = filled(parse_manifest(text_of(body.manifest)), self.base.facts)
         self._check_base(manifest.base)
@@ -159,7 +159,7 @@ class Desk:
             about={name: value for name, value in about.items() if value is not None},
         )
 
-    def _accept(self, manifest: Manifest, order: Order) -> Look:
+    def _accept(self, manifest: Manifest, order: Order) -> Submitted:
         self._check_room(order)
         record = RunRecord(
             run=order.run,

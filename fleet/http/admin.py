@@ -8,7 +8,7 @@ from fastapi import APIRouter, Path, Request
 
 from fleet.http.account import KeyInfo, KeyPage, TenantInfo, TenantPage
 from fleet.http.bodies import KeyBody, QuotaBody
-from fleet.http.context import Fleet, check_admin, fleet_of
+from fleet.http.context import FleetContext, check_admin, fleet_of
 from serving.http.access.tenants import Key, Keys
 from serving.http.images import ERRORS
 from serving.http.problems import ApiError
@@ -77,7 +77,7 @@ def _keys(request: Request) -> Keys:
     return keys
 
 
-def _tenants(fleet: Fleet, keys: Keys | None) -> TenantPage:
+def _tenants(fleet: FleetContext, keys: Keys | None) -> TenantPage:
     fleet.usage.flush()
     used, quotas = month_used(fleet.board.storage), read_quotas(fleet.board.storage)
     names = {*used, *quotas, *(key.tenant for key in keys.all())} if keys else {*used, *quotas, "default"}
@@ -86,7 +86,7 @@ def _tenants(fleet: Fleet, keys: Keys | None) -> TenantPage:
     )
 
 
-def _tenant(fleet: Fleet, name: str, quota: TenantQuota, used: float) -> TenantInfo:
+def _tenant(fleet: FleetContext, name: str, quota: TenantQuota, used: float) -> TenantInfo:
     return TenantInfo(
         id=name,
         quota=QuotaBody.model_validate(quota.model_dump()),

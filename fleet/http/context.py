@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from fastapi import Request
 from fastapi.responses import StreamingResponse
 
-from fleet.board import Board, Look
+from fleet.board import Board, Submitted
 from fleet.config import FleetSpec
 from fleet.http.wire import EventInfo, EventPage
 from fleet.showing import events_of
-from fleet.submitting import Desk
+from fleet.submitting import SubmissionDesk
 from serving.http.access.tenants import Key
 from serving.http.problems import ApiError
 from serving.http.service import service_of
@@ -24,19 +24,19 @@ KEEP_ALIVE_S = 10.0
 
 
 @dataclass(frozen=True)
-class Fleet:
+class FleetContext:
     """Everything a route of the fleet works with. `usage` counts what this process draws."""
 
-    desk: Desk
+    desk: SubmissionDesk
     board: Board
     registry: Registry
     usage: UsageBook
     spec: FleetSpec
 
 
-def fleet_of(request: Request) -> Fleet:
+def fleet_of(request: Request) -> FleetContext:
     """The fleet of the app that handles `request`."""
-    fleet: Fleet = request.app.state.fleet
+    fleet: FleetContext = request.app.state.fleet
     return fleet
 
 
@@ -55,7 +55,7 @@ def wants_stream(request: Request) -> bool:
     return "text/event-stream" in request.headers.get("accept", "")
 
 
-def event_page(look: Look, after: str | None, limit: int, subject: str | None = None) -> EventPage:
+def event_page(look: Submitted, after: str | None, limit: int, subject: str | None = None) -> EventPage:
     """A page of events, the latest first. Raises ApiError 404 for an `after` that is no event of it."""
     events = events_of(look, subject)[::-1]
     if after is not None:
@@ -66,7 +66,7 @@ def event_page(look: Look, after: str | None, limit: int, subject: str | None = 
     return EventPage(data=events[:limit], has_more=len(events) > limit)
 
 
-def event_stream(request: Request, again: Callable[[], Look], subject: str | None = None) -> StreamingResponse:
+def event_stream(request: Request, again: Callable[[], Submitted], subject: str | None = None) -> StreamingResponse:
     """Server-sent events: what has happened, then what happens, until the run has ended. `Last-Event-ID` goes on."""
     last = request.headers.get("last-event-id")
 

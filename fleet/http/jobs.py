@@ -6,9 +6,9 @@ from typing import Annotated
 from fastapi import APIRouter, Path, Query, Request
 from fastapi.responses import Response, StreamingResponse
 
-from fleet.board import Look
+from fleet.board import Submitted
 from fleet.http.bodies import JobBody
-from fleet.http.context import Fleet, check_admin, event_page, event_stream, fleet_of, wants_stream
+from fleet.http.context import FleetContext, check_admin, event_page, event_stream, fleet_of, wants_stream
 from fleet.http.files import Once
 from fleet.http.wire import CheckpointInfo, CheckpointPage, EventPage, JobInfo, JobPage, SamplePage
 from fleet.showing import checkpoints_of, job_info, sample, samples_of
@@ -150,7 +150,7 @@ async def show_sample(request: Request, id: JobId, name: Annotated[str, Path(max
     return Response(data, media_type="image/png", headers={"X-Content-Type-Options": "nosniff"})
 
 
-def _choose(fleet: Fleet, look: Look, checkpoint: str) -> CheckpointInfo:
+def _choose(fleet: FleetContext, look: Submitted, checkpoint: str) -> CheckpointInfo:
     subject, spec = look.subjects[0], look.record.manifest.subjects[0]
     known = {one.id for one in checkpoints_of(look, subject, fleet.registry)}
     if checkpoint not in known:
@@ -165,7 +165,7 @@ def _choose(fleet: Fleet, look: Look, checkpoint: str) -> CheckpointInfo:
     return next(one for one in found if one.id == checkpoint)
 
 
-async def _look(request: Request, id: str) -> Look:
+async def _look(request: Request, id: str) -> Submitted:
     fleet, tenant = fleet_of(request), service_of(request).tenant(request)
     return await asyncio.to_thread(fleet.board.look, tenant, id, "job")
 
@@ -179,5 +179,5 @@ async def _ask(request: Request, id: str, verb: Verb) -> JobInfo:
     return await _shown(fleet, await asyncio.to_thread(fleet.board.ask, look, verb))
 
 
-async def _shown(fleet: Fleet, look: Look) -> JobInfo:
+async def _shown(fleet: FleetContext, look: Submitted) -> JobInfo:
     return job_info(look, await asyncio.to_thread(fleet.board.standing))

@@ -9,7 +9,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response, StreamingResponse
 from pydantic import ValidationError
 
-from fleet.board import Look
+from fleet.board import Submitted
 from fleet.http.bodies import RunBody
 from fleet.http.context import check_admin, event_page, event_stream, fleet_of, wants_stream
 from fleet.http.files import Once
@@ -157,7 +157,7 @@ async def _ask(request: Request, id: str, verb: Verb) -> RunInfo:
     return run_info(look, await asyncio.to_thread(fleet.board.standing))
 
 
-async def _look(request: Request, id: str) -> Look:
+async def _look(request: Request, id: str) -> Submitted:
     fleet, tenant = fleet_of(request), service_of(request).tenant(request)
     return await asyncio.to_thread(fleet.board.look, tenant, id, "run")
 

@@ -7,7 +7,7 @@ from typing import Annotated
 from fastapi import APIRouter, Query, Request
 
 from fleet.http.account import CallerInfo, FleetInfo, LaneInfo, UsageInfo, UsageLine
-from fleet.http.context import Fleet, fleet_of, key_of
+from fleet.http.context import FleetContext, fleet_of, key_of
 from serving.http.access.tenants import SCOPES
 from serving.http.images import ERRORS
 from serving.http.problems import ApiError
@@ -49,7 +49,7 @@ async def show_caller(request: Request) -> CallerInfo:
     return CallerInfo(tenant=tenant, scopes=[*scopes], key=key.name if key else None, keys=key is not None)
 
 
-def _usage(fleet: Fleet, tenant: str, since: str, until: str) -> UsageInfo:
+def _usage(fleet: FleetContext, tenant: str, since: str, until: str) -> UsageInfo:
     fleet.usage.flush()
     found = read_usage(fleet.board.storage, tenant, since, until)
     lines = [
@@ -62,7 +62,7 @@ def _usage(fleet: Fleet, tenant: str, since: str, until: str) -> UsageInfo:
     return UsageInfo(tenant=tenant, since=since, until=until, data=lines, total=total, stored_bytes=stored)
 
 
-def _standing(fleet: Fleet, tenant: str, standing: Standing) -> FleetInfo:
+def _standing(fleet: FleetContext, tenant: str, standing: Standing) -> FleetInfo:
     keys = {key for lane in standing.lanes for key in lane.subjects} | set(standing.waiting)
     runs = {key.partition("/")[0] for key in keys}
     mine = {run for run in runs if (order := read_order(fleet.board.storage, run)) and order.tenant == tenant}

@@ -76,7 +76,7 @@ class JobError(BaseModel):
     param: str | None = None
 
 
-class Progress(BaseModel):
+class SubjectProgress(BaseModel):
     """How a subject stands. Times are seconds."""
 
     state: str = Field(description="queued, preparing, training, evaluating, paused, published, failed, ...")
@@ -119,7 +119,7 @@ class JobInfo(BaseModel):
     adapter: str = Field(description="`<tenant>/<id>`")
     version: str | None = None
     priority: int = 0
-    progress: Progress
+    progress: SubjectProgress
 
 
 class JobPage(BaseModel):
@@ -208,7 +208,7 @@ class RunSubject(BaseModel):
     version: str | None = None
     error: JobError | None = None
     estimated_finish: int | None = None
-    progress: Progress
+    progress: SubjectProgress
 
 
 class RunInfo(BaseModel):

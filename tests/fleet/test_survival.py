@@ -15,7 +15,7 @@ import pytest
 from fleet.board import Board
 from fleet.config import FleetSpec
 from fleet.http.bodies import JobBody
-from fleet.submitting import Desk
+from fleet.submitting import SubmissionDesk
 from tests.fleet.house import FAST, photos, wait_for
 from tests.fleet.test_hooks import SECRET, Listener
 from training.base.files.folder import hash_base
@@ -29,7 +29,7 @@ from training.storage.registry import Registry
 from training.storage.storage import open_storage
 
 
-class Process:
+class UpProcess:
     """`dreamfleet up` in a process of its own, that can be killed."""
 
     def __init__(self, base: Path, storage: Path) -> None:
@@ -72,7 +72,7 @@ def listener() -> Iterator[Listener]:
 
 def test_what_was_accepted_outlives_the_whole_service(tiny_folder: Path, tmp_path: Path, listener: Listener) -> None:
     storage = tmp_path / "storage"
-    first = Process(tiny_folder, storage)
+    first = UpProcess(tiny_folder, storage)
     try:
         client = first.client()
         base = client.models.list().data[0].id
@@ -93,7 +93,7 @@ def test_what_was_accepted_outlives_the_whole_service(tiny_folder: Path, tmp_pat
         wait_for(client, jobs[0], "running")
     finally:
         first.kill()
-    second = Process(tiny_folder, storage)
+    second = UpProcess(tiny_folder, storage)
     try:
         client = second.client()
         done = [wait_for(client, job, "succeeded", "failed") for job in jobs]
@@ -109,18 +109,18 @@ def test_what_was_accepted_outlives_the_whole_service(tiny_folder: Path, tmp_pat
     assert not accepted.unfinished(open_storage(str(storage)))
 
 
-def desk(folder: Path, storage: Path) -> Desk:
+def desk(folder: Path, storage: Path) -> SubmissionDesk:
     base, opened = outline(str(folder)), open_storage(str(storage))
-    return Desk(opened, base, hash_base(base.folder), FleetSpec(), Board(opened))
+    return SubmissionDesk(opened, base, hash_base(base.folder), FleetSpec(), Board(opened))
 
 
-def driver(desk: Desk, **more: Any) -> FleetDriver:
+def driver(desk: SubmissionDesk, **more: Any) -> FleetDriver:
     lead = fleet_lead(desk.storage)
     assert lead.acquire() is None
     return FleetDriver(desk.storage, desk.base, desk.base_hash, lead, **more)
 
 
-def submit(desk: Desk, tenant: str, id: str, seed: int = 0, **settings: Any) -> str:
+def submit(desk: SubmissionDesk, tenant: str, id: str, seed: int = 0, **settings: Any) -> str:
     file = desk.files.add(tenant, "d.zip", photos(5, seed))
     method = {"type": "dreambooth_lora", "dreambooth_lora": {**FAST, **settings}}
     body = JobBody.model_validate({"model": desk.name, "training_file": file.id, "suffix": id, "method": method})

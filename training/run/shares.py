@@ -9,17 +9,13 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 
-import yaml
-from pydantic import PositiveInt, RootModel, ValidationError
-
-from training.errors import UserError
+from training.run.turns import read_quotas
 from training.storage.closed import Closed
-from training.storage.storage import NotFound, Storage
+from training.storage.storage import Storage
 
 PATIENCE_SECONDS = 60.0  # an autoscaler has added a node by then, or never will
 FORGET_SECONDS = 30.0  # a run without a claim for so long is over
 CAPACITY_SECONDS = 120.0  # devices that change hands are missed for a moment: capacity is the most within so long
-QUOTAS = "quotas.yaml"
 
 
 class Claim(Closed):
@@ -112,17 +108,7 @@ def allot(capacity: int, claims: Sequence[Claim]) -> dict[str, int]:
     return given
 
 
-class _Quotas(RootModel[dict[str, PositiveInt]]):
-    """`quotas.yaml`: devices that a tenant may have at once."""
-
-
 def read_quota(storage: Storage, tenant: str) -> int | None:
     """Devices that a tenant may have at once, as `quotas.yaml` on the storage says; None: no bound."""
-    try:
-        return _Quotas.model_validate(yaml.safe_load(storage.get(QUOTAS))).root.get(tenant)
-    except NotFound:
-        return None
-    except (ValidationError, yaml.YAMLError) as error:
-        raise UserError(
-            f"{storage}: {QUOTAS} is not understood: {error}. It maps tenants to devices: `acme: 4`."
-        ) from None
+    quota = read_quotas(storage).get(tenant)
+    return None if quota is None else quota.devices

@@ -20,7 +20,7 @@ TENANTS, JOBS, LANES, SLOTS, STEPS_A_BEAT = 20, 10, 2, 8, 25
 
 
 @dataclass
-class Fleet:
+class SimulatedFleet:
     """The simulation, and what it has seen. Times in simulated seconds."""
 
     seed: int
@@ -36,7 +36,7 @@ class Fleet:
         self.turns = Turns(self.quotas)
         self.queue = SubjectQueue(self._entries(), clock=lambda: self.now, turns=self.turns, lease_s=1e9)
 
-    def run(self) -> "Fleet":
+    def run(self) -> "SimulatedFleet":
         """Until nothing can be done any more."""
         here: list[dict[str, int]] = [{} for _ in range(LANES)]
         due = [(0.0, lane) for lane in range(LANES)]
@@ -84,7 +84,7 @@ class Fleet:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_tenants_get_even_shares_and_none_waits_longer_than_its_share_explains(seed: int) -> None:
-    fleet = Fleet(seed).run()
+    fleet = SimulatedFleet(seed).run()
     assert len(fleet.ended) == TENANTS * JOBS
     mean = sum(fleet.contended.values()) / TENANTS
     assert all(used == pytest.approx(mean, rel=0.05) for used in fleet.contended.values())
@@ -94,14 +94,14 @@ def test_tenants_get_even_shares_and_none_waits_longer_than_its_share_explains(s
 
 
 def test_who_has_used_up_its_month_gets_nothing_more_and_the_others_share_it() -> None:
-    fleet = Fleet(0, quotas={"t03": TenantQuota(device_seconds=20)}).run()
+    fleet = SimulatedFleet(0, quotas={"t03": TenantQuota(device_seconds=20)}).run()
     assert fleet.turns.used["t03"] < 20 + 2 * 800 * step_seconds(1)
     assert sum(key.startswith("t03") for key in fleet.ended) < JOBS
     assert len(fleet.ended) > (TENANTS - 1) * JOBS
 
 
 def test_who_has_priority_is_done_first() -> None:
-    fleet = Fleet(0, urgent=frozenset({"t05", "t11"})).run()
+    fleet = SimulatedFleet(0, urgent=frozenset({"t05", "t11"})).run()
     urgent = [end for key, end in fleet.ended.items() if key[:3] in ("t05", "t11")]
     others = sorted(end for key, end in fleet.ended.items() if key[:3] not in ("t05", "t11"))
     assert max(urgent) < others[len(others) // 10]
