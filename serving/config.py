@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field, StringConstraints
 
 from training.base.facts import BaseHash, SamplerName
-from training.base.quantization import Quantization
+from training.base.quantization import Offload, Quantization
 from training.storage.card import MAX_BYTES
 from training.storage.closed import Closed
 
@@ -49,6 +49,9 @@ class EngineSpec(Closed):
     base_quantization: Quantization = Field(
         default="none",
         description="bits of the denoiser's weights: int8 and fp8 by torchao, nf4 by bitsandbytes on CUDA",
+    )
+    base_offload: Offload = Field(
+        default="none", description="layers: the denoiser's wait in host memory; slower, for what does not fit"
     )
     threads: int | None = Field(default=None, ge=1, description="CPU threads of the compute thread")
     slots: int = Field(default=16, ge=1, le=65536, description="adapters on the device at once")

@@ -174,6 +174,7 @@ def _base(order: Order, record: RunRecord) -> "Base":
         root=asked.root,
         park_text=True,
         quantization=asked.base_quantization,
+        offload=asked.base_offload,
     )
     if base.hash != record.base_hash:
         raise UserError(
