@@ -44,7 +44,8 @@ def test_serving_is_the_same(tmp_path: Path) -> None:
         engine = Engine(first.base, spec.engine, Shelf(adapters))
         latents.append(torch.cat(finished(engine, [ask(id, scheduler="euler") for id in "ab"])))
         engine.close()
-    assert torch.allclose(*latents, atol=1e-4)  # which rows share a forward depends on when their adapters came
+    one, other = latents  # which rows share a forward depends on when their adapters came
+    assert torch.allclose(one, other, atol=1e-4)
 
 
 def test_what_does_not_go_with_it_is_said(tmp_path: Path) -> None:
