@@ -27,7 +27,7 @@ class Limits(Closed):
     adapters: int = Field(default=8, ge=1, le=64, description="adapters mixed in one request")
     weight: float = Field(default=10.0, gt=0, description="the largest weight of an adapter, either sign")
     body_bytes: int = Field(default=24 * 2**20, ge=1024)
-    upload_bytes: int = Field(default=MAX_BYTES, ge=1024, le=MAX_BYTES, description="size of an uploaded adapter file")
+    upload_bytes: int = Field(default=256 << 20, ge=1024, le=MAX_BYTES, description="size of an uploaded adapter file")
     deadline_s: float = Field(default=600, gt=0, description="a request that takes longer fails with 504")
     tenant_running: int = Field(default=256, ge=1, description="requests of one tenant waiting or running at once")
     tenant_per_minute: int = Field(default=6000, ge=1, description="requests of one tenant in a minute")
