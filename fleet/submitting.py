@@ -73,11 +73,11 @@ class SubmissionDesk:
         """Accepts a manifest. Raises ApiError, ManifestError for what is wrong with it."""
         manifest = filled(parse_manifest(text_of(body.manifest)), self.base.facts)
         self._check_base(manifest.base)
-        if manifest.base_quantization != "none" or manifest.training_adapter is not None:
+        if (manifest.base_quantization, manifest.base_offload, manifest.training_adapter) != ("none", "none", None):
             raise ApiError(
                 400,
-                "A fleet trains on its base as it is served: leave out base_quantization and training_adapter, or use "
-                "`dreamfleet train` without a fleet.",
+                "A fleet trains on its base as it is served: leave out base_quantization, base_offload and "
+                "training_adapter, or use `dreamfleet train` without a fleet.",
                 param="manifest",
             )
         if manifest.tenant not in (tenant, "default"):

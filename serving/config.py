@@ -9,7 +9,7 @@ from pydantic import Field, StringConstraints
 
 from serving.marking.settings import MarkSpec
 from training.base.facts import BaseHash, SamplerName
-from training.base.quantization import Quantization
+from training.base.quantization import Offload, Quantization
 from training.storage.card import MAX_BYTES
 from training.storage.closed import Closed
 
@@ -28,7 +28,7 @@ class Limits(Closed):
     adapters: int = Field(default=8, ge=1, le=64, description="adapters mixed in one request")
     weight: float = Field(default=10.0, gt=0, description="the largest weight of an adapter, either sign")
     body_bytes: int = Field(default=24 * 2**20, ge=1024)
-    upload_bytes: int = Field(default=MAX_BYTES, ge=1024, le=MAX_BYTES, description="size of an uploaded adapter file")
+    upload_bytes: int = Field(default=256 << 20, ge=1024, le=MAX_BYTES, description="size of an uploaded adapter file")
     deadline_s: float = Field(default=600, gt=0, description="a request that takes longer fails with 504")
     tenant_running: int = Field(default=256, ge=1, description="requests of one tenant waiting or running at once")
     tenant_per_minute: int = Field(default=6000, ge=1, description="requests of one tenant in a minute")
@@ -50,6 +50,9 @@ class EngineSpec(Closed):
     base_quantization: Quantization = Field(
         default="none",
         description="bits of the denoiser's weights: int8 and fp8 by torchao, nf4 by bitsandbytes on CUDA",
+    )
+    base_offload: Offload = Field(
+        default="none", description="layers: the denoiser's wait in host memory; slower, for what does not fit"
     )
     threads: int | None = Field(default=None, ge=1, description="CPU threads of the compute thread")
     slots: int = Field(default=16, ge=1, le=65536, description="adapters on the device at once")

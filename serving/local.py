@@ -60,8 +60,11 @@ class LocalEngines:
 def make_engine(spec: ServeSpec) -> Engine:
     """Loads the base and lays a bank over it."""
     device = torch.device(spec.engine.device) if spec.engine.device else best_device()
-    quantization = spec.engine.base_quantization
-    base = load_base(spec.base, device=device, dtype=_dtype(spec, device), quantization=quantization)
+    asked = spec.engine
+    dtype = _dtype(spec, device)
+    base = load_base(
+        spec.base, device=device, dtype=dtype, quantization=asked.base_quantization, offload=asked.base_offload
+    )
     storage = open_storage(spec.storage)
     disk = None
     if not isinstance(storage, LocalStorage) and spec.disk_bytes:

@@ -58,9 +58,16 @@ def train_pack(run: LocalRun, pack: PackPlan) -> None:
 
     record, root = run.submission.record, run.submission.manifest.root
     dtype = precision(pack.profile.mixed_precision, best_device())
-    quantization = record.manifest.base_quantization
-    base = load_base(record.base, dtype=dtype, root=root, park_text=True, quantization=quantization)
-    base, worn = read_training_adapter(base, record.manifest.training_adapter, root, record.worn)
+    asked = record.manifest
+    base = load_base(
+        record.base,
+        dtype=dtype,
+        root=root,
+        park_text=True,
+        quantization=asked.base_quantization,
+        offload=asked.base_offload,
+    )
+    base, worn = read_training_adapter(base, asked.training_adapter, root, record.worn)
     work(base, pack, run, run.submission.store, tenant=record.tenant, root=root, training_adapter=worn)
 
 

@@ -141,6 +141,7 @@ def export(
 @click.argument("id")
 @click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--base", default="pocket", show_default=True, help="the base that it was trained on")
+@click.option("--rank", type=click.IntRange(1, 1024), help="of a LoKr or LoHa file as plain LoRA  [default: 32]")
 @click.option("--trigger", default="", help="words of a prompt that name the subject")
 @click.option(
     "--public/--private",
@@ -154,6 +155,7 @@ def import_(
     id: str,
     files: tuple[Path, ...],
     base: str,
+    rank: int | None,
     trigger: str,
     public: bool | None,
     storage: str,
@@ -167,7 +169,13 @@ def import_(
     from training.adapters.formats.formats import import_adapter
 
     library = open_library(open_registry(storage), base)
-    adapter = import_adapter(read_paths(files), library.shapes(), library.outline.names)
+    adapter = import_adapter(
+        read_paths(files),
+        library.shapes(),
+        library.outline.names,
+        rank=rank,
+        say=lambda text: click.echo(text, err=True),
+    )
     resolved = publish(library, tenant, id, adapter, public=public, trigger=trigger)
     if as_json:
         return options.print_json(short(resolved))

@@ -184,7 +184,7 @@ def _open(registry: "Registry", source: str, tenant: str, base: str | None) -> "
     if source.endswith(".safetensors") or source.startswith((".", "/", "~")):
         files = read_paths([Path(source).expanduser()])
         of = open_library(registry, base or "pocket").outline
-        return import_adapter(files, of.shapes, of.names), None
+        return import_adapter(files, of.shapes, of.names, say=lambda text: click.echo(text, err=True)), None
     adapter, _, resolved = _load(registry, source, tenant)
     return adapter, resolved
 

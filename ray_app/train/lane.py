@@ -19,7 +19,7 @@ from pydantic import TypeAdapter
 
 from ray_app.silence import silence
 from ray_app.train.homes import task_of
-from training.base.quantization import Quantization
+from training.base.quantization import Offload, Quantization
 from training.errors import UserError
 from training.manifest.plan import PackPlan
 from training.run.lease import Lease
@@ -149,7 +149,7 @@ def _work(order: Order, source: QueueSource, first: bool) -> None:
     record = run.record() if order.run else None
     if record is not None:
         asked = record.manifest
-        base = _base(order, record.base, record.base_hash, asked.root, asked.base_quantization)
+        base = _base(order, record.base, record.base_hash, asked.root, asked.base_quantization, asked.base_offload)
         specs = {subject.id: subject for subject in asked.subjects}
         source.task_of = lambda lease: lease.task(specs[lease.id])
     else:
@@ -183,7 +183,9 @@ def _unknown(lease: Lease) -> Task:
     raise RuntimeError(f"nobody has said what {lease.id} is")
 
 
-def _base(order: Order, name: str, wanted: str, root: str, quantization: Quantization = "none") -> "Base":
+def _base(
+    order: Order, name: str, wanted: str, root: str, quantization: Quantization = "none", offload: Offload = "none"
+) -> "Base":
     """The base on this worker's device. Raises UserError if it is not the one of the hash `wanted`."""
     import torch
 
@@ -194,7 +196,9 @@ def _base(order: Order, name: str, wanted: str, root: str, quantization: Quantiz
         torch.set_num_threads(order.threads)
     device = best_device()
     dtype = precision(order.plan.profile.mixed_precision, device)
-    base = load_base(name, device=device, dtype=dtype, root=root, park_text=True, quantization=quantization)
+    base = load_base(
+        name, device=device, dtype=dtype, root=root, park_text=True, quantization=quantization, offload=offload
+    )
     if base.hash != wanted:
         raise UserError(
             f"Base '{name}' on node {os.uname().nodename} is not the one the run was submitted with "

@@ -36,8 +36,7 @@ class Library:
     """The registry's adapters for one base. What `current` says may be `refresh_s` old.
 
     `serves` are hashes, or their beginnings, of other bases whose adapters are for this one, too, beside those that the
-    base names itself: of its few-step sister's, for example.
-
+    base names itself.
     Clients see the base's name without the path that it may have on this machine.
     """
 
@@ -75,16 +74,13 @@ class Library:
         if resolved is None or (resolved.tenant != tenant and not resolved.public):
             raise unknown(name)
         if problem := self._misfit(resolved):
-            raise Refused(
-                f"Adapter '{name}' was made for another base ({_base(resolved.card.base, resolved.card.family)}); this "
-                f"server has {_base(self.base, self.outline.facts.title)}{problem}"
-            )
+            theirs, ours = _base(resolved.card.base, resolved.card.family), _base(self.base, self.outline.facts.title)
+            raise Refused(f"Adapter '{name}' was made for another base ({theirs}); this server has {ours}{problem}")
         return resolved
 
     def _misfit(self, resolved: Resolved) -> str | None:
         """The end of a sentence on why an adapter of another base is not served here; None if it is."""
-        made_for = resolved.card.base_hash
-        if made_for == self.base_hash:
+        if (made_for := resolved.card.base_hash) == self.base_hash:
             return None
         if not made_for.startswith(self._serves):
             return f". If it fits, start the server with {flag('serves')} {made_for[:12]}."
@@ -278,9 +274,9 @@ class Library:
             resolved = self.known.look(name, version)
         except CorruptAdapter:
             return None
-        mine = resolved is not None and (resolved.tenant == tenant or resolved.public)
-        served = resolved is not None and resolved.card.base_hash.startswith((self.base_hash, *self._serves))
-        return resolved if mine and served else None
+        if resolved is None or not (resolved.tenant == tenant or resolved.public):
+            return None
+        return resolved if resolved.card.base_hash.startswith((self.base_hash, *self._serves)) else None
 
     def _forget(self, tenant: str, id: str) -> None:
         self._usage.pop(tenant, None)

@@ -19,7 +19,14 @@ from training.base.files.folder import find_base, hash_base
 from training.base.footprint import images_at_once
 from training.base.frozen_prompts import HOST, FrozenPrompts
 from training.base.noise.process import Process
-from training.base.quantization import Quantization, identity_of, quantization_config, without_saved_weights
+from training.base.quantization import (
+    Offload,
+    Quantization,
+    check_offload,
+    identity_of,
+    quantization_config,
+    without_saved_weights,
+)
 from training.base.words import first_vector
 
 DRAWN = RowFacts()
@@ -39,6 +46,7 @@ class Base:
     parts: Parts
     prompts: FrozenPrompts | None = None
     quantization: Quantization = "none"
+    offload: Offload = "none"
     worn: str = ""  # the hash of an adapter that every row wears while others train
 
     @property
@@ -162,27 +170,43 @@ def load_base(
     root: str = ".",
     park_text: bool = False,
     quantization: Quantization = "none",
+    offload: Offload = "none",
 ) -> Base:
     """Loads a base, frozen and in eval mode.
 
     `name`: `pocket`, a diffusers folder or a hub id; `root`: where relative folders start. `park_text`: of a family
     whose text encoders nobody trains, they are on the device only while prompts are encoded, each once.
-    `quantization`: of the denoiser's linear layers. Raises UserError if the base is not found, or of a family that is
-    not supported, or the quantisation cannot be had.
+    `quantization`: of the denoiser's linear layers; `offload`: whether its layers wait in host memory. Raises UserError
+    if the base is not found, or of a family that is not supported, or the quantisation cannot be had.
     """
     folder = find_base(name, root)
     family = check_base(name, folder)
     target = torch.device(device) if device is not None else best_device()
+    check_offload(offload, quantization)
     config = quantization_config(quantization, target, dtype)
     parts = family.load(target, dtype, {} if config is None else {family.facts.denoiser: config})
     facts = family.facts
     if config is not None:
         without_saved_weights(parts.models[facts.denoiser])
     parked = facts.frozen_encoders if park_text and not facts.text_encoders else ()
+    waiting = (*parked, *([] if offload == "none" else [facts.denoiser]))
     for component, model in parts.models.items():
-        model.requires_grad_(False).eval().to(HOST if component in parked else target)
+        model.requires_grad_(False).eval().to(HOST if component in waiting else target)
+    if offload == "layers":
+        _offload(parts.models[facts.denoiser], target)
     prompts = FrozenPrompts({name: parts.models[name] for name in parked}, target) if parked else None
-    return Base(name, hash_base(folder), folder, family, parts, prompts, quantization)
+    return Base(name, hash_base(folder), folder, family, parts, prompts, quantization, offload)
+
+
+def _offload(model: nn.Module, device: torch.device) -> None:
+    """Has every layer's weights wait in host memory, and come to the device for each of its forwards alone.
+
+    Backward holds those that it still needs, so little is gained in training unless activations are recomputed.
+    """
+    from accelerate import cpu_offload
+
+    cpu_offload(model, execution_device=device, offload_buffers=True)
+    model.requires_grad_(False)
 
 
 def best_device() -> torch.device:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 Quantization = Literal["none", "int8", "fp8", "nf4"]
+Offload = Literal["none", "layers"]  # "layers": each is on the device only while it computes
 EXTRA = "quantized"  # of our package: installs the back-ends
 
 
@@ -65,6 +66,15 @@ def quantization_config(kind: Quantization, device: "torch.device", dtype: "torc
     from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig
 
     return TorchAoConfig(Int8WeightOnlyConfig() if kind == "int8" else Float8WeightOnlyConfig())
+
+
+def check_offload(offload: Offload, kind: Quantization) -> None:
+    """Raises UserError where the layers cannot wait in host memory."""
+    if offload != "none" and kind != "none":
+        raise UserError(
+            f"`base_offload` is {offload} and `base_quantization` is {kind}; one of them at a time. Quantised weights "
+            "take less memory on the device and are faster."
+        )
 
 
 def value_bytes(kind: Quantization, plain: float) -> float:

@@ -6,7 +6,7 @@ Also what a subject asks for that has no meaning on the base.
 from collections.abc import Iterator
 
 from training.base.facts import Facts
-from training.base.quantization import Quantization
+from training.base.quantization import Offload, Quantization
 from training.manifest.manifest import Manifest
 from training.manifest.subject import USUAL_TIMESTEPS, SubjectSpec
 
@@ -28,8 +28,12 @@ def fill_subject(subject: SubjectSpec, facts: Facts) -> SubjectSpec:
     return subject.model_copy(update={"lora": asked.model_copy(update=news)})
 
 
-def meaningless(subject: SubjectSpec, facts: Facts, quantization: Quantization = "none") -> Iterator[str]:
+def meaningless(
+    subject: SubjectSpec, facts: Facts, quantization: Quantization = "none", offload: Offload = "none"
+) -> Iterator[str]:
     """What the subject asks for that the base cannot give, in words."""
+    if offload != "none" and subject.train.strategy == "zero":
+        yield f"subject '{subject.id}': `train.strategy: zero` knows no `base_offload`. Leave out one of the two."
     if quantization != "none" and subject.train.strategy != "plain" and subject.train.zero.stage == 3:
         yield (
             f"subject '{subject.id}': `train.zero.stage` 3 spreads the denoiser's own weights, which cannot be "

@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeVar
 import yaml
 from pydantic import BaseModel, Field, ValidationError
 
-from training.base.quantization import Quantization
+from training.base.quantization import Offload, Quantization
 from training.errors import UserError
 from training.manifest.subject import ID_PATTERN, Id, SubjectSettings, SubjectSpec
 from training.storage.closed import Closed
@@ -35,6 +35,11 @@ class Manifest(Closed):
         exclude_if=lambda value: value == "none",
         description="bits of the denoiser's weights while adapters train",
     )
+    base_offload: Offload = Field(
+        default="none",
+        exclude_if=lambda value: value == "none",
+        description="layers: the denoiser's wait in host memory; slower, for what does not fit",
+    )
     training_adapter: str | None = Field(
         default=None,
         exclude_if=lambda value: value is None,
@@ -52,6 +57,7 @@ class _Header(Closed):
     tenant: Id = "default"
     base: str = Field("pocket", min_length=1)
     base_quantization: Quantization = "none"
+    base_offload: Offload = "none"
     training_adapter: str | None = None
     defaults: dict[str, Any] = {}
     subjects: list[dict[str, Any]] = Field(min_length=1, max_length=100_000)
@@ -92,6 +98,7 @@ def parse_manifest(text: str, *, name: str = "manifest", root: str = ".") -> Man
         tenant=header.tenant,
         base=header.base,
         base_quantization=header.base_quantization,
+        base_offload=header.base_offload,
         training_adapter=header.training_adapter,
         subjects=tuple(subjects),
         root=root,

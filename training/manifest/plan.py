@@ -131,7 +131,8 @@ def _packs(
 def reserve(manifest: Manifest, base: Outline) -> tuple[PackPlan, ...]:
     """Gangs for subjects that leave the choice to us: opened for those that turn out too large for one device."""
     groups: dict[Profile, list[SubjectSpec]] = {}
-    for subject in manifest.subjects if manifest.training_adapter is None else ():
+    alone = manifest.training_adapter is not None or manifest.base_offload != "none"
+    for subject in () if alone else manifest.subjects:
         if subject.train.strategy == "auto" and subject.train.against_zero is None:
             profile = profile_of(subject, base).model_copy(update={"zero": subject.train.zero})
             groups.setdefault(profile, []).append(subject)

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from training.base.files.folder import find_base, hash_base
 from training.base.files.outline import Outline, outline
+from training.base.quantization import check_offload
 from training.errors import UserError
 from training.manifest.consent import consent_problems, require_consent
 from training.manifest.defaults import filled, meaningless
@@ -156,6 +157,10 @@ def _keeping_last(subject: SubjectSpec) -> SubjectSpec:
 
 
 def _problems(manifest: Manifest, base: Outline) -> Iterator[str]:
+    try:
+        check_offload(manifest.base_offload, manifest.base_quantization)
+    except UserError as error:
+        yield str(error)
     if manifest.training_adapter is not None:
         file = Path(manifest.root, manifest.training_adapter)
         if not file.is_file():
@@ -178,7 +183,7 @@ def _problems(manifest: Manifest, base: Outline) -> Iterator[str]:
                 f"subject '{subject.id}': target {target!r} is also the layer '{layer}', in which the rows of a batch "
                 f"cannot wear adapters of their own. Use {', '.join(base.facts.layers)}."
             )
-        yield from meaningless(subject, base.facts, manifest.base_quantization)
+        yield from meaningless(subject, base.facts, manifest.base_quantization, manifest.base_offload)
         for name, what in (("images", subject.images), ("prior.folder", subject.prior.folder)):
             if what is None or not is_local(what):
                 continue

@@ -13,7 +13,7 @@ from training.storage.consent import Consent
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Fingerprint = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{8,64}$")]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
-MAX_BYTES = 256 << 20  # of an adapter file
+MAX_BYTES = 4 << 30  # of an adapter file: far above any; a server's own limit is in its settings
 
 
 class _Part(Closed):

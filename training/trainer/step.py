@@ -9,6 +9,7 @@ from contextlib import nullcontext
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import set_checkpoint_early_stop
 
 from training.adapters.bank import Bank, Route
 from training.base.base import Base
@@ -47,7 +48,9 @@ class Step:
             order = self._trained_prompts(batch, members)
             route = self._route(self._base.facts.denoiser, [members[place] for place in batch.member])
             worn = nullcontext() if self._assistant is None else self._assistant.worn(len(batch.prompts))
-            with worn, self._bank.using(route, *self._text_routes(order, members)):
+            # stopped early, a recomputed block would leave its last layer on the device
+            whole = nullcontext() if self._base.offload == "none" else set_checkpoint_early_stop(False)
+            with worn, whole, self._bank.using(route, *self._text_routes(order, members)):
                 conds = self._conds(batch, members, order)
                 goal = self._base_predictions(batch, goal, noisy, levels.times_N)
                 prediction = self._base.predict(noisy, levels.times_N, conds, batch.rows)

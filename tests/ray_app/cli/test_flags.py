@@ -25,6 +25,7 @@ GIVEN: dict[str, tuple[str, Any]] = {
     "device": ("cuda:1", "cuda:1"),
     "dtype": ("bf16", "bf16"),
     "base_quantization": ("int8", "int8"),
+    "base_offload": ("layers", "layers"),
     "targets": ("to_q, ff.net.2", ("to_q", "ff.net.2")),
     "text_encoder_targets": ("fc1", ("fc1",)),
     "fixed_rows": ("", True),

@@ -8,7 +8,7 @@ meaning of an adapter are in `adapter.py`.
 """
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import Literal, get_args
 
@@ -33,6 +33,7 @@ from training.adapters.formats.ai_toolkit import write_ai_toolkit
 from training.adapters.formats.fused import split
 from training.adapters.formats.kohya import Label, is_kohya, label_of, read_kohya, write_kohya
 from training.adapters.formats.lora_diffusion import is_lora_diffusion, read_lora_diffusion, write_lora_diffusion
+from training.adapters.formats.lycoris import RANK, as_lora, is_lycoris
 from training.adapters.formats.named import is_named, read_named
 from training.adapters.formats.parts import OWN, ImportedFile, ImportedParts
 from training.adapters.formats.peft import CONFIG, peft_config, write_peft
@@ -85,15 +86,23 @@ def export_adapter(
     return files
 
 
-def import_adapter(files: Mapping[str, bytes], modules: Collection[str], names: Names = NO_NAMES) -> Adapter:
+def import_adapter(
+    files: Mapping[str, bytes],
+    modules: Collection[str],
+    names: Names = NO_NAMES,
+    *,
+    rank: int | None = None,
+    say: Callable[[str], None] | None = None,
+) -> Adapter:
     """The adapter in `files` (names to bytes), in any format that `recognise` knows, for a base with `modules`.
 
     `names` are those of the base's layers in its family's own programs. The files' names are paths: PEFT's settings
     hold for the files of their folder, and a folder may be named by its component.
+    LoKr and LoHa files are converted to plain LoRA of `rank`, where there is somebody to `say` what that loses to.
     Values keep their type where no scale has to be folded in, and become float32 where one has. Raises AdapterError
     naming what does not fit.
     """
-    parts, sources = ImportedParts(), _sources(files)
+    parts, sources = ImportedParts(), [_plain(source, rank, say) for source in _sources(files)]
     for source in sources:
         _read(source, frozenset(modules) | names.originals.keys(), parts)
     if parts.unused:
@@ -108,6 +117,20 @@ def import_adapter(files: Mapping[str, bytes], modules: Collection[str], names: 
         raise AdapterError(f"The import attaches no module: {some(sorted(files))} hold no low-rank weights.")
     check_finite(named_tensors(adapter))
     return adapter
+
+
+def _plain(source: ImportedFile, rank: int | None, say: Callable[[str], None] | None) -> ImportedFile:
+    """A file as plain LoRA; raises AdapterError for one that would have to be converted with nobody to be told."""
+    if not is_lycoris(list(source.tensors)):
+        return source
+    if say is None:
+        raise AdapterError(
+            f"{source.name} is a LoKr or LoHa file, not plain LoRA. `dreamfleet adapters import` converts it, and says "
+            "what that loses."
+        )
+    made, error = as_lora(source, rank or RANK)
+    say(f"{source.name}: converted to plain LoRA of rank {rank or RANK}; relative error {error:.1%}")
+    return made
 
 
 def recognise(files: Mapping[str, bytes]) -> tuple[str, ...]:
@@ -138,6 +161,8 @@ def _sources(files: Mapping[str, bytes]) -> list[ImportedFile]:
 
 def _format_of(source: ImportedFile) -> str:
     keys = list(source.tensors)
+    if is_lycoris(keys):
+        return "lycoris"
     if is_lora_diffusion(keys):
         return "lora_diffusion"
     if is_kohya(keys):
