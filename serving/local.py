@@ -17,7 +17,7 @@ from serving.engine.tiers.disk import DiskCache
 from serving.engine.tiers.fetcher import Fetcher
 from serving.http.app import create_app, open_keys
 from serving.http.library import Library
-from serving.marking.marks import Marks, noise_mark
+from serving.marking.marks import Marks, noise_mark, pixel_mark
 from training.base.base import best_device, load_base
 from training.base.files.outline import outline
 from training.storage.registry import Registry
@@ -69,7 +69,8 @@ def make_engine(spec: ServeSpec) -> Engine:
     disk = None
     if not isinstance(storage, LocalStorage) and spec.disk_bytes:
         disk = DiskCache(Path(tempfile.gettempdir(), "dreamfleet-adapters"), spec.disk_bytes)
-    return Engine(base, spec.engine, Fetcher(Registry(storage), disk), noise_mark(spec.marks, storage))
+    marks = noise_mark(spec.marks, storage), pixel_mark(spec.marks, storage)
+    return Engine(base, spec.engine, Fetcher(Registry(storage), disk), *marks)
 
 
 def make_app(spec: ServeSpec, loop: EngineLoop) -> FastAPI:

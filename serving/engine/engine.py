@@ -28,6 +28,7 @@ from serving.engine.tiers.adapters import Adapters, Fetch, explain_load
 from serving.errors import DeadlineExceeded, GenerationFailed, QueueFull, Refused, Withheld
 from serving.marking.evidence import find_reader
 from serving.marking.noise import NoiseMark
+from serving.marking.pixels import PixelMark
 from training.base.base import Base
 from training.errors import UserError
 
@@ -36,11 +37,20 @@ class Engine:
     """`fetch(ref)` reads an adapter; it is called on loader threads. `woken` is set when a load has ended.
 
     `mark` puts its message into the first noise of every picture; without it, noise is what the seed alone gives.
+    `pixel_mark` is put into finished pictures by whoever encodes them.
     """
 
-    def __init__(self, base: Base, spec: EngineSpec, fetch: Fetch, mark: NoiseMark | None = None) -> None:
+    def __init__(
+        self,
+        base: Base,
+        spec: EngineSpec,
+        fetch: Fetch,
+        mark: NoiseMark | None = None,
+        pixel_mark: PixelMark | None = None,
+    ) -> None:
         self.base = base
         self.mark = mark
+        self.pixel_mark = pixel_mark
         self.reader = find_reader(base.folder, base.facts.channels)
         self.spec = spec
         self.stats = EngineStats()

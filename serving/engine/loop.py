@@ -26,6 +26,7 @@ from serving.engine.pictures.decoding import Decoding
 from serving.engine.reading import read_noise
 from serving.engine.request import AdapterRef, Event, FinishedPicture, GenerateRequest, NoiseReading, Preview
 from serving.errors import Cancelled, GenerationFailed, NotReady
+from serving.marking.pixels import PixelMark
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -93,7 +94,7 @@ class EngineLoop:
         Raises Refused or its kinds for what is not served, GenerationFailed for a fault of ours."""
         async with aclosing(self._outcomes(request)) as outcomes:
             async for outcome in outcomes:
-                yield await asyncio.to_thread(_encoded, request, outcome)
+                yield await asyncio.to_thread(_encoded, request, outcome, self.engine.pixel_mark)
 
     async def read(self, request: GenerateRequest) -> NoiseReading:
         """What the noise says that a request's picture began as. Raises as `stream` does."""
@@ -247,11 +248,14 @@ class EngineLoop:
         return future
 
 
-def _encoded(request: GenerateRequest, outcome: JobEvent) -> Event:
+def _encoded(request: GenerateRequest, outcome: JobEvent, mark: PixelMark | None) -> Event:
     """Runs on a worker thread."""
     form, quality = request.output_format, request.output_quality
     if isinstance(outcome, Done):
-        return FinishedPicture(index=outcome.index, seed=outcome.seed, data=encode(outcome.pixels, form, quality))
+        made = outcome.pixels
+        if mark is not None:
+            made = torch.from_numpy(mark.put(made.contiguous().numpy()))
+        return FinishedPicture(index=outcome.index, seed=outcome.seed, data=encode(made, form, quality))
     if not isinstance(outcome, Guess):
         raise Cancelled
     pixels = enlarge(outcome.pixels, request.width, request.height)

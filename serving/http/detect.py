@@ -93,6 +93,7 @@ def detector_of(service: Service) -> Detector:
         serials=service.marks.serials,
         most_px=service.intake.spec.limits.side_px,
         reads=service.marks.noise is not None,
+        pixels=service.marks.pixels,
     )
 
 

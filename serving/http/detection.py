@@ -17,6 +17,7 @@ from serving.http.service import Engines
 from serving.marking.credentials import State, read_claim
 from serving.marking.forms import form_of
 from serving.marking.noise import FOUND
+from serving.marking.pixels import PixelMark
 from serving.marking.serials import Issued, Serials
 from serving.marking.views import View, cut_views, looked_at, usual_views
 from training.base.facts import Facts
@@ -51,6 +52,7 @@ class Detector:
     serials: Serials
     most_px: int
     reads: bool = True
+    pixels: PixelMark | None = None
 
     async def detect(self, data: bytes, name: str, *, thorough: bool = False) -> Detected:
         """What is known about a picture file. `thorough` also supposes that parts were cut off, which takes long.
@@ -67,8 +69,11 @@ class Detector:
         looks = await asyncio.to_thread(picture_hash, image)
         reading = await self._read(image, looks, thorough) if self.reads else None
         if reading is None or reading.log10 > FOUND:
-            chance = 1.0 if reading is None else 10**reading.log10
-            return Detected(False, chance, state, signer, reading)
+            seen = 0.0 if self.pixels is None else await asyncio.to_thread(self.pixels.read, image)
+            chances = sorted([seen, 0.0 if reading is None else reading.log10])
+            tries = 0.0 if self.pixels is None else math.log10(2)
+            chance = min(1.0, 10 ** (chances[0] + tries))
+            return Detected(math.log10(chance) <= FOUND, chance, state, signer, reading)
         records = await asyncio.to_thread(self.serials.find, reading.serial, reading.words, looks)
         alike = [one for one in records if distance(one.looks, looks) <= ALIKE] or records[:1]
         return Detected(True, 10**reading.log10, state, signer, reading, alike)

@@ -17,6 +17,7 @@ from serving.marking.credentials import Credentials
 from serving.marking.forms import ImageForm
 from serving.marking.key import service_key
 from serving.marking.noise import NoiseMark
+from serving.marking.pixels import PixelMark, check_pixels
 from serving.marking.serials import Issued, Serials, WornVersion
 from serving.marking.settings import MarkSpec
 from serving.marking.xmp import with_xmp
@@ -45,6 +46,7 @@ class Marks:
     def __init__(self, spec: MarkSpec, storage: Storage) -> None:
         self.spec = spec
         self.noise = noise_mark(spec, storage)
+        self.pixels = pixel_mark(spec, storage)
         self.serials = Serials(storage)
         self.credentials = _credentials(spec, storage)
         if spec.safety is not None:
@@ -101,6 +103,14 @@ class Marks:
 def noise_mark(spec: MarkSpec, storage: Storage) -> NoiseMark | None:
     """The mark that a server's engines put into noise; None where it is off."""
     return NoiseMark(service_key(storage)) if spec.watermark == "noise" else None
+
+
+def pixel_mark(spec: MarkSpec, storage: Storage) -> PixelMark | None:
+    """The mark that a server's engines put into pixels; None where it is off. Raises UserError without its packages."""
+    if not spec.pixels:
+        return None
+    check_pixels()
+    return PixelMark(service_key(storage))
 
 
 def _credentials(spec: MarkSpec, storage: Storage) -> Credentials | None:

@@ -13,6 +13,10 @@ class MarkSpec(Closed):
     watermark: Literal["noise", "none"] = Field(
         default="noise", description="noise: the first latents carry a keyed message; none: pictures carry none"
     )
+    pixels: bool = Field(
+        default=False,
+        description="a second mark in the pixels of pictures of 256 px and more; needs the extra rivagan",
+    )
     credentials: bool = Field(
         default=True, description="a signed C2PA manifest and XMP's digital source type in every picture file"
     )

@@ -124,7 +124,7 @@ def until(condition: Callable[[], bool], timeout_s: float = 60) -> None:
 def test_a_consent_taken_back_ends_requests_on_both_replicas_within_seconds(client: Client) -> None:
     client.upload("gone", 20)
     # the first adapter decides on the replica: six of them are spread over both
-    bodies: list[dict[str, Any]] = [{"adapters": [{"id": name}, {"id": "gone"}], "steps": 1000} for name in NAMES]
+    bodies: list[dict[str, Any]] = [{"adapters": [{"id": name}, {"id": "gone"}], "steps": 900} for name in NAMES]
     before = client.metric("steps_total")
     with ThreadPoolExecutor(1) as pool:
         under = pool.submit(client.together, bodies)
