@@ -9,6 +9,7 @@ from fastapi import APIRouter, File, Form, Path, Query, Request, UploadFile
 from fastapi.responses import Response
 from pydantic.json_schema import SkipJsonSchema
 
+from serving.http.defaults import ImageDefaults
 from serving.http.images import ERRORS
 from serving.http.intake import Intake, ref_of
 from serving.http.problems import ApiError
@@ -23,7 +24,6 @@ from serving.http.wire import (
     AdapterVersion,
     AdapterVersions,
     Deleted,
-    ImageDefaults,
     ModelInfo,
     ModelPage,
     Name,

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from serving.engine.request import MAX_SEED, ImageFormat
+from serving.http.defaults import ImageDefaults
 from training.base.facts import SamplerName
 from training.storage.closed import Closed
 
@@ -168,23 +169,6 @@ class CompletedImage(BaseModel):
     quality: Literal["auto"] = "auto"
     background: Literal["opaque"] = "opaque"
     usage: TokenUsage = Field(description="of this image; the prompts count with image 0")
-
-
-class ImageDefaults(BaseModel):
-    """What a request for images gets that does not say, and what it may ask for."""
-
-    size: str
-    multiple: int = Field(description="width and height are multiples of it")
-    largest_side: int
-    largest_pixels: int = Field(description="width x height x n")
-    steps: int
-    largest_steps: int
-    guidance_scale: float
-    scheduler: SamplerName
-    negative_prompt: bool = Field(description="whether it has a meaning on this base")
-    largest_n: int
-    largest_adapters: int
-    largest_weight: float
 
 
 class ModelInfo(BaseModel):
