@@ -21,7 +21,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as the command line has it
 
 from rich.console import Console
 
-from ray_app.train.cluster import LOCAL, Limits, connect
+from ray_app.train.cluster import LOCAL, ClusterLimits, connect
 from ray_app.train.drive import drive_run
 from training.base.base import best_device, load_base
 from training.base.files.outline import outline
@@ -101,7 +101,7 @@ def through_ray(manifest: Path, storage: Path, lanes: int = 1) -> tuple[float, f
     began = time.time()
     submission = submit(manifest, open_storage(str(storage)))
     with connect(LOCAL):
-        whole = drive_run(submission, LOCAL, Limits(lanes), Console(quiet=True))
+        whole = drive_run(submission, LOCAL, ClusterLimits(lanes), Console(quiet=True))
     ended = time.time()
     assert all(subject.state == "published" for subject in whole.subjects)
     first = min(_first_lease(submission.store), ended)

@@ -20,7 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ray_app.cli.demo_report import DrawnImage, Mixed, Stage, SubjectStory, write_contact_sheet, write_page
 from ray_app.serve.deployments import start_server
-from ray_app.train.cluster import LOCAL, Limits
+from ray_app.train.cluster import LOCAL, ClusterLimits
 from ray_app.train.drive import Whole, drive_run
 from training.errors import UserError
 from training.manifest.manifest import Manifest
@@ -83,7 +83,7 @@ def run_demo(out: Path, manifest: Path = MANIFEST) -> int:
     submission = submit(manifest, open_storage(storage))
     subjects = submission.manifest.subjects
     started = time.monotonic()
-    whole = drive_run(submission, LOCAL, Limits(), console)
+    whole = drive_run(submission, LOCAL, ClusterLimits(), console)
     reused = sum(subject.state == "reused" for subject in whole.subjects)
     what = f"{len(subjects) - reused} subjects in one fused pack on Ray Train, published to the registry"
     what += f"; {reused} were published before" if reused else ""

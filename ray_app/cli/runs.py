@@ -10,7 +10,7 @@ from rich.table import Table
 
 from ray_app.cli import options
 from ray_app.cli.train import follow, lanes_option, max_gpus_option, priority_option, run_json
-from ray_app.train.cluster import Limits
+from ray_app.train.cluster import ClusterLimits
 from training.errors import UserError
 from training.storage.storage import open_storage
 
@@ -111,7 +111,7 @@ def retry(
         store.record()
         accepted.ask(store.storage, accepted.Ask(run=run, verb="retry"))
         return click.echo(f"run {run} is a fleet's, which will queue again what failed within seconds", err=True)
-    follow(reopen(store), address, Limits(lanes, max_gpus, priority=priority), as_json, retry=True)
+    follow(reopen(store), address, ClusterLimits(lanes, max_gpus, priority=priority), as_json, retry=True)
 
 
 def _list(storage: str, as_json: bool) -> None:

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ray_app.cli import options
-from ray_app.train.cluster import JOBS, LOCAL, Limits, check_address
+from ray_app.train.cluster import JOBS, LOCAL, ClusterLimits, check_address
 from serving.config import EngineSpec
 from training.errors import UserError
 from training.storage.storage import open_storage
@@ -85,7 +85,7 @@ def train(
     from training.run.submission import submit
 
     check_address(address)
-    limits = Limits(lanes, max_gpus, priority=priority)
+    limits = ClusterLimits(lanes, max_gpus, priority=priority)
     if address.startswith(JOBS):
         from ray_app.cli.handing import FleetClient
 
@@ -117,13 +117,18 @@ def drive(
     from training.run.run import RunStore
     from training.run.submission import reopen
 
-    follow(reopen(RunStore(open_storage(storage), run)), address, Limits(lanes, max_gpus, priority=priority), as_json)
+    follow(
+        reopen(RunStore(open_storage(storage), run)),
+        address,
+        ClusterLimits(lanes, max_gpus, priority=priority),
+        as_json,
+    )
 
 
 def follow(
     submission: "Submission",
     address: str,
-    limits: Limits,
+    limits: ClusterLimits,
     as_json: bool,
     *,
     retry: bool = False,
@@ -166,7 +171,7 @@ def _hand_over(fleet: "FleetClient", manifest: Path, *, detach: bool, as_json: b
 
 
 def _train_elsewhere(
-    manifest: Path, address: str, storage: str, limits: Limits, *, detach: bool, keep_last: bool, as_json: bool
+    manifest: Path, address: str, storage: str, limits: ClusterLimits, *, detach: bool, keep_last: bool, as_json: bool
 ) -> None:
     """`train` through the Ray Jobs API: checks what the cluster can see, uploads, submits, and looks on."""
     from ray_app.train.jobs import check_reach, follow_job, submit_job

@@ -65,7 +65,7 @@ class Cluster(NamedTuple):
         return self.gpus or self.nodes
 
 
-class Limits(NamedTuple):
+class ClusterLimits(NamedTuple):
     """What a run may take of the cluster. `lanes`: the most lanes at once; None: as many as there are seats.
 
     `gpus` are waited for where there are fewer: an autoscaler sees the demand. `priority`: above runs of lower ones.

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from rich.console import Console
 
-from ray_app.train.cluster import Limits, connect
+from ray_app.train.cluster import ClusterLimits, connect
 from ray_app.train.console import RunConsole
 from ray_app.train.driver import Driver, finish
 from ray_app.train.metrics import RunMetrics
@@ -33,7 +33,9 @@ class Whole(NamedTuple):
     subjects: Sequence[SubjectRecord]
 
 
-def drive_run(submission: Submission, address: str, limits: Limits, console: Console, *, retry: bool = False) -> Whole:
+def drive_run(
+    submission: Submission, address: str, limits: ClusterLimits, console: Console, *, retry: bool = False
+) -> Whole:
     """Works a run off, or waits for the process that leads it.
 
     On KeyboardInterrupt checkpoints are written and it is raised again.
@@ -77,7 +79,7 @@ def read_run(store: RunStore) -> Whole:
     return Whole(record, subjects)
 
 
-def detach_run(submission: Submission, address: str, limits: Limits) -> Path:
+def detach_run(submission: Submission, address: str, limits: ClusterLimits) -> Path:
     """Starts a driver of its own that outlives this command; returns the file its output goes to."""
     log = Path(tempfile.gettempdir(), f"dreamfleet-{submission.record.run}-{os.getpid()}.log")
     command = [sys.executable, "-m", "ray_app.cli.main", *drive_arguments(submission, address, limits)]
@@ -93,7 +95,7 @@ def detach_run(submission: Submission, address: str, limits: Limits) -> Path:
     return log
 
 
-def drive_arguments(submission: Submission, address: str, limits: Limits) -> list[str]:
+def drive_arguments(submission: Submission, address: str, limits: ClusterLimits) -> list[str]:
     """The arguments of the command that goes on with a run from anywhere, in `drive_environment`."""
     arguments = ["drive", submission.record.run, "--address", address]
     arguments += ["--lanes", str(limits.lanes)] if limits.lanes else []
@@ -107,7 +109,9 @@ def drive_environment(submission: Submission) -> dict[str, str]:
     return {"DREAMFLEET_STORAGE": submission.store.storage.uri}
 
 
-def _lead_run(submission: Submission, lead: Lead, address: str, limits: Limits, console: Console, retry: bool) -> Whole:
+def _lead_run(
+    submission: Submission, lead: Lead, address: str, limits: ClusterLimits, console: Console, retry: bool
+) -> Whole:
     store = submission.store
     record = store.record()
     if retry and record.state != "running":

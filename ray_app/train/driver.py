@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from pydantic import TypeAdapter
 
-from ray_app.train.cluster import Cluster, Limits
+from ray_app.train.cluster import Cluster, ClusterLimits
 from ray_app.train.lanes import LaneOrder, Lanes
 from ray_app.train.sharing import Sharing
 from training.evaluation.report import write_report
@@ -110,7 +110,7 @@ class Driver:
     lead: Lead
     cluster: Cluster
     watchers: Sequence[Watcher]
-    limits: Limits = field(default_factory=Limits)
+    limits: ClusterLimits = field(default_factory=ClusterLimits)
 
     def __post_init__(self) -> None:
         record, base = self.submission.record, self.submission.base

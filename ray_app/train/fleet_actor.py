@@ -15,7 +15,7 @@ from fleet.board import Board
 from fleet.config import FleetSpec
 from fleet.hooks import Hooks
 from ray_app.silence import silence
-from ray_app.train.cluster import Limits, current
+from ray_app.train.cluster import ClusterLimits, current
 from ray_app.train.lanes import LaneOrder, Lanes
 from training.base.files.folder import hash_base
 from training.base.files.outline import outline
@@ -163,7 +163,7 @@ class FleetActor:
             base_hash=self._hash,
             warm_s=self._spec.warm_s,
         )
-        limits = Limits(self._limits.lanes, self._limits.gpus, self._limits.cpus_per_lane)
+        limits = ClusterLimits(self._limits.lanes, self._limits.gpus, self._limits.cpus_per_lane)
         me = ray.get_runtime_context().current_actor
         lanes = Lanes(told, driver.plans(), current(), limits, me, log.warning, spread=False)
         threading.Thread(target=self._hooks.deliver, args=(over,), name="webhooks", daemon=True).start()

@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 from rich.console import Console
 
-from ray_app.train.cluster import Limits
+from ray_app.train.cluster import ClusterLimits
 from ray_app.train.drive import Whole, drive_arguments, drive_environment, look_on, read_run
 from training.base.files.folder import EMBEDDED, find_base
 from training.errors import UserError
@@ -41,7 +41,7 @@ def check_reach(address: str, storage: str, base: str, root: str) -> None:
         )
 
 
-def submit_job(submission: Submission, address: str, limits: Limits) -> str:
+def submit_job(submission: Submission, address: str, limits: ClusterLimits) -> str:
     """Starts the driver as a Ray job and returns the job's id. Raises UserError if the cluster does not take it."""
     arguments = drive_arguments(submission, "auto", limits)
     python = sys.executable if urlsplit(address).hostname in ("127.0.0.1", "localhost", "::1") else "python"

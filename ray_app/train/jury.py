@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ray_app.silence import silence
-from ray_app.train.cluster import Cluster, Limits, connect
+from ray_app.train.cluster import Cluster, ClusterLimits, connect
 from ray_app.train.lanes import slot_resources
 from training.evaluation.protocol import JudgedSubject, Protocol, ProtocolSubject
 from training.sampling.render import Look
@@ -55,7 +55,7 @@ def spread_protocol(
         from ray.util import ActorPool
 
         count = min(cluster.seats, len(sittings))
-        needs = slot_resources(cluster, Limits())
+        needs = slot_resources(cluster, ClusterLimits())
         evaluator: Any = ray.remote(Evaluator).options(num_cpus=needs["CPU"], num_gpus=needs.get("GPU", 0))
         threads = _threads(cluster, count)
         pool = ActorPool([evaluator.remote(*judging, threads) for _ in range(count)])

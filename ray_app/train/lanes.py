@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from ray_app.train.cluster import Cluster, Limits, current
+from ray_app.train.cluster import Cluster, ClusterLimits, current
 from ray_app.train.lane import Order, in_words, run_lane
 from ray_app.train.sharing import Sharing
 from training.errors import UserError
@@ -54,7 +54,7 @@ class Lanes:
         order: LaneOrder,
         packs: Sequence[PackPlan],
         cluster: Cluster,
-        limits: Limits,
+        limits: ClusterLimits,
         queue: Any,
         say: Callable[[str], None],
         sharing: Sharing | None = None,
@@ -221,7 +221,7 @@ class Lanes:
         return max(1, (os.cpu_count() or 1) // max(self._most(), plan.workers))
 
 
-def slot_resources(cluster: Cluster, limits: Limits) -> dict[str, float]:
+def slot_resources(cluster: Cluster, limits: ClusterLimits) -> dict[str, float]:
     """What one worker of a lane asks of Ray: a GPU where there are any (or will be), else CPUs."""
     if cluster.gpus or limits.gpus:
         return {"CPU": 1, "GPU": 1}

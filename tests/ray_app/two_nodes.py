@@ -6,7 +6,7 @@ import sys
 import psutil
 from rich.console import Console
 
-from ray_app.train.cluster import AUTO, Limits
+from ray_app.train.cluster import AUTO, ClusterLimits
 from ray_app.train.drive import drive_run
 from tests.ray_app.nodes import cluster_of
 from training.run.submission import submit
@@ -22,7 +22,7 @@ def be_small() -> None:
 def main() -> None:
     storage = open_storage(sys.argv[2])
     with cluster_of(2, runtime_env={"worker_process_setup_hook": "tests.ray_app.two_nodes.be_small"}):
-        whole = drive_run(submit(sys.argv[1], storage), AUTO, Limits(), Console(stderr=True, width=1000))
+        whole = drive_run(submit(sys.argv[1], storage), AUTO, ClusterLimits(), Console(stderr=True, width=1000))
         sys.stdout.write(json.dumps([subject.model_dump(mode="json") for subject in whole.subjects]))
 
 

@@ -5,7 +5,7 @@ embedding is replaced by the word's vectors. Source: Gal et al. 2022.
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
-Words = Mapping[str, Tensor]  # word -> [V, D]; V token places, D the text encoder's width
+from training.base.family import Words
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 Crop = Literal["center", "random", "face", "bucket"]
-Size = tuple[int, int]
+SizePx = tuple[int, int]
 Pixels = NDArray[np.uint8]
 
 # The jitter of the usual script, torchvision's ColorJitter(0.2, 0.1), drawn ahead of the loop.
@@ -120,14 +120,14 @@ def _mirrored(one: Framed, crop_px: tuple[int, int]) -> Framed:
     return Framed(np.ascontiguousarray(one.pixels_HW3[:, ::-1]), crop_px, mask_HW)
 
 
-def cover(image: Image.Image, size: Size) -> Image.Image:
+def cover(image: Image.Image, size: SizePx) -> Image.Image:
     """The image, its proportions kept, at the smallest size that covers `size` (width, height)."""
     scale = max(size[0] / image.width, size[1] / image.height)
     target = (max(size[0], round(image.width * scale)), max(size[1], round(image.height * scale)))
     return image if target == image.size else image.resize(target, Image.Resampling.LANCZOS)
 
 
-def bucket_sizes(resolution: int, multiple: int | None = None, max_aspect: float = 2.5) -> tuple[Size, ...]:
+def bucket_sizes(resolution: int, multiple: int | None = None, max_aspect: float = 2.5) -> tuple[SizePx, ...]:
     """The (width, height) of every aspect bucket, the square among them, widest first.
 
     Sides are multiples of `multiple` (an eighth of `resolution` unless given: 64 at 512), no bucket has more pixels
@@ -144,7 +144,7 @@ def bucket_sizes(resolution: int, multiple: int | None = None, max_aspect: float
     return tuple(sorted(sizes, key=lambda size: (-size[0] / size[1], -size[0] * size[1])))
 
 
-def assign_bucket(width: int, height: int, sizes: Sequence[Size]) -> Size:
+def assign_bucket(width: int, height: int, sizes: Sequence[SizePx]) -> SizePx:
     """The bucket that crops least of a `width` x `height` image; of equals, the one with more pixels."""
     if not sizes:
         raise ValueError("no buckets")
@@ -195,7 +195,7 @@ def _face_detector() -> _Detector:
     return detector
 
 
-def _places(image: Image.Image, size: Size, crop: Crop, crops: int, key: str) -> list[tuple[int, int]]:
+def _places(image: Image.Image, size: SizePx, crop: Crop, crops: int, key: str) -> list[tuple[int, int]]:
     """The (left, top) of each crop of `size`; repeats where there are few places, as in a square image."""
     free_x, free_y = image.width - size[0], image.height - size[1]
     if crop == "random":

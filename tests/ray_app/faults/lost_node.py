@@ -8,7 +8,7 @@ import time
 import ray
 from rich.console import Console
 
-from ray_app.train.cluster import AUTO, Limits
+from ray_app.train.cluster import AUTO, ClusterLimits
 from ray_app.train.drive import drive_run
 from tests.ray_app.nodes import cluster_of
 from training.run.run import RunStore
@@ -33,7 +33,7 @@ def main() -> None:
             found.add()
 
         threading.Thread(target=lose_one, daemon=True).start()
-        whole = drive_run(submission, AUTO, Limits(), Console(stderr=True))
+        whole = drive_run(submission, AUTO, ClusterLimits(), Console(stderr=True))
         subjects = [subject.model_dump(mode="json") for subject in whole.subjects]
         sys.stdout.write(json.dumps({"lost": lost, "subjects": subjects}))
 

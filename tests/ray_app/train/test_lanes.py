@@ -3,7 +3,7 @@
 import pytest
 from ray.exceptions import RayTaskError
 
-from ray_app.train.cluster import Cluster, Limits
+from ray_app.train.cluster import Cluster, ClusterLimits
 from ray_app.train.lane import in_words
 from ray_app.train.lanes import LaneOrder, Lanes, _cause, _Lane
 from tests.training.subjects import spec
@@ -26,11 +26,11 @@ def pack(slots: int = 4, workers: int = 1) -> PackPlan:
 class Counted(Lanes):
     """Lanes that open nothing but themselves."""
 
-    def __init__(self, *packs: PackPlan, gpus: int, limits: Limits | None = None) -> None:
+    def __init__(self, *packs: PackPlan, gpus: int, limits: ClusterLimits | None = None) -> None:
         self.refused: list[int] = []
         told = LaneOrder("run", "storage", "queue")
         cluster = Cluster(local=True, gpus=gpus, cpus=8, nodes=1)
-        super().__init__(told, packs, cluster, limits or Limits(), None, lambda _: None)
+        super().__init__(told, packs, cluster, limits or ClusterLimits(), None, lambda _: None)
 
     def _open(self, profile: int, plan: PackPlan) -> None:
         self._lanes[len(self._lanes)] = _Lane(profile, plan, None)
@@ -71,7 +71,7 @@ def test_a_gang_of_a_cpu_machine_shares_its_one_seat() -> None:
 def test_a_gang_that_can_never_be_had_is_refused() -> None:
     lanes = Counted(pack(slots=1, workers=4), pack(), gpus=2)
     assert lanes.see(p0=1, p1=1) == [(1, 1)] and lanes.refused == [0]
-    assert Counted(pack(slots=1, workers=4), gpus=2, limits=Limits(gpus=4)).see(p0=1) == [(0, 1)]
+    assert Counted(pack(slots=1, workers=4), gpus=2, limits=ClusterLimits(gpus=4)).see(p0=1) == [(0, 1)]
 
 
 def rates(settings: Closed, path: str = "") -> dict[str, float]:

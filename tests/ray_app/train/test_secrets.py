@@ -10,7 +10,7 @@ import pytest
 
 import ray_app.serve.deployments as serve_module
 from ray_app.train import drive, jobs
-from ray_app.train.cluster import Limits
+from ray_app.train.cluster import ClusterLimits
 from training.errors import UserError
 from training.photos.files import FileCache
 from training.run import shares
@@ -39,7 +39,7 @@ def test_a_detached_driver_is_told_its_storage_by_its_environment(monkeypatch: p
         "Popen",
         lambda command, **rest: started.update(command=command, **rest),
     )
-    drive.detach_run(submission(), "local", Limits(2)).unlink()
+    drive.detach_run(submission(), "local", ClusterLimits(2)).unlink()
     assert started["command"][-6:] == ["drive", "pets-1", "--address", "local", "--lanes", "2"]
     assert "hush" not in " ".join(started["command"])
     assert started["env"]["DREAMFLEET_STORAGE"] == URI and started["env"]["PATH"] == os.environ["PATH"]
@@ -49,7 +49,7 @@ def test_a_job_on_a_cluster_is_told_by_its_environment(monkeypatch: pytest.Monke
     sent: dict[str, Any] = {}
     monkeypatch.setattr(jobs, "_client", lambda _: None)
     monkeypatch.setattr(jobs, "_submit", lambda _, job, __: sent.update(job) or "1")
-    jobs.submit_job(submission(), "http://127.0.0.1:8265", Limits())
+    jobs.submit_job(submission(), "http://127.0.0.1:8265", ClusterLimits())
     environment = sent.pop("runtime_env")
     assert environment == {"env_vars": {"DREAMFLEET_STORAGE": URI}}
     assert "hush" not in json.dumps(sent)

@@ -42,7 +42,7 @@ from training.errors import UserError
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 FORCED: Mapping[str, Any] = {"clip_sample": False, "steps_offset": 1}  # by diffusers' StableDiffusionPipeline
 KARRAS = "_karras"  # ends the name of a sampler whose noise levels are spaced as Karras et al. (2022) do
-Kind = Literal["ddim", "euler", "euler_a", "dpm++_2m"]
+Solver = Literal["ddim", "euler", "euler_a", "dpm++_2m"]
 
 
 class Ddpm:
@@ -106,7 +106,7 @@ class Ddpm:
     def _schedule(
         self, sampler: SamplerName, steps: int, strength: float | None = None, size: Size = SMALLEST
     ) -> Schedule:
-        kind = cast(Kind, sampler.removesuffix(KARRAS))
+        kind = cast(Solver, sampler.removesuffix(KARRAS))
         scheduler = _make(kind, self._sampling, karras=sampler.endswith(KARRAS))
         start = steps_left(steps, strength)
         try:
@@ -124,7 +124,7 @@ class Ddpm:
         return Schedule(table, signal, noise, kind == "euler_a")
 
 
-def _make(kind: Kind, config: dict[str, Any], *, karras: bool) -> Any:
+def _make(kind: Solver, config: dict[str, Any], *, karras: bool) -> Any:
     config = {**config, "use_karras_sigmas": True} if karras else config
     if kind == "dpm++_2m":
         return DPMSolverMultistepScheduler.from_config(
@@ -136,7 +136,7 @@ def _make(kind: Kind, config: dict[str, Any], *, karras: bool) -> Any:
     return classes[kind].from_config(config)
 
 
-def _first_mix(kind: Kind, scheduler: Any, start: int, *, from_image: bool) -> tuple[float, float]:
+def _first_mix(kind: Solver, scheduler: Any, start: int, *, from_image: bool) -> tuple[float, float]:
     if not from_image:
         return 0.0, float(scheduler.init_noise_sigma)
     if kind in ("euler", "euler_a"):
