@@ -70,7 +70,8 @@ class _Kernels(TorchDispatchMode):
         self._bytes = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.overloadpacket not in flop_registry:  # in inference mode, operators come before they are taken apart
+        # in inference mode, operators come here before they are taken apart
+        if torch.is_inference_mode_enabled() and func.overloadpacket not in flop_registry:
             with self:
                 out = func.decompose(*args, **(kwargs or {}))
             if out is not NotImplemented:

@@ -155,6 +155,8 @@ def _by_member(losses_N: Tensor, batch: Batch, members: int) -> tuple[Tensor, Te
     for is_prior in (False, True):
         # picked on the host: a mask on the device would have it wait for how many rows there are
         rows = [row for row, prior in enumerate(batch.is_prior) if prior == is_prior]
-        places_R, rows_R = torch.tensor([[batch.member[row] for row in rows], rows]).to(losses_N.device)
+        places_R, rows_R = torch.tensor([[batch.member[row] for row in rows], rows], dtype=torch.long).to(
+            losses_N.device
+        )
         kinds.append(zeros.index_add(0, places_R, losses_N[rows_R]))
     return kinds[0], kinds[1]
