@@ -12,6 +12,7 @@ import torch
 
 from serving.engine.job import Recovered
 from serving.engine.request import GenerateRequest, NoiseReading
+from serving.marking.code import words_of
 from serving.marking.evidence import NoiseReader
 from serving.marking.noise import NoiseMark
 from training.base.facts import SamplerName
@@ -56,7 +57,15 @@ def read_noise(mark: NoiseMark, reader: NoiseReader, found: Recovered) -> NoiseR
     request = found.job.request
     evidence_CHW = reader(found.noise.numpy(), found.latents.numpy())
     cut = range(request.cut_cells + 1)
-    readings = [mark.read(evidence_CHW, request.expected, top=top, left=left) for top in cut for left in cut]
+    counts = {words_of(evidence_CHW.size)}
+    if request.cut_cells:  # the whole picture may have been large enough for more words than this part of it
+        counts.add(words_of(2 * evidence_CHW.size))
+    readings = [
+        mark.read(evidence_CHW, request.expected, words=words, top=top, left=left)
+        for words in sorted(counts)
+        for top in cut
+        for left in cut
+    ]
     best = min(readings, key=lambda reading: reading.log10)
     tries = math.log10(len(readings))
     return NoiseReading(serial=best.serial, words=best.words, log10=min(0.0, best.log10 + tries), z=best.z)

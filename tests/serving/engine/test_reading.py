@@ -87,3 +87,14 @@ def test_a_reading_without_a_mark_is_refused(tiny: Base) -> None:
         engine.submit(reading_request(b"", 16, 16, deadline_s=60), torch.zeros(3, 16, 16, dtype=torch.uint8))
     assert not run(engine, [])
     engine.close()
+
+
+def test_a_part_of_a_picture_is_read_at_its_place_with_the_words_of_the_whole(tiny: Base) -> None:
+    whole = MARK.put(torch.randn(4, 48, 48, generator=torch.Generator().manual_seed(0)), MARK.serial("", 0))
+    part = whole[:, 2:42, 3:43].contiguous()  # 6400 values: alone they would carry one word
+    engine = Engine(tiny, small(), Shelf({}), MARK)
+    request = reading_request(b"", 80, 80, deadline_s=60, cut_cells=3)
+    job = engine.submit(request, torch.zeros(3, 80, 80, dtype=torch.uint8))
+    reading = read_noise(MARK, engine.reader, Recovered(job, 0, part, part))
+    assert (reading.words, reading.serial) == (3, MARK.serial("", 0)) and reading.log10 < FOUND
+    engine.close()
