@@ -444,7 +444,7 @@ def test_what_lora_diffusion_cannot_hold_is_named(pipeline: StableDiffusionPipel
         ({"a.safetensors": write_tensors({}, {})}, "no known format"),
         ({"a.safetensors": write_tensors({"model.weight": torch.ones(2), "b": torch.ones(1)}, {})}, "no known format"),
         ({"a.safetensors": write_tensors({"lora_unet_x.lora_down.weight": torch.ones(1, 2)}, {})}, "1 keys fit no"),
-        ({"a.safetensors": write_tensors({"lora_unet_x.hada_w1_a": torch.ones(1, 2)}, {})}, "hada_w1_a"),
+        ({"a.safetensors": write_tensors({"lora_unet_x.hada_w1_a": torch.ones(1, 2)}, {})}, "is a LoKr or LoHa file"),
         ({"a.safetensors": write_tensors({"unet.x.lora.down.weight": torch.ones(1, 2)}, {})}, "unet.x.lora"),
         (
             {"lora_unet_unet.safetensors": write_tensors({"lora_unet_unet_x_lora_down_weight": torch.ones(1)}, {})},
