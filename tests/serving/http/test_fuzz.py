@@ -132,6 +132,6 @@ async def _send(client: httpx.AsyncClient, draw: Draw, path: str, method: str, c
         return await client.request(method, path, json=body)
     if "multipart/form-data" in content:
         return await client.request(
-            method, path, files={"file": b"nothing"}, data={"id": draw.value({"type": "string"})}
+            method, path, files={"file": b"nothing"}, data={"id": str(draw.value({"type": "string"}))}
         )
     return await client.request(method, path)
