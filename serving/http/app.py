@@ -125,6 +125,12 @@ def create_app(
     app.get("/healthz", tags=["operation"], responses={503: {"model": Health}})(_health)
     app.get("/metrics", tags=["operation"], response_class=Response)(_metrics)
     add_studio(app)
+    _add_middleware(app, spec, extension)
+    return app
+
+
+def _add_middleware(app: FastAPI, spec: ServeSpec, extension: Extension) -> None:
+    """What every request passes, the last one first."""
     uploads = {UPLOAD: spec.limits.upload_bytes, **extension.uploads}
     app.add_middleware(BodyLimit, usual=spec.limits.body_bytes, uploads=uploads)
     app.add_middleware(BodyTimeout)
@@ -138,7 +144,6 @@ def create_app(
             expose_headers=["X-Request-Id", "Retry-After"],
         )
     app.add_middleware(Observed)
-    return app
 
 
 async def _health(request: Request, response: Response) -> Health:
