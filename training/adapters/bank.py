@@ -11,33 +11,36 @@ not know which family of model it lies over, or whether it is trained or served.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from math import gcd
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
 
 from training.adapters.adapter import Adapter
+from training.adapters.coverage import Coverage
+from training.adapters.delta import Delta, add_conv, add_linear
 from training.adapters.layout import WORDS, AdapterRow, Layer, Layout, Site, unpack
-
-
-@dataclass(frozen=True, slots=True)
-class Delta:
-    """What one layer adds: `down` [G, R, I] (R = K x rank) and `up` [G, R, O], for G groups of neighbouring rows."""
-
-    down: Tensor
-    up: Tensor
+from training.base.tokens import TokenKind
 
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """Which deltas the rows of one component's next forward wear, by the index of the site; the others stay as is."""
+    """Which deltas the rows of one component's next forward wear, by the index of the site; the others stay as is.
+
+    `coverage`: where in their rows, and `kinds`, which tokens each of these sites sees; None is everywhere.
+    """
 
     component: str
     rows: int
     deltas: Mapping[int, Delta]
+    coverage: Coverage | None = None
+    kinds: Mapping[int, TokenKind] = field(default_factory=dict)
+
+    def covered(self, coverage: Coverage, kinds: Mapping[int, TokenKind]) -> "Route":
+        """The same, worn only where `coverage` says."""
+        return replace(self, coverage=coverage, kinds=kinds)
 
 
 class Bank:
@@ -130,11 +133,12 @@ class Bank:
         def add_delta(layer: Layer, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
             route = self._using.get(component)
             delta = route.deltas.get(index) if route is not None else None
-            if delta is None:
+            if route is None or delta is None:
                 return None
+            where = (route.coverage, route.kinds[index]) if route.coverage is not None else None
             if isinstance(layer, nn.Linear):
-                return _add_linear(inputs[0], output, delta)
-            return _add_conv(layer, inputs[0], output, delta)
+                return add_linear(inputs[0], output, delta, where)
+            return add_conv(layer, inputs[0], output, delta, where)
 
         return add_delta
 
@@ -298,36 +302,3 @@ def _common_run(rows_NX: Tensor) -> int:
     for change in changes:
         run = gcd(run, change + 1)
     return run
-
-
-def _add_linear(x: Tensor, output: Tensor, delta: Delta) -> Tensor:
-    """output [N, ..., O] + (x [N, ..., I] down^T) up; each of G groups of rows has its own down and up."""
-    g = delta.down.shape[0]
-    x_GTI = x.reshape(g, -1, x.shape[-1])
-    low_GTR = torch.bmm(x_GTI, delta.down.transpose(1, 2))
-    return _add_product(output.reshape(g, -1, output.shape[-1]), low_GTR, delta.up).view(output.shape)
-
-
-def _add_conv(layer: nn.Conv2d, x: Tensor, output: Tensor, delta: Delta) -> Tensor:
-    """The same for a convolution: G small convolutions run as one grouped one, then a 1x1 up for every row."""
-    g, ranks, _ = delta.down.shape
-    n, channels, *size = x.shape
-    m = n // g  # rows a group
-    low = functional.conv2d(
-        x.view(g, m, channels, *size).transpose(0, 1).reshape(m, g * channels, *size),
-        delta.down.reshape(g * ranks, channels, *layer.kernel_size),
-        stride=layer.stride,
-        padding=layer.padding,
-        dilation=layer.dilation,
-        groups=g,
-    )
-    low_NRT = low.view(m, g, ranks, -1).transpose(0, 1).reshape(n, ranks, -1)
-    up_NOR = delta.up.transpose(1, 2).repeat_interleave(m, dim=0) if m > 1 else delta.up.transpose(1, 2)
-    return _add_product(output.reshape(n, output.shape[1], -1), up_NOR, low_NRT).view(output.shape)
-
-
-def _add_product(output: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """output + left x right, batched; written over the layer's own fresh output where no gradient will ask for it."""
-    if torch.is_grad_enabled():
-        return torch.baddbmm(output, left, right)
-    return output.baddbmm_(left, right)

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import Field, StringConstraints, ValidationError
 
 from training.base.originals import Naming, without_naming
+from training.base.tokens import Tokens
 from training.errors import UserError
 from training.storage.closed import Closed
 
@@ -46,6 +47,7 @@ class Facts:
     trained_bytes: float
     drawn_bytes: float
     pixel_bytes: float
+    tokens: Tokens  # what the denoiser's layers see
     prompt_tokens: int  # that the text encoder takes at once
     chunked: bool = True  # whether it takes a longer prompt piece by piece
     word_widths: tuple[int, ...] = ()  # of a textual-inversion vector, one for each of `text_encoders`

@@ -15,6 +15,7 @@ from training.base.family import NOTHING, Cond, Parts, RowFacts, Words
 from training.base.files.weights import load_model
 from training.base.footprint import PIXEL_BYTES
 from training.base.originals import Original, any_like, below, by_rules
+from training.base.tokens import Tokens
 from training.errors import UserError
 
 if TYPE_CHECKING:
@@ -50,6 +51,12 @@ ORIGINALS = (
     ("final_layer.adaLN_modulation.1", Original(("norm_out.linear",), swapped=True)),
 )  # fmt: skip
 NAMING = partial(by_rules, ORIGINALS)
+TOKENS = Tokens(
+    text=r"\.(attn\.(add_[qkv]_proj|to_add_out)|ff_context\.net\.\S+)$|^context_embedder$",
+    both=r"^single_transformer_blocks\.\d+\.(attn\.to_[qkv]|proj_mlp|proj_out)$",
+    row=r"\.linear$|^time_text_embed\.",
+    patch=2,
+)
 SCHEDULER = "scheduler/scheduler_config.json"
 CLIP_TOKENIZER = (("tokenizer/tokenizer.json",), ("tokenizer/vocab.json", "tokenizer/merges.txt"))
 T5_TOKENIZER = (("tokenizer_2/tokenizer.json",), ("tokenizer_2/spiece.model",))
@@ -96,6 +103,7 @@ class Flux1:
             trained_bytes=TOKEN_TRAINED_BYTES * width * layers / PATCH**2,
             drawn_bytes=TOKEN_DRAWN_BYTES * width / PATCH**2,
             pixel_bytes=PIXEL_BYTES * vae["block_out_channels"][0],
+            tokens=TOKENS,
             prompt_tokens=PROMPT_TOKENS,
             chunked=False,
             guidance="embedded" if self._guided else "none",

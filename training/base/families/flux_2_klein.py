@@ -15,6 +15,7 @@ from training.base.family import NOTHING, Cond, Parts, RowFacts, Words
 from training.base.files.weights import load_model
 from training.base.footprint import PIXEL_BYTES
 from training.base.originals import Original, any_like, below, by_rules
+from training.base.tokens import Tokens
 from training.errors import UserError
 
 if TYPE_CHECKING:
@@ -47,6 +48,11 @@ ORIGINALS = (
     ("final_layer.adaLN_modulation.1", Original(("norm_out.linear",), swapped=True)),
 )  # fmt: skip
 NAMING = partial(by_rules, ORIGINALS)
+TOKENS = Tokens(
+    text=r"\.(attn\.(add_[qkv]_proj|to_add_out)|ff_context\.linear_(in|out))$|^context_embedder$",
+    both=r"^single_transformer_blocks\.",
+    row=r"(^|_)stream_modulation|\.linear$|^time_guidance_embed\.",
+)
 SCHEDULER = "scheduler/scheduler_config.json"
 TOKENIZERS = (("tokenizer/tokenizer.json",), ("tokenizer/vocab.json", "tokenizer/merges.txt"))
 PATCH = 2  # cells of the VAE a side of a latent cell
@@ -93,6 +99,7 @@ class Flux2Klein:
             trained_bytes=TOKEN_TRAINED_BYTES * width * layers,
             drawn_bytes=TOKEN_DRAWN_BYTES * width,
             pixel_bytes=PIXEL_BYTES * vae["block_out_channels"][0],
+            tokens=TOKENS,
             prompt_tokens=PROMPT_TOKENS,
             chunked=False,
             guidance="none" if distilled else "cfg",

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from training.base.facts import Facts, check_class
 from training.base.files.weights import check_channels, load_model
 from training.base.footprint import DRAWN_BYTES, PIXEL_BYTES, TRAINED_BYTES
+from training.base.tokens import UNET_TOKENS
 from training.errors import UserError
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ def unet_facts(unet: dict[str, Any], vae: dict[str, Any], **others: Any) -> Fact
         "resolution": unet["sample_size"] * cell_px,
         "targets": ATTENTION,
         "layers": UNET_LAYERS,
+        "tokens": UNET_TOKENS,
         "trained_bytes": TRAINED_BYTES * width,
         "drawn_bytes": DRAWN_BYTES * width,
         "pixel_bytes": PIXEL_BYTES * vae["block_out_channels"][0],

@@ -14,6 +14,7 @@ from training.base.family import NOTHING, Cond, Parts, RowFacts, Words
 from training.base.files.weights import load_model
 from training.base.footprint import PIXEL_BYTES
 from training.base.originals import Original, any_like, below, by_rules
+from training.base.tokens import Tokens
 from training.errors import UserError
 
 if TYPE_CHECKING:
@@ -41,6 +42,14 @@ ORIGINALS = (
     ("x_embedder", Original(("all_x_embedder.2-1",))),
     *below("final_layer", "all_final_layer.2-1", {"linear": "linear", "adaLN_modulation.1": "adaLN_modulation.1"}),
 )  # fmt: skip
+TOKENS = Tokens(
+    text=r"^context_refiner\.",
+    both=r"^(layers\.|all_final_layer\.[^.]+\.linear$)",
+    row=r"adaLN_modulation|^t_embedder\.",
+    patch=2,
+    text_first=False,
+    multiple=32,
+)
 SCHEDULER = "scheduler/scheduler_config.json"
 TOKENIZERS = (("tokenizer/tokenizer.json",), ("tokenizer/vocab.json", "tokenizer/merges.txt"))
 PATCH = 2  # latent cells a side of a token
@@ -87,6 +96,7 @@ class ZImage:
             trained_bytes=TOKEN_TRAINED_BYTES * width * layers / PATCH**2,
             drawn_bytes=TOKEN_DRAWN_BYTES * width / PATCH**2,
             pixel_bytes=PIXEL_BYTES * vae["block_out_channels"][0],
+            tokens=TOKENS,
             prompt_tokens=self._prompt_tokens,
             chunked=False,
             min_snr=False,
