@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from serving.engine.covering import cover_rows
 from serving.engine.job import Sample
 from serving.engine.prompts import make_routes
 from serving.engine.samplers import ScheduleLines
@@ -37,6 +38,7 @@ class Forward:
     guidance_G: Tensor
     routes: tuple[Route, ...]
     layout: Layout
+    weights: tuple[tuple[float, ...], ...]  # of the samples' adapters
 
     @classmethod
     def make(
@@ -55,8 +57,11 @@ class Forward:
         facts = [RowFacts(guidance=sample.job.request.guidance_scale) for sample in rows]
         facts += facts[:1] * fill
         slots: list[tuple[int, ...]] = [sample.slots or () for sample in rows]
-        weights: list[tuple[float, ...]] = [sample.job.weights for sample in rows]
+        weights: list[tuple[float, ...]] = [sample.weights for sample in rows]
         routes = make_routes(bank, [base.facts.denoiser], slots + [()] * fill, weights + [()] * fill, empty)
+        places = [row for sample in order for row in sample.places]
+        pictures = [None if sample.job.where is None else sample.job.where.picture_Khw for sample in rows]
+        routes = cover_rows(routes, bank, base, pictures + [None] * fill, places + [None] * fill)
         guidance = torch.tensor([sample.job.request.guidance_scale for sample in order[:guided]])
         return cls(
             order=tuple(order),
@@ -66,6 +71,13 @@ class Forward:
             guidance_G=guidance.to(base.device).view(-1, 1, 1, 1),
             routes=tuple(routes),
             layout=bank.layout,
+            weights=tuple(sample.weights for sample in order),
+        )
+
+    def fits(self, layout: Layout) -> bool:
+        """Whether it serves its samples' next step, too: on a bank of `layout`, if no weight has changed since."""
+        return self.layout is layout and all(
+            sample.weights == weights for sample, weights in zip(self.order, self.weights, strict=True)
         )
 
     def __call__(self, base: Base, bank: Bank, latents_NCHW: Tensor, lines: ScheduleLines) -> Tensor:

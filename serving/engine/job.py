@@ -4,17 +4,34 @@ State only. Who steps when is in `scheduler.py`, what a step does in `stepping.p
 """
 
 import time
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from serving.engine.region import Region
 from serving.engine.request import MAX_SEED, AdapterRef, GenerateRequest
 from serving.engine.tiers.adapters import Loads
+from training.adapters.coverage import Places
 from training.base.family import Cond
 from training.base.noise.process import Schedule
+
+
+@dataclass(frozen=True, slots=True)
+class Worn:
+    """Where in its rows a job's K adapters are worn: `picture_Khw`, and the tokens of the prompt and the negative."""
+
+    picture_Khw: Tensor
+    places: tuple[tuple[Places, ...], tuple[Places, ...]]
+
+    def of_prompt(self, prompt: int, chosen: Sequence[int]) -> tuple[tuple[Places, ...], tuple[float, ...]]:
+        """Of the `chosen` adapters, the tokens of a prompt that wear each, and how much what is pooled of it does."""
+        places = tuple(self.places[prompt][index] for index in chosen)
+        means = self.picture_Khw.mean(dim=(1, 2)).tolist()
+        shares = (0.0 if none == () else means[index] for index, none in zip(chosen, places, strict=True))
+        return places, tuple(shares)
 
 
 @dataclass(eq=False, slots=True)
@@ -28,8 +45,9 @@ class Job:
     takes_negative: bool = True  # whether the base is guided by a second row, with the negative prompt
     loads: Loads = field(default_factory=dict)
     samples: list["Sample"] = field(default_factory=list)
-    conds: tuple[Cond, Cond | None] | None = None  # of the prompt and, with guidance, of the negative prompt
+    conds: tuple[Cond, ...] | None = None  # of the prompt and, with guidance, of the negative prompt
     together: Hashable = None  # the family's key of the prompts: only rows with equal keys share a forward
+    where: Worn | None = None  # where in a row the adapters are worn, if any has a region
     image: tuple[Tensor, Tensor] | None = None  # mean and std [C, h, w] of the picture's latents
     started_s: float | None = None
     over: bool = False
@@ -40,9 +58,14 @@ class Job:
         return tuple(use.ref for use in self.request.adapters)
 
     @property
-    def weights(self) -> tuple[float, ...]:
-        """The weight of each of `keys`."""
-        return tuple(use.weight for use in self.request.adapters)
+    def text_weights(self) -> tuple[float, ...]:
+        """The weight of each of `keys` in the text encoders."""
+        return tuple(use.weight if use.text_weight is None else use.text_weight for use in self.request.adapters)
+
+    @property
+    def regions(self) -> tuple[Region | None, ...]:
+        """Where each of `keys` is worn."""
+        return tuple(use.region for use in self.request.adapters)
 
     @property
     def deadline_s(self) -> float:
@@ -96,15 +119,30 @@ class Sample:
         return 2 if self.job.guided and not self.wide else 1
 
     @property
+    def weights(self) -> tuple[float, ...]:
+        """The weight of each of its job's adapters at the next step."""
+        return tuple(use.weight_at(self.step, self.job.schedule.steps) for use in self.job.request.adapters)
+
+    @property
+    def places(self) -> list[tuple[Places, ...] | None]:
+        """The tokens of each of `conds` that wear its job's adapters."""
+        where = self.job.where
+        return [None if where is None else where.places[prompt] for prompt in self.prompts]
+
+    @property
     def conds(self) -> list[Cond]:
         """The prompts of its next rows."""
         assert self.job.conds is not None
-        prompt, negative = self.job.conds
-        if negative is None:
-            return [prompt]
+        return [self.job.conds[prompt] for prompt in self.prompts]
+
+    @property
+    def prompts(self) -> tuple[int, ...]:
+        """Which of its job's prompts its next rows have: 0 the prompt, 1 the negative prompt."""
+        if not self.job.guided:
+            return (0,)
         if self.wide:
-            return [negative if self.plain is None else prompt]
-        return [negative, prompt]
+            return (1,) if self.plain is None else (0,)
+        return (1, 0)
 
     @property
     def at(self) -> Tensor:

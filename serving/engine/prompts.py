@@ -12,23 +12,31 @@ from math import ceil
 
 import torch
 
+from serving.engine.covering import cover_rows
 from serving.engine.request import AdapterRef
 from serving.errors import Refused
 from training.adapters.bank import Bank, Route
+from training.adapters.coverage import Places
 from training.base.base import Base
 from training.base.family import Cond, Words
 
 Mix = tuple[tuple[AdapterRef, float], ...]
-_Key = tuple[str, Mix, int]  # text, adapters that change it, chunks
+_Where = tuple[tuple[Places, ...], tuple[float, ...]]  # a text's `places` and `shares`
+_Key = tuple[str, Mix, _Where, int]  # text, adapters that change it, where, chunks
 
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """A text to be encoded under `mix`, whose adapters are in `slots`."""
+    """A text to be encoded under `mix`, whose adapters are in `slots`.
+
+    `places`: the tokens that wear each of them, and `shares`, how much what is pooled does; without, all of it does.
+    """
 
     text: str
     mix: Mix
     slots: tuple[int, ...]
+    places: tuple[Places, ...] = ()
+    shares: tuple[float, ...] = ()
 
 
 def make_routes(
@@ -76,14 +84,14 @@ class PromptCache:
         texts: dict[_Key, Text] = {}
         for request in requests:
             chunks = max(map(self._chunks, request))
-            keys.append([(text.text, text.mix, chunks) for text in request])
+            keys.append([(text.text, text.mix, (text.places, text.shares), chunks) for text in request])
             texts |= zip(keys[-1], request, strict=True)
         missing = [key for key in texts if key not in self._known]
         self.hits += sum(map(len, keys)) - len(missing)
         self.misses += len(missing)
         found = {key: self._known[key] for key in texts if key in self._known}
-        for chunks in {key[2] for key in missing}:
-            alike = [key for key in missing if key[2] == chunks]
+        for chunks in {key[-1] for key in missing}:
+            alike = [key for key in missing if key[-1] == chunks]
             found |= zip(alike, self._encode([texts[key] for key in alike], chunks), strict=True)
         for key, state in found.items():
             self._known[key] = state
@@ -109,10 +117,24 @@ class PromptCache:
             [tuple(weight for _, weight in text.mix) for text in texts],
             self._empty,
         )
+        if any(text.places for text in texts):
+            routes = self._in_parts(routes, texts, chunks)
         with self._bank.using(*routes):
             conds = self._base.encode([text.text for text in texts], list(map(self._words, texts)), chunks)
         # copies: a view would keep the whole batch in memory
         return [{name: part.clone() for name, part in cond.items()} for cond in conds]
+
+    def _in_parts(self, routes: list[Route], texts: Sequence[Text], chunks: int) -> list[Route]:
+        """The routes of texts whose adapters change a part of their tokens each. Raises Refused for several chunks."""
+        if chunks > 1 and any(
+            places is not None for text in texts for places in text.places
+        ):  # the encoder runs once a chunk, and a route does not know for which
+            raise Refused(
+                f"The prompt takes {chunks} chunks of {self._room} tokens. Adapters that change the text encoder and "
+                "have regions with words are served with one. Shorten the prompt, or leave 'words' out."
+            )
+        pictures = [torch.tensor(text.shares).view(-1, 1, 1) if text.places else None for text in texts]
+        return cover_rows(routes, self._bank, self._base, pictures, [text.places or None for text in texts])
 
     def _words(self, text: Text) -> Words:
         return {word: vectors for slot in text.slots for word, vectors in self._bank.words(slot).items()}

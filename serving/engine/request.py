@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from serving.engine.region import Region, WeightSpan, weight_at
 from training.base.facts import SamplerName
 from training.storage.closed import Closed
 
@@ -30,10 +31,21 @@ class AdapterRef(Closed):
 
 
 class AdapterUse(Closed):
-    """An adapter in a request's mix. `weight` scales its delta; negative weights subtract it."""
+    """An adapter in a request's mix. `weight` scales its delta; negative weights subtract it.
+
+    `schedule`: weights over the steps, in order; `weight` is the largest of them then. `text_weight` is that of the
+    text encoders, None the same. `region`: the part of picture and prompt that wears it, None all of both.
+    """
 
     ref: AdapterRef
     weight: float = 1.0
+    schedule: tuple[WeightSpan, ...] = ()
+    text_weight: float | None = None
+    region: Region | None = None
+
+    def weight_at(self, step: int, steps: int) -> float:
+        """The denoiser's weight at step `step` of `steps`."""
+        return weight_at(self.schedule, step, steps) if self.schedule else self.weight
 
 
 class GenerateRequest(Closed):

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from serving.engine.job import Job, Sample
+from serving.engine.covering import cells_of, places_of, without_words
+from serving.engine.job import Job, Sample, Worn
 from serving.engine.prompts import PromptCache, Text
 from serving.engine.tiers.adapters import Adapters
 from serving.marking.noise import NoiseMark
@@ -24,22 +25,32 @@ class Starter:
     def encode_prompts(self, samples: Sequence[Sample]) -> None:
         """The embeddings of the samples' jobs, all encoded together. Raises Refused for a prompt that is too long."""
         wearing = {sample.job: sample for sample in samples}
+        for job, sample in wearing.items():
+            job.where = self._where(job, sample)
         conds = self._prompts.encode([self._texts(job, sample) for job, sample in wearing.items()])
-        for job, (prompt, *negative) in zip(wearing, conds, strict=True):
-            job.conds = prompt, negative[0] if job.guided else None
-            job.together = self._base.family.together(job.samples[0].size, prompt)
+        for job, made in zip(wearing, conds, strict=True):
+            job.conds = tuple(made)
+            job.together = self._base.family.together(job.samples[0].size, made[0])
 
     def _texts(self, job: Job, sample: Sample) -> list[Text]:
         """The prompt and, with guidance, the negative prompt, under those adapters of a job that change the text."""
-        worn = [
-            (key, weight, slot)
-            for key, weight, slot in zip(job.keys, job.weights, sample.slots or (), strict=True)
-            if self._adapters.changes_text(key)
-        ]
-        mix = tuple((key, weight) for key, weight, _ in worn)
-        slots = tuple(slot for _, _, slot in worn)
+        changing = [index for index, key in enumerate(job.keys) if self._adapters.changes_text(key)]
+        mix = tuple((job.keys[index], job.text_weights[index]) for index in changing)
+        slots = tuple((sample.slots or ())[index] for index in changing)
         prompts = [job.request.prompt, job.request.negative_prompt] if job.guided else [job.request.prompt]
-        return [Text(prompt, mix, slots) for prompt in prompts]
+        if job.where is None:
+            return [Text(prompt, mix, slots) for prompt in prompts]
+        covers = [job.where.of_prompt(index, changing) for index in range(len(prompts))]
+        return [Text(prompt, mix, slots, *cover) for prompt, cover in zip(prompts, covers, strict=True)]
+
+    def _where(self, job: Job, sample: Sample) -> Worn | None:
+        """Where a job's adapters are worn; None is everywhere. Raises Refused for words that are not in its prompt."""
+        if not any(job.regions):
+            return None
+        known = {word: part for slot in sample.slots or () for word, part in self._adapters.bank.words(slot).items()}
+        places = places_of(self._base, job.request.prompt, job.regions, known)
+        cells = torch.stack([cells_of(region, sample.size) for region in job.regions])
+        return Worn(cells, (places, without_words(job.regions)))
 
     def first_latents(self, samples: Sequence[Sample]) -> None:
         """What each sample's first step begins with: noise, or the request's picture with noise on it."""

@@ -54,10 +54,10 @@ class Stepper:
         self._forwards.pop(kind, None)
 
     def forward(self, batch: Sequence[Sample]) -> Forward:
-        """The forward of these samples: the last one of their kind, if it is of the same samples and bank's layers."""
+        """The forward of these samples: their kind's last one, if it is of the same samples, weights and layers."""
         kind, layout = batch[0].kind, self._adapters.bank.layout
         forward = self._forwards.get(kind)
-        same = forward is not None and forward.layout is layout and set(forward.order) == set(batch)
+        same = forward is not None and set(forward.order) == set(batch) and forward.fits(layout)
         if forward is None or not same or batch[0].wide:  # a wide image's forwards alternate between its prompts
             fixed_rows = self._scheduler.step_rows(batch[0].cells) if self._spec.fixed_rows else None
             forward = Forward.make(

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
+from training.base.phrases import Span, tokens_at
+
 
 def asked(tokenizer: Any, prompt: str, *, thinking: bool) -> str:
     """The prompt in the template, up to where the model would answer."""
@@ -27,3 +29,10 @@ def tokenise(tokenizer: Any, prompts: Sequence[str], *, thinking: bool, length: 
 def count_chunks(tokenizer: Any, prompt: str, *, thinking: bool, length: int) -> int:
     """How many times `length` tokens the prompt takes."""
     return -(-len(tokenizer(asked(tokenizer, prompt, thinking=thinking)).input_ids) // length)
+
+
+def places(tokenizer: Any, prompt: str, spans: Sequence[Span], *, thinking: bool, length: int) -> list[int]:
+    """The tokens that stand for `spans` of a prompt's characters, of the first `length` of its chat."""
+    text = asked(tokenizer, prompt, thinking=thinking)
+    start = max(0, text.find(prompt.strip())) - (len(prompt) - len(prompt.lstrip()))
+    return tokens_at(tokenizer, text, [(start + begin, start + end) for begin, end in spans], length=length)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 from training.base.facts import Facts
+from training.base.phrases import Span
 
 if TYPE_CHECKING:
     import torch
@@ -87,6 +88,9 @@ class Family(Protocol):
 
         Prompts are cut after `chunks`, and filled up to it. The empty prompt is what the pipeline has without a prompt.
         """
+
+    def places(self, parts: Parts, prompt: str, spans: Sequence[Span], words: Words) -> list[int]:
+        """The tokens of a prompt's record that stand for these spans of its characters, those cut off left out."""
 
     def to_latents(self, parts: Parts, pixels_N3HW: "Tensor") -> tuple["Tensor", "Tensor"]:
         """Mean and std [N, C, h, w] of the latents of pictures in [-1, 1], in the space that noise is added in."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
 from training.base.family import Words
+from training.base.phrases import Span, touching
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,26 @@ def tokenise(tokenizer: CLIPTokenizer, prompts: Sequence[str], words: Sequence[W
 def count_chunks(tokenizer: CLIPTokenizer, prompt: str, words: Words) -> int:
     """How many chunks a prompt takes; one if it is empty."""
     return len(_split(tokenizer, prompt, words))
+
+
+def places(tokenizer: CLIPTokenizer, prompt: str, spans: Sequence[Span], words: Words) -> list[int]:
+    """Where the tokens that stand for `spans` of a prompt's characters are in its chunks, put end to end."""
+    offsets: list[Span] = []
+    begin = 0
+    for piece in _pieces(prompt, words):
+        if piece in words:
+            offsets += [(begin, begin + len(piece))] * len(words[piece])
+        elif piece.strip():
+            told = tokenizer(piece, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+            offsets += [(begin + start, begin + end) for start, end in told]
+        begin += len(piece)
+    wanted, found, index = set(touching(offsets, spans)), [], 0
+    for chunk, tokens in enumerate(_split(tokenizer, prompt, words)):
+        for place in range(len(tokens)):
+            if index + place in wanted:
+                found.append(chunk * tokenizer.model_max_length + 1 + place)
+        index += len(tokens)
+    return found
 
 
 def _split(tokenizer: CLIPTokenizer, prompt: str, words: Words) -> list[list[int | Tensor]]:
@@ -81,8 +102,15 @@ def _row(
 def _cut(prompt: str, words: Words) -> list[str]:
     if not words:
         return [prompt]
+    return [piece for piece in _pieces(prompt, words) if piece.strip()]
+
+
+def _pieces(prompt: str, words: Words) -> list[str]:
+    """The prompt, cut before and behind each of its trained words."""
+    if not words:
+        return [prompt]
     pattern = "|".join(re.escape(word) for word in sorted(words, key=len, reverse=True))
-    return [piece for piece in re.split(f"({pattern})", prompt) if piece.strip()]
+    return re.split(f"({pattern})", prompt)
 
 
 @contextmanager

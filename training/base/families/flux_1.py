@@ -15,6 +15,7 @@ from training.base.family import NOTHING, Cond, Parts, RowFacts, Words
 from training.base.files.weights import load_model
 from training.base.footprint import PIXEL_BYTES
 from training.base.originals import Original, any_like, below, by_rules
+from training.base.phrases import Span
 from training.base.tokens import Tokens
 from training.errors import UserError
 
@@ -176,6 +177,12 @@ class Flux1:
             pooled_NP = encoder(short.input_ids.to(parts.device)).pooler_output
             states_NLC = encoder_2(long.input_ids.to(parts.device))[0]
         return [{"states": states, "pooled": pooled} for states, pooled in zip(states_NLC, pooled_NP, strict=True)]
+
+    def places(self, parts: Parts, prompt: str, spans: Sequence[Span], words: Words) -> list[int]:
+        """See `Family`."""
+        from training.base.phrases import tokens_at
+
+        return tokens_at(parts.tokenizers["text_encoder_2"], prompt, spans, length=PROMPT_TOKENS)
 
     def to_latents(self, parts: Parts, pixels_N3HW: "Tensor") -> tuple["Tensor", "Tensor"]:
         """See `Family`; shifted and scaled by the VAE's factors."""

@@ -15,6 +15,7 @@ from training.base.family import NOTHING, Cond, Parts, RowFacts, Words
 from training.base.files.weights import load_model
 from training.base.footprint import PIXEL_BYTES
 from training.base.originals import Original, any_like, below, by_rules
+from training.base.phrases import Span
 from training.base.tokens import Tokens
 from training.errors import UserError
 
@@ -165,6 +166,12 @@ class Flux2Klein:
         with torch.no_grad():
             hidden = encoder(**tokens, output_hidden_states=True, use_cache=False).hidden_states
         return [{"states": states_LC} for states_LC in torch.cat([hidden[depth] for depth in DEPTHS], dim=-1)]
+
+    def places(self, parts: Parts, prompt: str, spans: Sequence[Span], words: Words) -> list[int]:
+        """See `Family`."""
+        from training.base.chat import places
+
+        return places(parts.tokenizers["text_encoder"], prompt, spans, thinking=False, length=PROMPT_TOKENS)
 
     def to_latents(self, parts: Parts, pixels_N3HW: "Tensor") -> tuple["Tensor", "Tensor"]:
         """See `Family`: the mode in blocks of 2x2, normalised by the VAE's own statistics."""

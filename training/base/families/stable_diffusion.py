@@ -24,6 +24,7 @@ from training.base.families.unet import (
 from training.base.family import NOTHING, Cond, Parts, RowFacts, Words
 from training.base.files.weights import load_model
 from training.base.originals import any_like
+from training.base.phrases import Span
 
 if TYPE_CHECKING:
     import torch
@@ -113,6 +114,12 @@ class StableDiffusion:
         known = words or [{}] * len(prompts)
         made = [run_clip(encoder, tokenizer, prompts, known, chunk, parts.device)[0] for chunk in range(chunks)]
         return [{"states": states_LC} for states_LC in torch.cat(made, dim=1)]
+
+    def places(self, parts: Parts, prompt: str, spans: Sequence[Span], words: Words) -> list[int]:
+        """See `Family`."""
+        from training.base.words import places
+
+        return places(parts.tokenizers["text_encoder"], prompt, spans, words)
 
     def to_latents(self, parts: Parts, pixels_N3HW: "Tensor") -> tuple["Tensor", "Tensor"]:
         """See `Family`; scaled by the VAE's factor."""

@@ -26,6 +26,7 @@ from training.base.families.unet import (
 from training.base.family import NOTHING, Cond, Parts, RowFacts, Words
 from training.base.files.weights import load_model
 from training.base.originals import any_like
+from training.base.phrases import Span
 from training.errors import UserError
 
 if TYPE_CHECKING:
@@ -163,6 +164,12 @@ class StableDiffusionXL:
         return {
             word: vectors_VD[:, start : start + self.facts.word_widths[index]] for word, vectors_VD in words.items()
         }
+
+    def places(self, parts: Parts, prompt: str, spans: Sequence[Span], words: Words) -> list[int]:
+        """See `Family`."""
+        from training.base.words import places
+
+        return places(parts.tokenizers["text_encoder"], prompt, spans, words)
 
     def to_latents(self, parts: Parts, pixels_N3HW: "Tensor") -> tuple["Tensor", "Tensor"]:
         """See `Family`; scaled by the VAE's factor, and by its channels' statistics where it has them."""

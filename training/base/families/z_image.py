@@ -14,6 +14,7 @@ from training.base.family import NOTHING, Cond, Parts, RowFacts, Words
 from training.base.files.weights import load_model
 from training.base.footprint import PIXEL_BYTES
 from training.base.originals import Original, any_like, below, by_rules
+from training.base.phrases import Span
 from training.base.tokens import Tokens
 from training.errors import UserError
 
@@ -160,6 +161,12 @@ class ZImage:
                 input_ids=tokens.input_ids.to(parts.device), attention_mask=mask_NL, output_hidden_states=True
             ).hidden_states[-2]
         return [{"states": states_LC[mask_L]} for states_LC, mask_L in zip(states_NLC, mask_NL, strict=True)]
+
+    def places(self, parts: Parts, prompt: str, spans: Sequence[Span], words: Words) -> list[int]:
+        """See `Family`."""
+        from training.base.chat import places
+
+        return places(parts.tokenizers["text_encoder"], prompt, spans, thinking=True, length=self._prompt_tokens)
 
     def to_latents(self, parts: Parts, pixels_N3HW: "Tensor") -> tuple["Tensor", "Tensor"]:
         """See `Family`; shifted and scaled by the VAE's factors. The mode is taken, as the usual script does."""
