@@ -15,11 +15,12 @@ from serving.engine.request import AdapterRef, AdapterUse, GenerateRequest
 from serving.errors import Refused
 from serving.http.library import Library
 from serving.http.problems import ApiError
-from serving.http.wire import ImagesBody, TokenDetails, TokenUsage, UsedAdapter, WornAdapter
+from serving.http.wire import ImagesBody, TokenDetails, TokenUsage, UsedAdapter
+from serving.http.worn import ScheduledWeight, WornAdapter, read_region, read_schedule
 from training.base.facts import Facts, SamplerName
 from training.storage.version import Resolved, UnknownAdapter
 
-Worn = tuple[Resolved, float]  # an adapter's version, and its weight
+Worn = tuple[Resolved, WornAdapter]  # an adapter's version, and how it is worn
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,13 +63,14 @@ class Intake:
         self.library.load_tokenizer()  # on this thread, so that counting tokens later does not hold up the event loop
         width, height = self._size(body.size)
         worn = self.worn(tenant, body.model, body.adapters or ())
+        prompt = self.told(self.prompt(body.prompt, "prompt"), worn)
         return self.checked(
             GenerateRequest(
                 request_id=request_id,
                 tenant=tenant,
-                prompt=self.told(self.prompt(body.prompt, "prompt"), worn),
+                prompt=prompt,
                 negative_prompt=self.prompt(body.negative_prompt or "", "negative_prompt"),
-                adapters=uses(worn),
+                adapters=self.uses(worn, prompt, width, height),
                 width=width,
                 height=height,
                 count=body.n or 1,
@@ -118,10 +120,11 @@ class Intake:
                 param="negative_prompt",
             )
         for use in request.adapters:
-            if abs(use.weight) > limits.weight:
+            weight = max((use.weight, use.text_weight or 0.0, *(span.weight for span in use.schedule)), key=abs)
+            if abs(weight) > limits.weight:
                 raise ApiError(
                     400,
-                    f"The weight of '{use.ref.id}' is {use.weight}; allowed is -{limits.weight} to {limits.weight}.",
+                    f"The weight of '{use.ref.id}' is {weight}; allowed is -{limits.weight} to {limits.weight}.",
                     param="adapters",
                 )
         return request if self.facts.guidance != "none" else request.model_copy(update={"guidance_scale": 1.0})
@@ -132,16 +135,34 @@ class Intake:
         return self._resolve(tenant, named, "model") if named else None
 
     def worn(self, tenant: str, model: str | None, worn: Sequence[WornAdapter]) -> tuple[Worn, ...]:
-        """The versions that a model name and a mix mean now, with their weights. Raises ApiError."""
+        """The versions that a model name and a mix mean now, and how they are worn. Raises ApiError."""
         named = self._named_by(model)
-        mix = [*([(named, 1.0, "model")] if named else []), *((one.id, one.weight, "adapters") for one in worn)]
-        return tuple((self._resolve(tenant, name, param), weight) for name, weight, param in mix)
+        first = [(self._resolve(tenant, named, "model"), WornAdapter.model_construct(id=named))] if named else []
+        return (*first, *((self._resolve(tenant, one.id, "adapters"), one) for one in worn))
+
+    def uses(self, worn: Sequence[Worn], prompt: str, width: int, height: int) -> tuple[AdapterUse, ...]:
+        """The mix of a picture in pixels as the engine takes it. Raises ApiError."""
+        size, cells = (width, height), (width // self.facts.cell_px, height // self.facts.cell_px)
+        found = []
+        for version, one in worn:
+            mask = one.region.mask if one.region is not None else None
+            data = None if mask is None else read_picture_field(mask, "adapters", width, height)
+            found.append(
+                AdapterUse(
+                    ref=ref_of(version),
+                    weight=one.peak,
+                    schedule=read_schedule(one),
+                    text_weight=one.text_encoder_weight,
+                    region=read_region(one, version.trigger, prompt, data, size, cells),
+                )
+            )
+        return tuple(found)
 
     def told(self, prompt: str, worn: Sequence[Worn]) -> str:
         """`prompt`, with the triggers that it lacks before it, if the server adds them."""
         if not self.spec.add_trigger:
             return prompt
-        triggers = dict.fromkeys(one.trigger for one, weight in worn if weight > 0 and one.trigger)
+        triggers = dict.fromkeys(version.trigger for version, one in worn if one.peak > 0 and version.trigger)
         lacking = [trigger for trigger in triggers if trigger.casefold() not in prompt.casefold()]
         return ", ".join(part for part in (*lacking, prompt) if part)
 
@@ -213,7 +234,12 @@ def usage_of(request: GenerateRequest, library: Library, indices: Sequence[int])
 def used(request: GenerateRequest) -> list[UsedAdapter]:
     """The adapters of a request as replies list them."""
     return [
-        UsedAdapter(id=f"{use.ref.tenant}/{use.ref.id}", version=use.ref.version, weight=use.weight)
+        UsedAdapter(
+            id=f"{use.ref.tenant}/{use.ref.id}",
+            version=use.ref.version,
+            weight=[ScheduledWeight.model_validate(span.model_dump()) for span in use.schedule] or use.weight,
+            text_encoder_weight=use.text_weight,
+        )
         for use in request.adapters
     ]
 
@@ -221,11 +247,6 @@ def used(request: GenerateRequest) -> list[UsedAdapter]:
 def ref_of(resolved: Resolved) -> AdapterRef:
     """The reference by which engines know a version."""
     return AdapterRef(tenant=resolved.tenant, id=resolved.id, version=resolved.version)
-
-
-def uses(worn: Sequence[Worn]) -> tuple[AdapterUse, ...]:
-    """The mix as the engine takes it."""
-    return tuple(AdapterUse(ref=ref_of(one), weight=weight) for one, weight in worn)
 
 
 def any_seed() -> int:

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from serving.engine.request import MAX_SEED, ImageFormat
 from serving.http.defaults import ImageDefaults
+from serving.http.worn import ScheduledWeight, WornAdapter
 from training.base.facts import SamplerName
 from training.storage.closed import Closed
 
@@ -21,22 +22,6 @@ MAX_PICTURE = 96 * 2**20  # base64 of the largest picture
 Prompt = Annotated[str, Field(max_length=MAX_PROMPT)]
 Name = Annotated[str, Field(max_length=MAX_NAME)]
 SIZE = r"^(auto|[1-9][0-9]{0,4}x[1-9][0-9]{0,4})$"
-ADAPTER_NAME = r"^[a-z0-9][a-z0-9._-]{0,62}(/[a-z0-9][a-z0-9._-]{0,62})?(@[0-9a-f]{6,64})?$"
-
-
-class WornAdapter(Closed):
-    """An adapter in a mix."""
-
-    id: Annotated[
-        str,
-        Field(
-            pattern=ADAPTER_NAME,
-            max_length=MAX_NAME,
-            description="`<id>`, `<tenant>/<id>`, either with `@<version>`",
-            examples=["rusty"],
-        ),
-    ]
-    weight: Annotated[float, Field(description="scales its effect; negative subtracts it", examples=[1.0])] = 1.0
 
 
 class ImagesBody(Closed):
@@ -53,6 +38,13 @@ class ImagesBody(Closed):
                     "steps": 20,
                     "guidance_scale": 4.0,
                     "scheduler": "dpm++_2m",
+                },
+                {
+                    "prompt": "a sks dog and a sks cat on the beach",
+                    "adapters": [
+                        {"id": "rusty", "region": {"box": [0, 0, 0.5, 1], "words": ["sks dog"]}},
+                        {"id": "tabby", "region": {"box": [0.5, 0, 1, 1], "words": ["sks cat"]}},
+                    ],
                 },
             ]
         }
@@ -90,11 +82,12 @@ class ImagesBody(Closed):
 
 
 class UsedAdapter(BaseModel):
-    """A version that was used, and its weight."""
+    """A version that was used, and its weight, or its weights over the steps."""
 
     id: str
     version: str
-    weight: float
+    weight: float | list[ScheduledWeight]
+    text_encoder_weight: float | None = Field(None, exclude_if=lambda value: value is None)
 
 
 Revised = Field(None, exclude_if=lambda value: value is None, description="with an adapter's trigger that was added")

@@ -16,7 +16,7 @@ from fastapi import APIRouter, Request
 from serving.engine.request import FinishedPicture, GenerateRequest
 from serving.http.images import ERRORS
 from serving.http.infotext import infotext
-from serving.http.intake import any_seed, read_picture_field, uses
+from serving.http.intake import any_seed, read_picture_field
 from serving.http.problems import ApiError
 from serving.http.sdapi.prompt import refuse_tags, split_prompt
 from serving.http.sdapi.samplers import read_sampler, sampler_label
@@ -128,14 +128,15 @@ async def _draw_images(service: Service, wanted: GenerateRequest, one: CallProgr
 def _wanted(service: Service, tenant: str, body: Txt2ImgBody, name: str) -> GenerateRequest:
     """The engine's request: limits first, then tags taken out of the prompt and samplers by their other names."""
     intake = service.intake
-    prompt, worn = split_prompt(intake.prompt(body.prompt, "prompt"))
+    steps = body.steps or intake.steps
+    prompt, worn = split_prompt(intake.prompt(body.prompt, "prompt"), min(steps, intake.spec.limits.steps))
     negative_prompt = refuse_tags(intake.prompt(body.negative_prompt, "negative_prompt"))
     sampler = read_sampler(body.sampler_name or body.sampler_index, body.scheduler, intake.scheduler)
     refuse_undone(body.model_extra or {}, sampler, intake.library.base)
-    steps = body.steps or intake.steps
     side = intake.facts.resolution
     width, height = body.width or side, body.height or side
     mix = intake.worn(tenant, None, worn)
+    told = intake.told(prompt, mix)
     image, strength = None, 1.0
     if isinstance(body, Img2ImgBody):
         image = read_picture_field(body.init_images[0], "init_images", width, height)
@@ -144,9 +145,9 @@ def _wanted(service: Service, tenant: str, body: Txt2ImgBody, name: str) -> Gene
         GenerateRequest(
             request_id=name,
             tenant=tenant,
-            prompt=intake.told(prompt, mix),
+            prompt=told,
             negative_prompt=negative_prompt,
-            adapters=uses(mix),
+            adapters=intake.uses(mix, told, width, height),
             width=width,
             height=height,
             count=body.batch_size * body.n_iter,

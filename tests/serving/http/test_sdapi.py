@@ -11,9 +11,12 @@ import httpx
 import pytest
 from PIL import Image
 
+from serving.engine.request import AdapterRef, AdapterUse, GenerateRequest
+from serving.http.infotext import infotext
 from serving.http.sdapi.prompt import split_prompt
 from serving.http.sdapi.samplers import read_sampler
-from serving.http.wire import MAX_PROMPT, WornAdapter
+from serving.http.wire import MAX_PROMPT
+from serving.http.worn import WornAdapter, read_schedule
 from tests.serving.http.test_api import World, pixels, problem
 from training.base.base import Base
 
@@ -97,9 +100,16 @@ def test_several_start_pictures_and_other_ways_to_fit_are_refused(world: World) 
 
 
 @pytest.mark.parametrize(
-    "tag", ["<lora:rusty:1:lbw=OUTALL>", "<lora:rusty:0.5:0.8>", "<lora:rusty:1:1:8>", "<hypernet:rusty:1>"]
+    "tag",
+    [
+        "<lora:rusty:1:lbw=OUTALL>",
+        "<lora:rusty:1:1:8>",
+        "<hypernet:rusty:1>",
+        "<lora:rusty:1@9>",
+        "<lora:rusty:1:step=x>",
+    ],
 )
-def test_tags_with_more_than_a_weight_are_refused(world: World, tag: str) -> None:
+def test_tags_with_more_than_weights_are_refused(world: World, tag: str) -> None:
     assert problem(txt2img(world, prompt=f"a dog {tag}"), 400)["param"] == "prompt"
 
 
@@ -110,17 +120,42 @@ def test_a_tag_in_the_negative_prompt_is_refused(world: World) -> None:
 def test_tags_of_every_spelling() -> None:
     rusty = WornAdapter(id="rusty", weight=0.5)
     for tag in ("<lora:rusty:0.5>", "<lyco:rusty:0.5>", "<LORA: rusty : 0.5>", "<lora:rusty:0.5:0.5>",
-                "<lora:rusty:te=0.5:unet=0.5>"):  # fmt: skip
-        assert split_prompt(f"a {tag} dog") == ("a dog", [rusty]), tag
-    assert split_prompt("a <lora:rusty> dog")[1] == [WornAdapter(id="rusty", weight=1.0)]
-    assert split_prompt("1 < 2 > 0, a <b> c: <3") == ("1 < 2 > 0, a <b> c: <3", [])
+                "<lora:rusty:te=0.5:unet=0.5>", "<lora:rusty:0.5:step=1-8>", "<lora:rusty:0.5@0.2>"):  # fmt: skip
+        assert split_prompt(f"a {tag} dog", 8) == ("a dog", [rusty]), tag
+    assert split_prompt("a <lora:rusty> dog", 8)[1] == [WornAdapter(id="rusty", weight=1.0)]
+    assert split_prompt("1 < 2 > 0, a <b> c: <3", 8) == ("1 < 2 > 0, a <b> c: <3", [])
+
+
+@pytest.mark.parametrize(
+    ("weights", "text", "steps"),
+    [
+        ("0.8:0.5", 0.8, [0.5] * 8),
+        ("te=0:unet=1", 0.0, [1.0] * 8),
+        ("1@0,0@0.5", None, [1.0, 0.75, 0.5, 0.25, 0, 0, 0, 0]),
+        ("te=0.3:unet=0@2;1@4", 0.3, [0, 0, 0, 0.5, 1, 1, 1, 1]),
+        ("0.7:start=3:stop=4", None, [0, 0, 0.7, 0.7, 0, 0, 0, 0]),
+        ("1:0.4:step=5-10", 1.0, [0, 0, 0, 0, 0.4, 0.4, 0.4, 0.4]),
+    ],
+)
+def test_weights_of_a_tag_over_eight_steps(weights: str, text: float | None, steps: list[float]) -> None:
+    """As AUTOMATIC1111, loractl and LoRA Block Weight read them; what a picture's file says is read the same."""
+    (worn,) = split_prompt(f"<lora:rusty:{weights}>", 8)[1]
+    assert worn.text_encoder_weight == text
+    ref = AdapterRef(tenant="default", id="rusty", version="1")
+    use = AdapterUse(ref=ref, weight=worn.peak, schedule=read_schedule(worn), text_weight=worn.text_encoder_weight)
+    assert [use.weight_at(step, 8) for step in range(8)] == pytest.approx(steps)
+    request = GenerateRequest(prompt="a dog", width=16, height=16, seed=1, steps=8, guidance_scale=3, adapters=(use,))
+    (again,) = split_prompt(infotext(request, 1, "pocket", "abc").splitlines()[0], 8)[1]
+    back = use.model_copy(update={"schedule": read_schedule(again), "weight": again.peak})
+    assert [back.weight_at(step, 8) for step in range(8)] == pytest.approx(steps, abs=1e-6)
+    assert (again.text_encoder_weight if text is not None else None) == text
 
 
 @pytest.mark.timeout(30)
 @pytest.mark.parametrize("piece", ["<lora:", "<lora:a", "<", "<a:", "<lora:a:1", " ", "<lora::", ":>"])
 def test_reading_tags_takes_linear_time(piece: str) -> None:
     """A quadratic reader takes a quarter of an hour for this megabyte, a linear one a part of a second."""
-    assert split_prompt(piece * (2**20 // len(piece)))[1] == []
+    assert split_prompt(piece * (2**20 // len(piece)), 8)[1] == []
 
 
 @pytest.mark.timeout(60)
