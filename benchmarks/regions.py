@@ -48,7 +48,7 @@ from training.storage.storage import open_storage
 PHOTOS = Path(__file__).resolve().parents[1] / "manifests" / "demo" / "images"
 RESULT = Path(__file__).with_suffix(".md")
 PLACES = ("in the snow", "in the clouds")  # without the subjects' hues
-STEPS, GUIDANCE = 20, 3.0
+STEPS, GUIDANCE = 15, 3.0
 HUE_WITHIN, LEAST_SATURATION, LEAST_VALUE = 22 / 360, 0.35, 0.2
 Picture = Image.Image
 Table = list[tuple[str, ...]]
@@ -136,14 +136,19 @@ WAYS: dict[str, Way] = {
     "words": lambda scene: regions(scene, box=False, words=True),
     "boxes": lambda scene: regions(scene, box=True, words=False),
     "boxes and words": lambda scene: regions(scene, box=True, words=True),
+    "boxes and prompts": lambda scene: regions(scene, box=True, words=True, prompts=True),
 }
 
 
-def regions(scene: Scene, *, box: bool, words: bool) -> tuple[AdapterUse, ...]:
+def regions(scene: Scene, *, box: bool, words: bool, prompts: bool = False) -> tuple[AdapterUse, ...]:
     return tuple(
         AdapterUse(
             ref=one.ref,
-            region=Region(box=scene.box(index) if box else None, words=(one.words,) if words else None),
+            region=Region(
+                box=scene.box(index) if box else None,
+                words=(one.words,) if words else None,
+                prompt=f"a photo of a {one.words} {scene.place}" if prompts else None,
+            ),
         )
         for index, one in enumerate(scene.cast)
     )
@@ -248,21 +253,21 @@ def weigh(scenes: Sequence[Scene], pictures: Sequence[Picture], bare: Sequence[P
     return tuple(float(value) for value in np.mean(rows, axis=0))
 
 
-def compare(base: Base, subjects: Sequence[Subject], count: int, across: int, folder: Path) -> tuple[Table, Picture]:
+def compare(
+    base: Base, subjects: Sequence[Subject], count: int, across: int, places: int, folder: Path
+) -> tuple[Table, Picture]:
     """The table of all casts of `count` subjects, and a grid of some of them."""
     casts = [cast if turn % 2 else cast[::-1] for turn, cast in enumerate(combinations(subjects, count))]
     if count > 2:  # every subject equally often, not all combinations
         casts = [
             tuple(subjects[(first + step) % len(subjects)] for step in range(count)) for first in range(len(subjects))
         ]
-    scenes = [Scene(cast, place, seed) for cast in casts for seed, place in enumerate(PLACES)]
+    scenes = [Scene(cast, place, seed) for cast in casts for seed, place in enumerate(PLACES[:places])]
     drawn = draw(base, scenes, across)
     drawn["diffusers set_adapters"] = draw_with_diffusers(base, scenes, across, folder)
     order = ("base alone", "diffusers set_adapters", *(name for name in WAYS if name != "base alone"))
     table = [(name, *(f"{value:.2f}" for value in weigh(scenes, drawn[name], drawn["base alone"]))) for name in order]
-    return table, grid(
-        scenes[: 2 * len(PLACES) * 4 : len(PLACES)], {name: drawn[name][:: len(PLACES)] for name in order}
-    )
+    return table, grid(scenes[: 8 * places : places], {name: drawn[name][::places] for name in order})
 
 
 def grid(scenes: Sequence[Scene], pictures: dict[str, list[Picture]], scale: int = 2) -> Picture:
@@ -286,6 +291,7 @@ def main() -> None:
     parser.add_argument("--base", default="pocket")
     parser.add_argument("--storage", required=True)
     parser.add_argument("--counts", type=int, nargs="+", default=[2, 3])
+    parser.add_argument("--places", type=int, default=len(PLACES), help="pictures of each cast, each in another place")
     parser.add_argument("--across", type=int, help="0: as many pictures as there are subjects", default=0)
     parser.add_argument("--title", default="pocket", help="what the result calls the base")
     parser.add_argument("--grid", type=Path, help="a picture for each count, its name before this suffix")
@@ -295,7 +301,7 @@ def main() -> None:
     parts = []
     for count in options.counts:
         with tempfile.TemporaryDirectory() as folder:
-            table, sheet = compare(base, subjects, count, options.across or count, Path(folder))
+            table, sheet = compare(base, subjects, count, options.across or count, options.places, Path(folder))
         if options.grid:
             sheet.save(options.grid.with_stem(f"{options.grid.stem}-{count}"))
         heads = (f"{count} subjects", "likeness", "bleeding", "own hues", "others' hues", "class")

@@ -16,6 +16,7 @@ from torch import Tensor
 from serving.config import EngineSpec
 from serving.engine.finishing import Finisher
 from serving.engine.job import Done, EngineStats, Guess, Job, JobEvent, JobFailed, Recovered, Sample
+from serving.engine.own_prompts import check_room
 from serving.engine.prompts import PromptCache
 from serving.engine.reading import backwards
 from serving.engine.request import AdapterRef, GenerateRequest
@@ -103,6 +104,7 @@ class Engine:
         job = Job(request, schedule, pixels_CHW, arrived_s=time.monotonic(), takes_negative=takes_negative)
         wide = job.guided and 2 * size[0] * size[1] > self.scheduler.max_cells
         job.samples = [Sample(job, index, size, wide) for index in range(request.count)]
+        check_room(job, self.scheduler.step_rows(size[0] * size[1]))
         try:
             self.scheduler.submit(job.samples, self._retry_after_s())
         except QueueFull:

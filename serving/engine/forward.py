@@ -2,8 +2,8 @@
 
 A `Forward` holds what stays the same while the same samples step together: their embeddings, guidance and the bank's
 routes. A guided sample is two neighbouring rows, negative prompt and prompt (a wide one has one row in each
-of two forwards); guided samples come first. Samples are in the order of their slots: rows that wear the same share one
-delta, and slots without a gap are not even copied.
+of two forwards); guided samples come first, the rows of the prompts of regions last. Samples are in the order of their
+slots: rows that wear the same share one delta, and slots without a gap are not even copied.
 
 Shape suffixes: N samples, G guided ones, M rows; L tokens, C channels.
 """
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from serving.engine.covering import cover_rows
 from serving.engine.job import Sample
+from serving.engine.own_prompts import OwnPrompts
 from serving.engine.prompts import make_routes
 from serving.engine.samplers import ScheduleLines
 from training.adapters.bank import Bank, Route
@@ -39,6 +40,7 @@ class Forward:
     routes: tuple[Route, ...]
     layout: Layout
     weights: tuple[tuple[float, ...], ...]  # of the samples' adapters
+    own: OwnPrompts
 
     @classmethod
     def make(
@@ -48,20 +50,24 @@ class Forward:
 
         `empty` is the bank's slot of zeros; `fixed_rows` pads the forward with rows that nobody reads.
         """
-        order = sorted(samples, key=lambda sample: (sample.rows == 1, sample.slots or ()))
-        guided = sum(sample.rows == 2 for sample in order)
+        order = sorted(samples, key=lambda sample: (not sample.paired, sample.slots or ()))
+        guided = sum(sample.paired for sample in order)
         rows = [sample for sample in order[:guided] for _ in range(2)] + order[guided:]
         conds = [cond for sample in order for cond in sample.conds]
+        slots: list[tuple[int, ...]] = [sample.slots or () for sample in rows]
+        weights: list[tuple[float, ...]] = [sample.weights for sample in rows]
+        places = [row for sample in order for row in sample.places]
+        pictures = [None if sample.job.where is None else sample.job.where.picture_Khw for sample in rows]
+        own = OwnPrompts.of(order, base.device)
+        rows, conds = rows + [row.sample for row in own.rows], conds + [row.cond for row in own.rows]
+        slots, weights = slots + [row.slots for row in own.rows], weights + [row.weights for row in own.rows]
         fill = max(0, (fixed_rows or 0) - len(rows))
         conds += conds[:1] * fill
         facts = [RowFacts(guidance=sample.job.request.guidance_scale) for sample in rows]
         facts += facts[:1] * fill
-        slots: list[tuple[int, ...]] = [sample.slots or () for sample in rows]
-        weights: list[tuple[float, ...]] = [sample.weights for sample in rows]
         routes = make_routes(bank, [base.facts.denoiser], slots + [()] * fill, weights + [()] * fill, empty)
-        places = [row for sample in order for row in sample.places]
-        pictures = [None if sample.job.where is None else sample.job.where.picture_Khw for sample in rows]
-        routes = cover_rows(routes, bank, base, pictures + [None] * fill, places + [None] * fill)
+        everywhere = [None] * (len(own.rows) + fill)
+        routes = cover_rows(routes, bank, base, [*pictures, *everywhere], [*places, *everywhere])
         guidance = torch.tensor([sample.job.request.guidance_scale for sample in order[:guided]])
         return cls(
             order=tuple(order),
@@ -72,6 +78,7 @@ class Forward:
             routes=tuple(routes),
             layout=bank.layout,
             weights=tuple(sample.weights for sample in order),
+            own=own,
         )
 
     def fits(self, layout: Layout) -> bool:
@@ -87,12 +94,16 @@ class Forward:
         with bank.using(*self.routes):
             output = base.predict(x_MCHW.to(base.dtype), self._rows(lines.timesteps_N), self.conds, self.facts).float()
         plain, prompted = output[: 2 * guided].unflatten(0, (guided, 2)).unbind(1)
-        pushed = plain + self.guidance_G * (prompted - plain)
-        return torch.cat([pushed, output[2 * guided : guided + len(self.order)]])
+        after = guided + len(self.order)
+        said = self.own.blend(torch.cat([prompted, output[2 * guided : after]]), output[after:])
+        pushed = plain + self.guidance_G * (said[:guided] - plain)
+        return torch.cat([pushed, said[guided:]])
 
     def _rows(self, samples_NX: Tensor) -> Tensor:
         """One line a sample, laid out as rows."""
         guided = len(self.guidance_G)
         rows = torch.cat([samples_NX[:guided].repeat_interleave(2, 0), samples_NX[guided:]])
+        if self.own.rows:
+            rows = torch.cat([rows, samples_NX[self.own.of_E]])
         fill = self.rows - len(rows)
         return torch.cat([rows, rows.new_zeros((fill, *rows.shape[1:]))]) if fill else rows

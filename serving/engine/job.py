@@ -20,7 +20,7 @@ from training.base.noise.process import Schedule
 
 
 @dataclass(frozen=True, slots=True)
-class Worn:
+class Placing:
     """Where in its rows a job's K adapters are worn: `picture_Khw`, and the tokens of the prompt and the negative."""
 
     picture_Khw: Tensor
@@ -45,9 +45,9 @@ class Job:
     takes_negative: bool = True  # whether the base is guided by a second row, with the negative prompt
     loads: Loads = field(default_factory=dict)
     samples: list["Sample"] = field(default_factory=list)
-    conds: tuple[Cond, ...] | None = None  # of the prompt and, with guidance, of the negative prompt
+    conds: tuple[Cond, ...] | None = None  # of `texts`
     together: Hashable = None  # the family's key of the prompts: only rows with equal keys share a forward
-    where: Worn | None = None  # where in a row the adapters are worn, if any has a region
+    where: Placing | None = None  # where in a row the adapters are worn, if any has a region
     image: tuple[Tensor, Tensor] | None = None  # mean and std [C, h, w] of the picture's latents
     started_s: float | None = None
     over: bool = False
@@ -66,6 +66,22 @@ class Job:
     def regions(self) -> tuple[Region | None, ...]:
         """Where each of `keys` is worn."""
         return tuple(use.region for use in self.request.adapters)
+
+    @property
+    def own_prompts(self) -> tuple[int, ...]:
+        """Which of `keys` have a prompt for their region."""
+        return tuple(index for index, one in enumerate(self.regions) if one is not None and one.prompt is not None)
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The prompt, with guidance the negative prompt, and the prompts of regions."""
+        negative = [self.request.negative_prompt] if self.guided else []
+        own = [one.prompt for one in self.regions if one is not None and one.prompt is not None]
+        return (self.request.prompt, *negative, *own)
+
+    def wearing(self, own: int) -> tuple[int, ...]:
+        """Of `keys`, what the row of the prompt of region `own` wears: that adapter, and those that are everywhere."""
+        return tuple(index for index, one in enumerate(self.regions) if index == own or one is None)
 
     @property
     def deadline_s(self) -> float:
@@ -114,9 +130,14 @@ class Sample:
         return self.size[0] * self.size[1]
 
     @property
+    def paired(self) -> bool:
+        """Whether its prompt and negative prompt are neighbouring rows of a forward."""
+        return self.job.guided and not self.wide
+
+    @property
     def rows(self) -> int:
-        """Rows of a forward it takes: two with guidance, one without or if it is wide."""
-        return 2 if self.job.guided and not self.wide else 1
+        """Rows of a forward it takes: two with guidance, one without or if it is wide; and one a region's prompt."""
+        return (2 if self.paired else 1) + len(self.job.own_prompts)
 
     @property
     def weights(self) -> tuple[float, ...]:
@@ -131,7 +152,7 @@ class Sample:
 
     @property
     def conds(self) -> list[Cond]:
-        """The prompts of its next rows."""
+        """The prompts of its next rows, without those of regions."""
         assert self.job.conds is not None
         return [self.job.conds[prompt] for prompt in self.prompts]
 

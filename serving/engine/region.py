@@ -15,13 +15,15 @@ class Region(Closed):
 
     `box` is left, top, right, bottom as shares of the picture; its edges inside of the picture fall off over `feather`
     of the shorter side. `cells`: a byte for each latent cell, row by row; 255 is all. `words`: phrases of the prompt
-    whose tokens wear it; None is every token, and that of the negative prompt, none is no token.
+    whose tokens wear it; None is every token, and that of the negative prompt, none is no token. `prompt`: what the
+    region shows, in place of the request's prompt, drawn in a row of its own.
     """
 
     box: tuple[float, float, float, float] | None = None
     cells: bytes | None = None
     words: tuple[str, ...] | None = None
     feather: float = Field(default=FEATHER, ge=0, le=1)
+    prompt: str | None = None
 
 
 class WeightSpan(Closed):

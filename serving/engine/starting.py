@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from serving.engine.covering import cells_of, places_of, without_words
-from serving.engine.job import Job, Sample, Worn
+from serving.engine.job import Job, Sample, Placing
 from serving.engine.prompts import PromptCache, Text
 from serving.engine.tiers.adapters import Adapters
 from serving.marking.noise import NoiseMark
@@ -33,24 +33,29 @@ class Starter:
             job.together = self._base.family.together(job.samples[0].size, made[0])
 
     def _texts(self, job: Job, sample: Sample) -> list[Text]:
-        """The prompt and, with guidance, the negative prompt, under those adapters of a job that change the text."""
+        """A job's texts under those of its adapters that change them; prompts of regions wear no other's."""
         changing = [index for index, key in enumerate(job.keys) if self._adapters.changes_text(key)]
-        mix = tuple((job.keys[index], job.text_weights[index]) for index in changing)
-        slots = tuple((sample.slots or ())[index] for index in changing)
-        prompts = [job.request.prompt, job.request.negative_prompt] if job.guided else [job.request.prompt]
-        if job.where is None:
-            return [Text(prompt, mix, slots) for prompt in prompts]
-        covers = [job.where.of_prompt(index, changing) for index in range(len(prompts))]
-        return [Text(prompt, mix, slots, *cover) for prompt, cover in zip(prompts, covers, strict=True)]
 
-    def _where(self, job: Job, sample: Sample) -> Worn | None:
+        def text(prompt: str, worn: Sequence[int], which: int | None) -> Text:
+            mix = tuple((job.keys[index], job.text_weights[index]) for index in worn)
+            slots = tuple((sample.slots or ())[index] for index in worn)
+            cover = ((), ()) if which is None or job.where is None else job.where.of_prompt(which, worn)
+            return Text(prompt, mix, slots, *cover)
+
+        shared = 2 if job.guided else 1
+        found = [text(prompt, changing, which) for which, prompt in enumerate(job.texts[:shared])]
+        for own, prompt in zip(job.own_prompts, job.texts[shared:], strict=True):
+            found.append(text(prompt, [index for index in job.wearing(own) if index in changing], None))
+        return found
+
+    def _where(self, job: Job, sample: Sample) -> Placing | None:
         """Where a job's adapters are worn; None is everywhere. Raises Refused for words that are not in its prompt."""
         if not any(job.regions):
             return None
         known = {word: part for slot in sample.slots or () for word, part in self._adapters.bank.words(slot).items()}
         places = places_of(self._base, job.request.prompt, job.regions, known)
         cells = torch.stack([cells_of(region, sample.size) for region in job.regions])
-        return Worn(cells, (places, without_words(job.regions)))
+        return Placing(cells, (places, without_words(job.regions)))
 
     def first_latents(self, samples: Sequence[Sample]) -> None:
         """What each sample's first step begins with: noise, or the request's picture with noise on it."""

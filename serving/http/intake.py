@@ -146,6 +146,8 @@ class Intake:
         found = []
         for version, one in worn:
             mask = one.region.mask if one.region is not None else None
+            if one.region is not None:
+                self.prompt(one.region.prompt or "", "adapters")
             data = None if mask is None else read_picture_field(mask, "adapters", width, height)
             found.append(
                 AdapterUse(

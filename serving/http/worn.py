@@ -48,8 +48,13 @@ class RegionBody(Closed):
     words: tuple[Phrase, ...] | None = Field(
         default=None,
         max_length=32,
-        description="phrases of the prompt whose tokens wear it; by default the adapter's trigger, or all tokens if "
-        "the prompt lacks it; [] is none",
+        description="phrases of the prompt whose tokens wear it; by default the adapter's trigger; if the prompt "
+        "lacks it, all tokens, or none of a region with its own prompt; [] is none",
+    )
+    prompt: str | None = Field(
+        default=None,
+        max_length=20_000,
+        description="what the region shows, in place of the request's prompt; takes a further row of the forward",
     )
     feather: float | None = Field(
         default=None,
@@ -132,6 +137,8 @@ def read_region(
         return None
     if body.box is not None and body.mask is not None:
         raise _refusal(worn, "its region has a 'box' and a 'mask'. Give one of the two")
+    if body.prompt is not None and body.box is None and body.mask is None:
+        raise _refusal(worn, "its region has a 'prompt' but no place in the picture. Give 'box' or 'mask', too")
     if body.box is None and body.mask is None and body.words is None:
         raise _refusal(worn, "its region says nothing. Give 'box', 'mask' or 'words', or leave 'region' out")
     if body.box is not None:
@@ -139,12 +146,14 @@ def read_region(
     for phrase in body.words or ():
         if not find_phrase(prompt, phrase):
             raise _refusal(worn, f"its region names the words {phrase!r}, which are not in the prompt {prompt[:80]!r}")
-    own = (trigger,) if find_phrase(prompt, trigger) else None
+    without = None if body.prompt is None else ()  # a region with a prompt needs none of the request's
+    own = (trigger,) if find_phrase(prompt, trigger) else without
     return Region(
         box=body.box,
         cells=None if mask is None else _read_mask(worn, mask, body.feather or 0.0, size_px, cells),
         words=own if body.words is None else body.words,
         feather=FEATHER if body.feather is None else body.feather,
+        prompt=body.prompt,
     )
 
 

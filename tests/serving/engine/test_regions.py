@@ -109,7 +109,7 @@ def inputs_of_layers(base: Base, size: tuple[int, int], cond: Any, seed: int) ->
 
 
 @torch.no_grad()
-def test_every_layer_sees_the_tokens_that_its_family_says(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_layer_sees_the_tokens_that_its_family_says(base: Base) -> None:
     """By their number; where a layer sees picture and prompt in one sequence, other noise changes the picture's."""
     tokens, size, cond = base.facts.tokens, side(base, 48), base.encode([PROMPT])[0]
     words, picture = tokens.filled(len(cond["states"])), tokens.picture_tokens(size)
@@ -126,9 +126,12 @@ def test_every_layer_sees_the_tokens_that_its_family_says(base: Base, monkeypatc
     both = [layer for layer in seen if tokens.kind(layer) == "both"]
     assert bool(both) == (base.facts.denoiser == "transformer")
     if both:
-        if hasattr(base.denoiser, "transformer_blocks"):  # in these, prompt and picture see each other
-            monkeypatch.setattr(base.denoiser, "transformer_blocks", torch.nn.ModuleList())
+        blocks = getattr(base.denoiser, "transformer_blocks", None)
+        if blocks is not None:  # in these, prompt and picture see each other
+            base.denoiser.transformer_blocks = torch.nn.ModuleList()
         one, other = (inputs_of_layers(base, size, cond, seed)[both[0]] for seed in range(2))
+        if blocks is not None:
+            base.denoiser.transformer_blocks = blocks
         first = words if tokens.text_first else 0
         moved = (one != other).any(dim=-1)[0].nonzero().flatten().tolist()
         assert moved == list(range(first, first + picture))
@@ -245,6 +248,30 @@ def test_words_that_are_not_there_are_refused_as_are_words_in_a_second_chunk(ser
     with pytest.raises(Refused, match="takes 2 chunks of 14 tokens"):
         picture(serving, wearing(serving.base, use("a", Region(words=("dog",))), prompt=long))
     assert len(picture(serving, wearing(serving.base, use("a-unet", Region(words=("dog",))), prompt=long))) == 1
+
+
+# -- prompts of regions
+
+
+def test_a_whole_region_with_a_prompt_is_a_picture_of_that_prompt(engine: Engine) -> None:
+    """Whatever the others wear; and beside others it is what it is alone."""
+    base = engine.base
+    own = Region(box=(0, 0, 1, 1), prompt="a red toy")
+    asked = wearing(base, use("a", own), use("b", Region(cells=bytes(side(base)[0] * side(base)[1]), words=())))
+    left = Region(box=LEFT, words=(), prompt="a red toy")
+    two = wearing(base, use("a", left), use("b", Region(box=RIGHT, words=("beach",), prompt="a cat")), seed=2)
+    made, both, plain, _ = finished(
+        engine, [asked, two, wearing(base, use("a"), prompt="a red toy"), wearing(base, use("b"), seed=3, steps=2)]
+    )
+    assert apart(made, plain) < CLOSE
+    assert apart(both, finished(engine, [two])[0]) < CLOSE
+    assert apart(both, finished(engine, [wearing(base, use("a", left), seed=2)])[0]) > 0.01
+
+
+def test_more_prompts_than_a_forward_has_rows_for_are_refused(serving: Engine) -> None:
+    uses = tuple(use("a", Region(box=LEFT, words=(), prompt="a cat")) for _ in range(15))
+    with pytest.raises(Refused, match="15 regions have prompts, and a forward of this size takes 2 here"):
+        serving.submit(wearing(serving.base, *uses))
 
 
 # -- weights
