@@ -120,7 +120,7 @@ def _lead_run(
     submission = replace(submission, record=record)
     subjects = settle(submission, retry)
     for subject in subjects:
-        submission.files.pop(subject.id)  # lanes read for themselves
+        submission.files.take_out(subject.id)  # lanes read for themselves
     lead.renew()
     if all(subject.state in ENDED for subject in subjects):
         return Whole(finish(store, record, subjects), subjects)

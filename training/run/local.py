@@ -72,7 +72,7 @@ class LocalRun:
         leases = self._queue.lease(self._lane, count)
         self._look()
         read = self.submission.files
-        return [replace(lease.task(self._specs[lease.id]), files=read.pop(lease.id)) for lease in leases]
+        return [replace(lease.task(self._specs[lease.id]), files=read.take_out(lease.id)) for lease in leases]
 
     def beat(self, beat: Beat) -> Orders:
         """Takes in a sign of life; returns what is to be dropped. All stop where another process has taken over."""

@@ -15,6 +15,7 @@ from training.base.base import Base
 from training.manifest.plan import PackPlan
 from training.run.fault import Failure, apart, failure_of, reason_of, together
 from training.run.home import Home
+from training.run.personal import check_photos
 from training.run.run import RunStore
 from training.run.source import Beat, Doing, Kind, Orders, Outcome, Phase, Source, Task
 from training.trainer.fitting import open_pack
@@ -93,6 +94,7 @@ class Worker:
             self._opened.check(spec)
         self._finishing.check(spec)
         taken = self._preparing.photos(task, home)
+        check_photos(home.run, home.tenant, spec, [*taken.photos.good, *taken.held_out])
         self._held[id].warnings = taken.warnings
         subject = self._preparing.subject(task, home, taken.photos)
         if spec.evaluate.early_stop:
