@@ -17,6 +17,7 @@ import argparse
 import colorsys
 import json
 import platform
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -54,7 +55,7 @@ Picture = Image.Image
 Table = list[tuple[str, ...]]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Subject:
     """One subject of the demo: its photos, its two hues and its adapter."""
 
@@ -285,8 +286,6 @@ def grid(scenes: Sequence[Scene], pictures: dict[str, list[Picture]], scale: int
 
 
 def main() -> None:
-    import tempfile
-
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--base", default="pocket")
     parser.add_argument("--storage", required=True)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from serving.engine.covering import cells_of, places_of, without_words
-from serving.engine.job import Job, Sample, Placing
+from serving.engine.job import Job, Placing, Sample
 from serving.engine.prompts import PromptCache, Text
 from serving.engine.tiers.adapters import Adapters
 from serving.marking.noise import NoiseMark
