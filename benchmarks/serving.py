@@ -37,6 +37,7 @@ from serving.config import EngineSpec
 from serving.engine.engine import Engine
 from serving.engine.job import Done, Job, JobFailed
 from serving.engine.prompts import make_routes
+from serving.engine.region import Region
 from serving.engine.request import AdapterRef, AdapterUse, GenerateRequest
 from serving.engine.tiers.adapters import Adapters
 from tests.tiny import clip, clip_tokenizer, unet
@@ -315,6 +316,35 @@ def fixed_rows(base: Base, steps: int, side: int) -> Table:
     return table
 
 
+def in_regions(base: Base, steps: int, side: int, images: int = 16) -> Table:
+    """Images a second of two adapters each: everywhere, in halves, with words, and with prompts of their own."""
+    left, right = (0.0, 0.0, 0.5, 1.0), (0.5, 0.0, 1.0, 1.0)
+    ways: dict[str, list[dict[str, Any]]] = {
+        "everywhere": [{}, {}],
+        "one half each": [{"box": left}, {"box": right}],
+        "one half and its words each": [{"box": left, "words": ("dog",)}, {"box": right, "words": ("snow",)}],
+        "one half and a prompt of its own each": [{"box": box, "prompt": PROMPT} for box in (left, right)],
+    }
+    rates = dict.fromkeys(ways, 0.0)
+    with engine_over(base, shelf(base, 8), 8) as engine:
+        for _ in range(3):
+            for name, regions in ways.items():
+                uses = [
+                    tuple(
+                        AdapterUse(ref=ref((index + place) % 8), region=Region(**region) if region else None)
+                        for place, region in enumerate(regions)
+                    )
+                    for index in range(images)
+                ]
+                wanted = [
+                    (0.0, request(i, None, steps, side).model_copy(update={"adapters": worn}))
+                    for i, worn in enumerate(uses)
+                ]
+                rates[name] = max(rates[name], images / serve(engine, wanted)[0])
+    plain = rates["everywhere"]
+    return [(name, f"{rate:.2f} images/s", f"{rate / plain:.2f}") for name, rate in rates.items()]
+
+
 # -- working sets and arrivals --
 
 
@@ -379,6 +409,7 @@ def main() -> None:
     tell("Another adapter", ["", "CPU time", "times ours"], swaps(base))
     table, rates = saturated(base, steps, side)
     tell(f"At saturation, {steps} steps, rank 8 attention", ["", "throughput", "8 distinct, times this"], table)
+    tell("Two adapters an image", ["worn", "throughput", "of everywhere"], in_regions(base, steps, side))
     tell("Working sets", ["", "throughput", "of set = slots"], working_sets(base, steps, side))
     heads = ["images at once", "as many rows as there are", f"`fixed_rows`: always {MAX_ROWS}", "ratio"]
     tell("The same bits in any company", heads, fixed_rows(base, steps, side))

@@ -221,7 +221,9 @@ def usage_of(request: GenerateRequest, library: Library, indices: Sequence[int])
     """
     cells = -(-request.width // library.outline.facts.cell_px) * -(-request.height // library.outline.facts.cell_px)
     first = 0 in indices
-    text = library.count_tokens(request.prompt) + library.count_tokens(request.negative_prompt) if first else 0
+    regions = [use.region.prompt or "" for use in request.adapters if use.region is not None]
+    texts = (request.prompt, request.negative_prompt, *regions) if first else ()
+    text = sum(map(library.count_tokens, texts))
     start = cells if first and request.image is not None else 0
     made = cells * len(indices)
     return TokenUsage(
