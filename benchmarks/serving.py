@@ -322,7 +322,7 @@ def in_regions(base: Base, steps: int, side: int, images: int = 16) -> Table:
     ways: dict[str, list[dict[str, Any]]] = {
         "everywhere": [{}, {}],
         "one half each": [{"box": left}, {"box": right}],
-        "one half and its words each": [{"box": left, "words": ("dog",)}, {"box": right, "words": ("snow",)}],
+        "one half and its words each": [{"box": left, "words": ("dog",)}, {"box": right, "words": ("grass",)}],
         "one half and a prompt of its own each": [{"box": box, "prompt": PROMPT} for box in (left, right)],
     }
     rates = dict.fromkeys(ways, 0.0)
