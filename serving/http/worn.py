@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Annotated
 
 from PIL import Image, ImageFilter
-from pydantic import ConfigDict, Field, StringConstraints
+from pydantic import ConfigDict, Discriminator, Field, StringConstraints, Tag
 
 from serving.engine.region import FEATHER, Region, WeightSpan
 from serving.http.problems import ApiError
@@ -77,7 +77,9 @@ class WornAdapter(Closed):
         ),
     ]
     weight: Annotated[
-        float | Annotated[tuple[ScheduledWeight, ...], Field(min_length=1, max_length=MAX_SPANS)],
+        Annotated[float, Tag("number")]
+        | Annotated[tuple[ScheduledWeight, ...], Field(min_length=1, max_length=MAX_SPANS), Tag("list")],
+        Discriminator(lambda value: "list" if isinstance(value, list | tuple) else "number"),
         Field(
             description="scales its effect; negative subtracts it. Or a list of `{from, to, weight}` over the steps, 0 "
             "where none is",

@@ -26,18 +26,18 @@ class Coverage:
         self._picture_NKHW = picture_NKHW
         self._places_NK = tuple(map(tuple, places_NK))
         self._mean_NK = picture_NKHW.mean(dim=(2, 3))
-        self._known: dict[tuple[str, tuple[int, ...]], Tensor] = {}
+        self._known: dict[tuple[str, tuple[int, ...], torch.dtype], Tensor] = {}
 
     def of_tokens(self, kind: TokenKind, count: int, like: Tensor) -> Tensor:
         """The weights [N, T, K] of `count` tokens a row, on the device and in the dtype of `like`."""
-        key: tuple[str, tuple[int, ...]] = (kind, (count,))
+        key: tuple[str, tuple[int, ...], torch.dtype] = (kind, (count,), like.dtype)
         if key not in self._known:
             self._known[key] = self._lay_out(kind, count).transpose(1, 2).to(like).contiguous()
         return self._known[key]
 
     def of_cells(self, size: tuple[int, int], like: Tensor) -> Tensor:
         """The weights [N, K, H x W] of a convolution's outputs of `size`."""
-        key: tuple[str, tuple[int, ...]] = ("picture", size)
+        key: tuple[str, tuple[int, ...], torch.dtype] = ("picture", size, like.dtype)
         if key not in self._known:
             self._known[key] = self._at(size).flatten(2).to(like)
         return self._known[key]

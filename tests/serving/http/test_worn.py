@@ -81,7 +81,9 @@ def test_weights_over_the_steps_and_of_the_text_encoder_are_told_in_the_reply(wo
         ({"region": {}}, "says nothing"),
         ({"region": {"words": ["red toy"]}}, "names the words 'red toy', which are not in the prompt 'a sks dog and"),
         ({"region": {"box": [0, 0, 1]}}, "box"),
-        ({"weight": []}, "weight"),
+        ({"weight": []}, "'adapters.0.weight.list': Tuple should have at least 1 item"),
+        ({"weight": "much"}, "'adapters.0.weight.number': Input should be a valid number"),
+        ({"region": {"prompt": "a cat"}}, "a 'prompt' but no place in the picture"),
         ({"weight": [{"from": 0.5, "to": 0.5, "weight": 1}]}, "'to' must be above 'from'"),
         (
             {"weight": [{"from": 0, "to": 0.6, "weight": 1}, {"from": 0.5, "to": 1, "weight": 1}]},
