@@ -126,12 +126,11 @@ class PromptCache:
 
     def _in_parts(self, routes: list[Route], texts: Sequence[Text], chunks: int) -> list[Route]:
         """The routes of texts whose adapters change a part of their tokens each. Raises Refused for several chunks."""
-        if chunks > 1 and any(
-            places is not None for text in texts for places in text.places
-        ):  # the encoder runs once a chunk, and a route does not know for which
+        some = any(places for text in texts for places in text.places)
+        if some and chunks > 1:  # the encoder runs once a chunk, and a route does not know for which
             raise Refused(
                 f"The prompt takes {chunks} chunks of {self._room} tokens. Adapters that change the text encoder and "
-                "have regions with words are served with one. Shorten the prompt, or leave 'words' out."
+                "have regions with words are served with one. Shorten the prompt, or give the regions 'words': []."
             )
         pictures = [torch.tensor(text.shares).view(-1, 1, 1) if text.places else None for text in texts]
         return cover_rows(routes, self._bank, self._base, pictures, [text.places or None for text in texts])
