@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
-from itertools import combinations
+from itertools import combinations, permutations
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,7 @@ from training.storage.storage import open_storage
 PHOTOS = Path(__file__).resolve().parents[1] / "manifests" / "demo" / "images"
 RESULT = Path(__file__).with_suffix(".md")
 PLACES = ("in the snow", "in the clouds")  # without the subjects' hues
+LEAST_PAIRS = 10
 STEPS, GUIDANCE = 15, 3.0
 HUE_WITHIN, LEAST_SATURATION, LEAST_VALUE = 22 / 360, 0.35, 0.2
 Picture = Image.Image
@@ -254,15 +255,21 @@ def weigh(scenes: Sequence[Scene], pictures: Sequence[Picture], bare: Sequence[P
     return tuple(float(value) for value in np.mean(rows, axis=0))
 
 
+def casts_of(subjects: Sequence[Subject], count: int) -> list[tuple[Subject, ...]]:
+    """Pairs, each in one order, or in both if there are few; of more, as many in a row as there are subjects."""
+    if count == 2:
+        pairs = list(combinations(subjects, 2))
+        few = len(pairs) < LEAST_PAIRS
+        return list(permutations(subjects, 2)) if few else [pair[:: 1 - 2 * (n % 2)] for n, pair in enumerate(pairs)]
+    total = len(subjects)
+    return [tuple(subjects[(first + step) % total] for step in range(count)) for first in range(total)]
+
+
 def compare(
     base: Base, subjects: Sequence[Subject], count: int, across: int, places: int, folder: Path
 ) -> tuple[Table, Picture]:
     """The table of all casts of `count` subjects, and a grid of some of them."""
-    casts = [cast if turn % 2 else cast[::-1] for turn, cast in enumerate(combinations(subjects, count))]
-    if count > 2:  # every subject equally often, not all combinations
-        casts = [
-            tuple(subjects[(first + step) % len(subjects)] for step in range(count)) for first in range(len(subjects))
-        ]
+    casts = casts_of(subjects, count)
     scenes = [Scene(cast, place, seed) for cast in casts for seed, place in enumerate(PLACES[:places])]
     drawn = draw(base, scenes, across)
     drawn["diffusers set_adapters"] = draw_with_diffusers(base, scenes, across, folder)
