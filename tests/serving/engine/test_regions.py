@@ -20,6 +20,7 @@ from training.adapters.bank import Bank
 from training.adapters.coverage import Coverage
 from training.adapters.layout import find_sites
 from training.base.base import Base, load_base
+from training.base.chat import asked
 from training.base.phrases import find_phrase
 
 CLOSE = 1e-4
@@ -135,6 +136,30 @@ def test_every_layer_sees_the_tokens_that_its_family_says(base: Base) -> None:
         first = words if tokens.text_first else 0
         moved = (one != other).any(dim=-1)[0].nonzero().flatten().tolist()
         assert moved == list(range(first, first + picture))
+
+
+def ids_of(base: Base, prompt: str) -> tuple[Any, list[int]]:
+    """The tokenizer that a prompt's record is made with, and the record's ids."""
+    tokenizers = base.parts.tokenizers
+    tokenizer: Any = tokenizers["text_encoder_2" if base.facts.family == "flux-1" else "text_encoder"]
+    text = prompt
+    if base.facts.family in ("flux-2-klein", "z-image"):
+        text = asked(tokenizer, prompt, thinking=base.facts.family == "z-image")
+    return tokenizer, tokenizer(text).input_ids
+
+
+def test_a_phrase_is_at_its_own_tokens(base: Base) -> None:
+    prompt = "a photo of a red toy on the beach"
+    (span,) = find_phrase(prompt, "red toy")
+    tokenizer, ids = ids_of(base, prompt)
+    places = base.family.places(base.parts, prompt, [span], {})
+    assert places == list(range(places[0], places[-1] + 1))
+    assert tokenizer.decode([ids[place] for place in places]).strip() == "red toy"
+    if base.facts.word_widths:  # a trained word of two vectors moves what stands behind it
+        word = {"<s1>": torch.zeros(2, base.facts.word_width)}
+        moved = base.family.places(base.parts, f"<s1> {prompt}", [(span[0] + 5, span[1] + 5)], word)
+        assert moved == [place + 2 for place in places]
+        assert base.family.places(base.parts, f"<s1> {prompt}", [(0, 4)], word) == [1, 2]
 
 
 # -- Stable Diffusion alone: what a part is
