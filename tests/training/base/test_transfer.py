@@ -15,7 +15,7 @@ def test_tensors_of_any_dtype_and_shape_are_packed_and_seen_again() -> None:
         torch.zeros(0),
         torch.ones(()),
     ]
-    sent += [torch.randn(4, 6).t(), torch.tensor([True, False, True]), torch.randn(3).bfloat16()]
+    sent += [torch.ones(()), torch.randn(4, 6).t(), torch.tensor([True, False, True]), torch.randn(3).bfloat16()]
     found = views(packed(sent), sent)
     assert all(torch.equal(one, other) and one.dtype == other.dtype for one, other in zip(found, sent, strict=True))
     whole = packed(sent)
