@@ -149,10 +149,10 @@ def casts_of(subjects: Sequence[Subject], count: int) -> list[tuple[Subject, ...
 
 
 def compare(
-    base: Base, subjects: Sequence[Subject], count: int, across: int, places: int, folder: Path
+    base: Base, subjects: Sequence[Subject], count: int, across: int, places: int, most: int | None, folder: Path
 ) -> tuple[Table, Picture]:
     """The table of all casts of `count` subjects, and a grid of some of them."""
-    casts = casts_of(subjects, count)
+    casts = casts_of(subjects, count)[:most]
     scenes = [Scene(cast, place, seed) for cast in casts for seed, place in enumerate(PLACES[:places])]
     drawn = draw(base, scenes, across)
     drawn["diffusers set_adapters"] = draw_with_diffusers(base, scenes, across, folder)
@@ -181,6 +181,7 @@ def main() -> None:
     parser.add_argument("--storage", required=True)
     parser.add_argument("--counts", type=int, nargs="+", default=[2, 3])
     parser.add_argument("--places", type=int, default=len(PLACES), help="pictures of each cast, each in another place")
+    parser.add_argument("--casts", type=int, help="the most casts of each count")
     parser.add_argument("--across", type=int, help="0: as many pictures as there are subjects", default=0)
     parser.add_argument("--title", default="pocket", help="what the result calls the base")
     parser.add_argument("--grid", type=Path, help="a picture for each count, its name before this suffix")
@@ -190,7 +191,9 @@ def main() -> None:
     parts = []
     for count in options.counts:
         with tempfile.TemporaryDirectory() as folder:
-            table, sheet = compare(base, subjects, count, options.across or count, options.places, Path(folder))
+            table, sheet = compare(
+                base, subjects, count, options.across or count, options.places, options.casts, Path(folder)
+            )
         if options.grid:
             sheet.save(options.grid.with_stem(f"{options.grid.stem}-{count}"))
         heads = (f"{count} subjects", "likeness", "bleeding", "own hues", "others' hues", "class")
