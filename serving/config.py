@@ -69,6 +69,11 @@ class EngineSpec(Closed):
     )
     queue: int = Field(default=256, ge=1, description="images that may wait; beyond it requests get 429")
     decode_rows: int = Field(default=4, ge=1, description="images of the base's size decoded between two steps")
+    vae_tile_px: int = Field(
+        default=1024,
+        ge=0,
+        description="pictures with a longer side are encoded and decoded in overlapping tiles of it; 0: never",
+    )
     host_bytes: int = Field(default=2 * 2**30, ge=0, description="host memory for adapters that are not on the device")
     prompt_tokens: int = Field(default=600, ge=1, description="tokens of a prompt; longer ones get 400")
     prompt_cache: int = Field(default=512, ge=0, description="prompt embeddings kept")

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from serving.engine.kept import Kept
+from serving.engine.pictures.edit import Edit
 from serving.engine.request import MAX_SEED, AdapterRef, GenerateRequest
 from serving.engine.tiers.adapters import Loads
 from training.base.family import Cond
@@ -28,9 +30,12 @@ class Job:
     takes_negative: bool = True  # whether the base is guided by a second row, with the negative prompt
     loads: Loads = field(default_factory=dict)
     samples: list["Sample"] = field(default_factory=list)
+    edit: Edit | None = None  # what of the picture is redrawn, and what it is put back into
+    references: tuple[Tensor, ...] = ()  # the pictures that the prompt refers to, uint8
+    second: Schedule | None = None  # of the pass that redraws what is enlarged
     conds: tuple[Cond, Cond | None] | None = None  # of the prompt and, with guidance, of the negative prompt
-    together: Hashable = None  # the family's key of the prompts: only rows with equal keys share a forward
     image: tuple[Tensor, Tensor] | None = None  # mean and std [C, h, w] of the picture's latents
+    encoded: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)  # of other pictures, by what they are
     started_s: float | None = None
     over: bool = False
 
@@ -43,6 +48,11 @@ class Job:
     def weights(self) -> tuple[float, ...]:
         """The weight of each of `keys`."""
         return tuple(use.weight for use in self.request.adapters)
+
+    @property
+    def steps(self) -> int:
+        """Of all passes of one of its images."""
+        return self.schedule.steps + (self.second.steps if self.second else 0)
 
     @property
     def deadline_s(self) -> float:
@@ -67,6 +77,7 @@ class Sample:
     index: int
     size: tuple[int, int]
     wide: bool = False
+    more_cells: int = 0
     plain: Tensor | None = None
     slots: tuple[int, ...] | None = None  # of its adapters, once it has started
     step: int = 0
@@ -74,6 +85,21 @@ class Sample:
     generator: torch.Generator | None = None
     latents: Tensor | None = None
     clean: Tensor | None = None
+    kept: Kept | None = None  # what stays of the picture that is edited
+    beside: Mapping[str, Tensor] = field(default_factory=dict)  # what its prompts' records hold beside them
+    together: Hashable = None  # the family's key of the prompts: only rows with equal keys share a forward
+    enlarged: bool = False  # whether it is in its second pass
+
+    @property
+    def schedule(self) -> Schedule:
+        """The run of the pass that it is in."""
+        second = self.job.second if self.enlarged else None
+        return second or self.job.schedule
+
+    @property
+    def taken(self) -> int:
+        """Steps of all its passes that are behind it."""
+        return self.step + (self.job.schedule.steps if self.enlarged else 0)
 
     @property
     def tenant(self) -> str:
@@ -83,12 +109,12 @@ class Sample:
     @property
     def kind(self) -> tuple[Hashable, ...]:
         """Samples of equal kinds may share a forward: latents' size, and the family's key of the prompts."""
-        return (*self.size, self.job.together)
+        return (*self.size, self.together)
 
     @property
     def cells(self) -> int:
-        """Latent cells of one of its rows."""
-        return self.size[0] * self.size[1]
+        """Latent cells of one of its rows, with those of the pictures that its prompt refers to."""
+        return self.size[0] * self.size[1] + self.more_cells
 
     @property
     def rows(self) -> int:
@@ -99,7 +125,8 @@ class Sample:
     def conds(self) -> list[Cond]:
         """The prompts of its next rows."""
         assert self.job.conds is not None
-        prompt, negative = self.job.conds
+        prompt, negative = ({**cond, **self.beside} if cond else None for cond in self.job.conds)
+        assert prompt is not None
         if negative is None:
             return [prompt]
         if self.wide:
@@ -132,8 +159,8 @@ class Sample:
     def preview_due(self) -> bool:
         """Whether another preview is due; they are spread evenly over the steps, none after the last."""
         wanted = self.job.request.previews
-        steps = self.job.schedule.steps
-        return self.previews < wanted and self.step < steps and self.step * (wanted + 1) >= (self.previews + 1) * steps
+        taken, steps = self.taken, self.job.steps
+        return self.previews < wanted and taken < steps and taken * (wanted + 1) >= (self.previews + 1) * steps
 
     def draw(self, channels: int) -> Tensor:
         """The sample's next unit noise [C, h, w]: the same on every device, since a CPU generator draws it."""

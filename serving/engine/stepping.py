@@ -34,7 +34,7 @@ class Stepper:
         order = forward.order
         began = time.perf_counter()
         with self._stats.timed("denoise"):
-            lines = ScheduleLines.gather([s.job.schedule for s in order], [s.step for s in order], self._base.device)
+            lines = ScheduleLines.gather([s.schedule for s in order], [s.step for s in order], self._base.device)
             latents_NCHW = torch.stack([sample.at for sample in order])
             output_NCHW = forward(self._base, self._adapters.bank, latents_NCHW, lines)
             first = order[0]  # if it is wide, it is alone
@@ -76,14 +76,17 @@ class Stepper:
         before_NCHW = torch.stack([sample.guess for sample in order])
         latents_NCHW, clean_NCHW = lines.step(latents_NCHW, output_NCHW, before_NCHW, self._fresh_noise(order))
         for sample, latents, clean in zip(order, latents_NCHW, clean_NCHW, strict=True):
+            if sample.kept is not None:
+                signal, noise = sample.schedule.after_T2[sample.step].tolist()
+                latents = sample.kept.put_back(latents, signal, noise)
             sample.latents, sample.clean, sample.plain = latents, clean, None
             sample.step += 1
 
     def _fresh_noise(self, samples: Sequence[Sample]) -> Tensor | None:
         """What ancestral samplers add, [N, C, h, w]; zero for rows of the others, None if nobody draws."""
-        if not any(sample.job.schedule.draws for sample in samples):
+        if not any(sample.schedule.draws for sample in samples):
             return None
         channels = self._base.facts.channels
         blank = torch.zeros(channels, *samples[0].size)
-        noise = [sample.draw(channels) if sample.job.schedule.draws else blank for sample in samples]
+        noise = [sample.draw(channels) if sample.schedule.draws else blank for sample in samples]
         return torch.stack(noise).to(self._base.device)

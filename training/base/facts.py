@@ -50,6 +50,9 @@ class Facts:
     chunked: bool = True  # whether it takes a longer prompt piece by piece
     word_widths: tuple[int, ...] = ()  # of a textual-inversion vector, one for each of `text_encoders`
     frozen_encoders: tuple[str, ...] = ()
+    inpaints: bool = False  # whether the denoiser takes a mask and a picture beside the latents
+    references: int = 0  # pictures that a prompt may refer to
+    max_side_px: int | None = None  # where the denoiser's positions end
     guidance: Guidance = "cfg"
     negative: bool = True  # whether a negative prompt has a meaning
     min_snr: bool = True  # whether min-SNR weights have a meaning

@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from training.base.noise.process import Process, Size
 
 Cond = Mapping[str, "Tensor"]  # one prompt as the denoiser takes it, without a batch axis; opaque outside the family
+# What serving adds to a prompt's record, on the device. KNOWN of a base that `inpaints`, [1 + C, h, w]: where it draws
+# (1) or not (0), and the latents of the picture without what is there to be drawn. REFERENCE and a number from 0:
+# the latents [C, h, w] of a picture that the prompt refers to.
+KNOWN, REFERENCE = "known", "reference_"
 Words = Mapping[str, "Tensor"]  # textual-inversion word -> [V, D]: V token places, D the encoders' widths together
 
 

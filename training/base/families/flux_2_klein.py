@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from training.base.facts import FLOW_SAMPLERS, Facts, check_class, check_files, read_config, with_defaults
 from training.base.families.blocks import DOUBLE_BLOCKS, FLUX_2_GROWTH, inner_growth
-from training.base.family import NOTHING, Cond, Parts, RowFacts, Words
+from training.base.family import NOTHING, REFERENCE, Cond, Parts, RowFacts, Words
 from training.base.files.weights import load_model
 from training.base.footprint import PIXEL_BYTES
 from training.base.originals import Original, any_like, below, by_rules
@@ -54,6 +54,8 @@ PROMPT_TOKENS = 512  # every prompt is filled up to it, and the transformer atte
 # per token of the picture and width, measured at width 512 in bf16: of each layer in a row that trains, and of one that
 # draws
 TOKEN_TRAINED_BYTES, TOKEN_DRAWN_BYTES = 45.0, 70.0
+MAX_REFERENCES = 10
+TIME_BETWEEN = 10  # positions in time: 0 of the picture, 10 of the first reference, 20 of the second
 DEPTHS = (9, 18, 27)  # of the hidden states that are put side by side
 
 
@@ -100,6 +102,7 @@ class Flux2Klein:
             min_snr=False,
             steps=4 if distilled else 50,
             guidance_scale=1.0 if distilled else 4.0,
+            references=MAX_REFERENCES,
             sampler="euler",
             samplers=FLOW_SAMPLERS,
             half="bf16",
@@ -189,19 +192,21 @@ class Flux2Klein:
         transformer: Any = parts.models["transformer"]
         states_NLC = torch.stack([cond["states"] for cond in conds])
         height, width = x_NCHW.shape[-2:]
+        pictures = [x_NCHW, *(found.to(x_NCHW) for found in _references(conds))]
+        ids = [_ids(one.shape[2], one.shape[3], 1, TIME_BETWEEN * place) for place, one in enumerate(pictures)]
         velocity_NTC: Tensor = transformer(
-            hidden_states=x_NCHW.flatten(2).transpose(1, 2),
+            hidden_states=torch.cat([one.flatten(2).transpose(1, 2) for one in pictures], dim=1),
             timestep=times_N / 1000,
             guidance=None,
             encoder_hidden_states=states_NLC,
             txt_ids=_ids(1, 1, states_NLC.shape[1]).to(x_NCHW.device),
-            img_ids=_ids(height, width, 1).to(x_NCHW.device),
+            img_ids=torch.cat(ids).to(x_NCHW.device),
         ).sample
-        return velocity_NTC.transpose(1, 2).unflatten(2, (height, width))
+        return velocity_NTC[:, : height * width].transpose(1, 2).unflatten(2, (height, width))
 
     def together(self, size: "Size", cond: Cond) -> Hashable:
-        """Rows of one size: their positions are shared."""
-        return size
+        """Rows of one size, whose references have the same sizes in the same order: their positions are shared."""
+        return size, *(found.shape for found in _references([cond]))
 
     def features(
         self, parts: Parts, x_NCHW: "Tensor", times_N: "Tensor", conds: Sequence[Cond], rows: Sequence[RowFacts]
@@ -216,11 +221,19 @@ class Flux2Klein:
         return found
 
 
-def _ids(height: int, width: int, length: int) -> "Tensor":
+def _references(conds: Sequence[Cond]) -> list["Tensor"]:
+    """The pictures that the rows' prompts refer to, each [N, C, h, w], in their order; all rows have as many."""
+    import torch
+
+    count = sum(key.startswith(REFERENCE) for key in conds[0])
+    return [torch.stack([cond[f"{REFERENCE}{place}"] for cond in conds]) for place in range(count)]
+
+
+def _ids(height: int, width: int, length: int, time: int = 0) -> "Tensor":
     """Positions [T, 4] of tokens: time, row, column, place in the prompt."""
     import torch
 
-    return torch.cartesian_prod(torch.arange(1), torch.arange(height), torch.arange(width), torch.arange(length))
+    return torch.cartesian_prod(torch.tensor([time]), torch.arange(height), torch.arange(width), torch.arange(length))
 
 
 def _statistics(vae: Any) -> tuple["Tensor", "Tensor"]:

@@ -20,6 +20,7 @@ from training.base.families.unet import (
     load_unet,
     unet_facts,
     unet_features,
+    with_known,
 )
 from training.base.family import NOTHING, Cond, Parts, RowFacts, Words
 from training.base.files.weights import load_model
@@ -40,13 +41,13 @@ CONDITIONS = ("addition_embed_type", "class_embed_type", "encoder_hid_dim_type",
 class StableDiffusion:
     """See `Family`."""
 
-    pipelines: ClassVar[tuple[str, ...]] = ("StableDiffusionPipeline",)
+    pipelines: ClassVar[tuple[str, ...]] = ("StableDiffusionPipeline", "StableDiffusionInpaintPipeline")
     title: ClassVar[str] = "Stable Diffusion 1.x and 2.x"
 
     def __init__(self, folder: Path, name: str) -> None:
         self.folder = folder
         unet, vae, text = (read_config(folder, part) for part in ("unet", "vae", "text_encoder"))
-        check_unet(name, unet, vae, CONDITIONS, self.title)
+        check_unet(name, folder, unet, vae, CONDITIONS, self.title)
         check_clip(name, folder, "text_encoder", text, "CLIPTextModel")
         check_width(name, unet, text.get("hidden_size", 512))
         check_files(name, folder, ((SCHEDULER,),))
@@ -134,8 +135,16 @@ class StableDiffusion:
 
         unet: Any = parts.models["unet"]
         states_NLC = torch.stack([cond["states"] for cond in conds])
+        if self.facts.inpaints:
+            x_NCHW = with_known(x_NCHW, conds, lambda: self._grey(parts, x_NCHW))
         output_NCHW: Tensor = unet(x_NCHW, times_N, encoder_hidden_states=states_NLC).sample
         return output_NCHW
+
+    def _grey(self, parts: Parts, like_NCHW: "Tensor") -> "Tensor":
+        """The latents [C, h, w] of a grey picture of the size of these."""
+        height, width = (side * self.facts.cell_px for side in like_NCHW.shape[2:])
+        grey_13HW = like_NCHW.new_zeros(1, 3, height, width).to(next(parts.models["vae"].parameters()).dtype)
+        return self.to_latents(parts, grey_13HW)[0][0]
 
     def together(self, size: "Size", cond: Cond) -> Hashable:
         """Rows of one size whose prompts take as many tokens."""

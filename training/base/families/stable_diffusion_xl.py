@@ -22,6 +22,7 @@ from training.base.families.unet import (
     load_unet,
     unet_facts,
     unet_features,
+    with_known,
 )
 from training.base.family import NOTHING, Cond, Parts, RowFacts, Words
 from training.base.files.weights import load_model
@@ -53,7 +54,7 @@ SAMPLERS: dict[str, SamplerName] = {  # of the scheduler class that a base names
 class StableDiffusionXL:
     """See `Family`."""
 
-    pipelines: ClassVar[tuple[str, ...]] = ("StableDiffusionXLPipeline",)
+    pipelines: ClassVar[tuple[str, ...]] = ("StableDiffusionXLPipeline", "StableDiffusionXLInpaintPipeline")
     title: ClassVar[str] = "Stable Diffusion XL"
 
     def __init__(self, folder: Path, name: str) -> None:
@@ -199,8 +200,16 @@ class StableDiffusionXL:
             "time_ids": torch.tensor(ids, dtype=torch.float32, device=x_NCHW.device),
         }
         states_NLC = torch.stack([cond["states"] for cond in conds])
+        if self.facts.inpaints:
+            x_NCHW = with_known(x_NCHW, conds, lambda: self._grey(parts, x_NCHW))
         output_NCHW: Tensor = unet(x_NCHW, times_N, encoder_hidden_states=states_NLC, added_cond_kwargs=added).sample
         return output_NCHW
+
+    def _grey(self, parts: Parts, like_NCHW: "Tensor") -> "Tensor":
+        """The latents [C, h, w] of a grey picture of the size of these."""
+        height, width = (side * self.facts.cell_px for side in like_NCHW.shape[2:])
+        grey_13HW = like_NCHW.new_zeros(1, 3, height, width).to(next(parts.models["vae"].parameters()).dtype)
+        return self.to_latents(parts, grey_13HW)[0][0]
 
     def together(self, size: "Size", cond: Cond) -> Hashable:
         """Rows of one size whose prompts take as many tokens."""
@@ -220,7 +229,7 @@ def _read(file: Path) -> dict[str, Any]:
 
 def _check(name: str, folder: Path, unet: dict[str, Any], vae: dict[str, Any], texts: Sequence[dict[str, Any]]) -> None:
     """Raises UserError for configs of what is not trained or served here."""
-    check_unet(name, unet, vae, CONDITIONS, StableDiffusionXL.title)
+    check_unet(name, folder, unet, vae, CONDITIONS, StableDiffusionXL.title)
     kinds = ("CLIPTextModel", "CLIPTextModelWithProjection")
     for component, config, kind in zip(ENCODERS, texts, kinds, strict=True):
         check_clip(name, folder, component, config, kind, TOKENIZERS[component])

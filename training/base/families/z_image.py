@@ -88,6 +88,7 @@ class ZImage:
             drawn_bytes=TOKEN_DRAWN_BYTES * width / PATCH**2,
             pixel_bytes=PIXEL_BYTES * vae["block_out_channels"][0],
             prompt_tokens=self._prompt_tokens,
+            max_side_px=min(transformer.get("axes_lens", [1024, 512, 512])[1:]) * cell_px * PATCH,
             chunked=False,
             min_snr=False,
             guidance_scale=5.0,
