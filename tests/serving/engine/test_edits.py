@@ -3,14 +3,16 @@
 import io
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import pytest
 import torch
 from diffusers import (
     DDIMScheduler,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
+    Flux2KleinPipeline,
     FluxInpaintPipeline,
     StableDiffusionInpaintPipeline,
     StableDiffusionPipeline,
@@ -22,11 +24,17 @@ from serving.engine.engine import Engine
 from serving.engine.job import Job
 from serving.engine.pictures.edit import decode_edit
 from serving.engine.pictures.reference import decode_reference
-from serving.engine.request import GenerateRequest, Mask
+from serving.engine.request import GenerateRequest, Hires, Mask
+from serving.errors import Refused
 from tests.families import write_family
+from tests.pipelines import call
 from tests.serving.company import Shelf, ask, random_adapter, ref, run, small
+from tests.tiny import tiny_images
 from tests.tiny_inpainting import inpainting
 from training.base.base import Base, load_base
+from training.base.files.outline import outline
+from training.errors import UserError
+from training.run.submission import read_manifest
 
 CLOSE = 1e-4  # of another program's arithmetic
 SAME = 1e-5  # law 4
@@ -174,3 +182,212 @@ def test_a_flow_matching_base_edits_as_diffusers_does(tmp_path: Path) -> None:
     packed = diffusers_edit(pipeline, None, request)
     theirs = FluxInpaintPipeline._unpack_latents(packed, 16, 16, pipeline.vae_scale_factor)
     assert distance(ours, theirs) < CLOSE
+
+
+@pytest.fixture(scope="module")
+def klein(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_family("klein", tmp_path_factory.mktemp("klein"))
+
+
+def test_references_are_seen_as_by_the_flux_2_pipeline_and_share_forwards_only_with_their_like(klein: Path) -> None:
+    pictures = [photo(64, 64, seed=4), photo(96, 70, seed=5)]
+    first, both = (tuple(map(png, some)) for some in (pictures[:1], pictures))
+    asked = [ask(steps=2, guidance_scale=2.0, scheduler="euler", references=some) for some in (both, first, first, ())]
+    engine = Engine(load_base(str(klein), device="cpu"), small(max_rows=256), Shelf({}))
+    try:
+        found = latents(engine, asked)
+        shared = engine.stats.rows / engine.stats.steps
+        alone = latents(engine, asked[:1])[0]
+    finally:
+        engine.close()
+    pipeline = Flux2KleinPipeline.from_pretrained(klein)
+    pipeline.set_progress_bar_config(disable=True)
+    for ours, some in zip(found, (pictures, pictures[:1], pictures[:1], None), strict=True):
+        theirs = call(
+            pipeline,
+            PROMPT,
+            guidance=2.0,
+            num_inference_steps=2,
+            image=some,
+            generator=torch.Generator().manual_seed(1),
+        )
+        assert distance(ours, theirs) < CLOSE
+    assert distance(alone, found[0]) < SAME and distance(found[0], found[1]) > VISIBLE
+    assert shared == 2 * 4 / 3  # of four guided rows the two with equal references step together
+
+
+# -- law 4, and what is kept
+
+
+def test_rows_with_masks_share_forwards_with_any_others_and_do_not_change_them(engine: Engine) -> None:
+    asked = {
+        "plain": ask("cat", steps=4),
+        "masked": edit("cat"),
+        "half": edit("dog", strength=0.5, scheduler="euler"),
+        "ancestral": edit(scheduler="euler_a", box=(4, 4, 10, 10), count=2),
+        "filled": edit("cat", strength=0.5, mask={"fill": "fill"}),
+        "noise": edit("cat", strength=0.5, mask={"fill": "noise"}),
+        "nothing": edit("cat", strength=0.5, mask={"fill": "nothing"}),
+        "hires": ask("dog", hires=Hires(width=32, height=32, steps=4, strength=0.5)),
+    }
+    alone = {name: latents(engine, [request])[0] for name, request in asked.items()}
+    before = engine.stats.rows, engine.stats.steps
+    together = dict(zip(asked, latents(engine, list(asked.values())), strict=True))
+    rows, steps = engine.stats.rows - before[0], engine.stats.steps - before[1]
+    assert all(distance(together[name], alone[name]) < SAME for name in asked)
+    assert rows > 6 * steps
+    starts = [alone[name] for name in ("filled", "noise", "nothing")]
+    assert all(distance(one, other) > VISIBLE for i, one in enumerate(starts) for other in starts[:i])
+
+
+def composed(engine: Engine, request: GenerateRequest) -> Any:
+    """The finished picture, [H, W, 3]."""
+    asked = decode_edit(request)
+    job = engine.submit(request, edit=asked)
+    end = run(engine, [job])[job]
+    assert isinstance(end, Tensor)
+    return asked.compose(end[0]).numpy().astype(int)
+
+
+@pytest.mark.parametrize(
+    "how", [{}, {"feather_px": 3}, {"keep_size": True}, {"only_masked": True, "padding_px": 4}, {"inverted": True}]
+)
+def test_what_is_not_masked_is_the_picture_itself_to_the_bit(engine: Engine, how: dict[str, Any]) -> None:
+    side = 40 if "keep_size" in how or "only_masked" in how else 16
+    picture, mask = photo(side, side), white((3, 2, 9, 11), side, side)
+    made = composed(engine, edit("cat", image=png(picture), mask={"data": png(mask), **how}))
+    kept = np.asarray(mask) == (255 if "inverted" in how else 0)
+    original = np.asarray(picture).astype(int)
+    assert made.shape == original.shape and (made[kept] == original[kept]).all()
+    assert np.abs(made - original)[~kept].mean() > 5
+
+
+def test_a_feather_fades_in_from_the_edge_and_a_blur_reaches_beyond_it() -> None:
+    mask = {"data": png(white((8, 0, 32, 32), 32, 32))}
+    picture = png(photo(32, 32))
+    plain, feathered, blurred = (
+        decode_edit(edit(image=picture, width=32, height=32, mask={**mask, **how})).weight_HW[16].int()
+        for how in ({}, {"feather_px": 3}, {"blur_px": 2.0})
+    )
+    assert plain.tolist() == [0] * 8 + [255] * 24
+    assert feathered[:8].tolist() == [0] * 8 and feathered[8:12].tolist() == [63, 127, 191, 255]
+    assert feathered[31] == 255  # the picture's border is no edge of the mask
+    assert 0 < blurred[6] < blurred[9] < 255 and blurred[0] == 0
+
+
+def test_only_the_masked_part_is_drawn_in_the_shape_of_the_request() -> None:
+    picture = photo(200, 100)
+    asked = edit(
+        image=png(picture), width=32, height=16,
+        mask={"data": png(white((150, 40, 160, 60), 200, 100)), "only_masked": True, "padding_px": 10},
+    )  # fmt: skip
+    found = decode_edit(asked)
+    left, top, right, bottom = found.box
+    assert left <= 140 and right >= 170 and top <= 30 and bottom >= 70 and (right - left) == 2 * (bottom - top)
+    assert found.pixels_CHW.shape == (3, 16, 32) and found.whole_HWC.shape == (100, 200, 3)
+    edge = decode_edit(
+        asked.model_copy(update={"mask": asked.mask and asked.mask.model_copy(update={"padding_px": 1000})})
+    )
+    assert edge.box == (0, 0, 200, 100)
+
+
+def test_the_transparency_of_the_picture_or_of_a_mask_says_what_is_redrawn() -> None:
+    clear = photo().convert("RGBA")
+    clear.putalpha(Image.eval(white(LEFT), lambda value: 255 - value))
+    own = decode_edit(edit(image=png(clear), mask={"data": None, "means": "clear"}))
+    other = decode_edit(edit(mask={"data": png(clear), "means": "clear"}))
+    opaque = decode_edit(edit(mask={"data": png(clear), "means": "white", "inverted": True}))
+    for found in (own, other, opaque):
+        assert found.drawn_HW[:, :8].all() and not found.drawn_HW[:, 8:].any()
+
+
+def test_an_edit_that_cannot_be_is_refused_in_words() -> None:
+    full = photo().convert("RGBA")
+    for request, said in (
+        (edit(mask={"data": None, "means": "clear"}), "no mask, and the picture has no transparency"),
+        (edit(mask={"data": png(white(LEFT, 8, 16))}), "mask has 8x16 px and the picture 16x16 px"),
+        (edit(mask={"data": png(white((0, 0, 0, 0)))}), "leaves nothing to redraw: no part of it is white"),
+        (edit(mask={"data": png(full), "means": "clear"}), "mask has no transparency"),
+        (edit(mask={"data": b"GIF89a..."}), "mask cannot be used: a GIF"),
+        (edit(image=b"%PDF"), "picture cannot be used: a PDF"),
+    ):
+        with pytest.raises(Refused, match=said):
+            decode_edit(request)
+    with pytest.raises(Refused, match="reference picture has 16x16 px; each side needs at least 32"):
+        decode_reference(png(photo()), 32)
+
+
+# -- larger pictures
+
+
+@pytest.mark.parametrize("upscaler", ["latent", "lanczos"])
+def test_a_second_pass_is_image_to_image_of_what_is_enlarged(
+    engine: Engine, upscaler: Literal["latent", "lanczos"]
+) -> None:
+    request = ask(
+        "cat", steps=4, previews=3, hires=Hires(width=32, height=24, steps=4, strength=0.5, upscaler=upscaler)
+    )
+    job = engine.submit(request)
+    sample, seen, sizes = job.samples[0], [], []
+
+    def look(step: int) -> None:
+        if sample.latents is not None:
+            seen.append(sample.at)
+            sizes.append(sample.size)
+
+    end = run(engine, [job], look)[job]
+    assert isinstance(end, Tensor) and end.shape == (1, 24, 32, 3)
+    assert job.steps == 6 and sample.taken == 6 and sample.previews == 3
+    first = next(at for at, size in zip(seen[::-1], sizes[::-1], strict=True) if size == (8, 8))
+    assert first.shape == (4, 8, 8) and sample.at.shape == (4, 12, 16)
+    assert distance(sample.at, latents(engine, [request.model_copy(update={"seed": 2})])[0][0]) > VISIBLE
+    plain = ask("cat", steps=4, width=32, height=24)
+    assert distance(sample.at, latents(engine, [plain])[0][0]) > VISIBLE
+
+
+def test_large_pictures_pass_the_vae_in_tiles_as_diffusers_does(tiny: Base) -> None:
+    vae: Any = tiny.parts.models["vae"]
+    seen: list[int] = []
+    hooks = [
+        module.register_forward_hook(
+            lambda module, inputs, output, cell=cell: seen.append(max(inputs[0].shape[2:]) * cell)
+        )
+        for module, cell in ((vae.encoder, 1), (vae.decoder, 2))
+    ]
+    engine = Engine(tiny, small(vae_tile_px=32), Shelf({}))
+    request = edit(
+        image=png(photo(80, 48)), width=80, height=48, strength=0.5,
+        mask={"data": png(white((0, 0, 40, 48), 80, 48))},
+    )  # fmt: skip
+    try:
+        made = composed(engine, request)
+    finally:
+        engine.close()
+        for hook in hooks:
+            hook.remove()
+    assert made.shape == (48, 80, 3) and len(seen) > 8 and max(seen) == 32
+    assert not vae.use_tiling
+    large = torch.randn(1, 4, 24, 40, generator=torch.Generator().manual_seed(1))
+    vae.enable_tiling()
+    vae.tile_sample_min_size, vae.tile_latent_min_size, held = (
+        32,
+        16,
+        (vae.tile_sample_min_size, vae.tile_latent_min_size),
+    )
+    expected = vae.decode(large / vae.config.scaling_factor).sample.clamp(-1, 1)
+    vae.disable_tiling()
+    vae.tile_sample_min_size, vae.tile_latent_min_size = held
+    assert distance(engine.finisher._vae.to_pixels(large), expected) < SAME
+    assert distance(tiny.to_pixels(large), expected) > SAME
+
+
+# -- training
+
+
+def test_a_base_made_for_inpainting_is_served_but_not_trained(nine: Path, tmp_path: Path) -> None:
+    assert outline(str(nine)).facts.inpaints and outline(str(nine)).facts.channels == 4
+    tiny_images(tmp_path / "rusty")
+    manifest = tmp_path / "pets.yaml"
+    manifest.write_text(f"version: 1\nname: pets\nbase: {nine}\nsubjects: [{{id: rusty, class: dog, images: rusty}}]\n")
+    with pytest.raises(UserError, match="made for inpainting.*cannot be trained"):
+        read_manifest(manifest)
