@@ -43,6 +43,7 @@ class Mask(Closed):
     means: Literal["clear", "white"] = Field(
         default="clear", description="what is redrawn: where it is transparent, or where it is white or opaque"
     )
+    required: bool = Field(default=True, description="without it, all is redrawn where there is none")
     inverted: bool = False
     blur_px: float = Field(default=0.0, ge=0, le=256, description="a Gaussian over the mask's edge, to both sides")
     feather_px: int = Field(default=0, ge=0, le=256, description="fades in from the mask's edge, only inside it")
@@ -91,6 +92,12 @@ class GenerateRequest(Closed):
     reading: bool = Field(default=False, description="makes nothing: reads the noise that `image` began as")
     expected: tuple[int, ...] = Field(default=(), description="of a reading: serials of pictures that look alike")
     cut_cells: int = Field(default=0, ge=0, le=16, description="of a reading: cells that may be missing above and left")
+
+    @property
+    def pixels(self) -> int:
+        """Pixels of a finished picture, where it does not take its size from `image`."""
+        last = self.hires or self
+        return last.width * last.height
 
 
 class Preview(Closed):

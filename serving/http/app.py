@@ -27,6 +27,7 @@ from serving.http import (
     adapters as api_adapters,
     consents as api_consents,
     detect as api_detect,
+    edits as api_edits,
     exports as api_exports,
     images as api_images,
 )
@@ -118,7 +119,7 @@ def create_app(
         app.add_exception_handler(kind, _told)
     for name, value in extension.state.items():
         setattr(app.state, name, value)
-    own = (api_images.router, api_exports.router, api_adapters.router)
+    own = (api_images.router, api_edits.router, api_exports.router, api_adapters.router)
     marked = (api_detect.router, api_consents.router, routes.router, info.router)
     for router in (*own, *marked, *extension.routers):
         app.include_router(router, dependencies=SECURITY)

@@ -25,7 +25,8 @@ def infotext(request: GenerateRequest, seed: int, base: str, base_hash: str) -> 
         "Size": f"{request.width}x{request.height}",
         "Model hash": base_hash[:10],
         "Model": base,
-        "Denoising strength": None if request.image is None else f"{request.strength:g}",
+        "Denoising strength": _strength(request),
+        **_second_pass(request),
         "Lora hashes": ", ".join(f"{name}: {use.ref.version[:12]}" for name, use in worn) or None,
     }
     prompt = " ".join([request.prompt, *(f"<lora:{name}:{use.weight:g}>" for name, use in worn)])
@@ -49,6 +50,23 @@ def with_infotext(png: bytes, text: str) -> bytes:
 def name_of(use: AdapterUse, tenant: str) -> str:
     """How `tenant` names an adapter in a tag."""
     return use.ref.id if use.ref.tenant == tenant else f"{use.ref.tenant}/{use.ref.id}"
+
+
+def _strength(request: GenerateRequest) -> str | None:
+    if request.hires is not None:
+        return f"{request.hires.strength:g}"
+    return None if request.image is None else f"{request.strength:g}"
+
+
+def _second_pass(request: GenerateRequest) -> dict[str, object]:
+    hires = request.hires
+    if hires is None:
+        return {}
+    return {
+        "Hires upscale": f"{hires.width / request.width:g}",
+        "Hires steps": max(1, int(hires.steps * hires.strength)),
+        "Hires upscaler": hires.upscaler.capitalize(),
+    }
 
 
 def _quoted(value: object) -> str:

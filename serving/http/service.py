@@ -125,6 +125,7 @@ class Service:
             base=library.base,
             base_hash=library.base_hash,
             adapters=[(WornVersion(**use.ref.model_dump()), use.weight) for use in uses],
+            edited=wanted.image is not None or bool(wanted.references),
             prompts=(wanted.prompt, wanted.negative_prompt),
         )
 

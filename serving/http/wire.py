@@ -4,9 +4,10 @@ Bodies are closed: an unknown field is an error that names it. Limits that depen
 `intake.py`; here is only what holds for every server.
 """
 
+import json
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from serving.engine.request import MAX_SEED, ImageFormat
 from serving.http.defaults import ImageDefaults
@@ -37,6 +38,23 @@ class WornAdapter(Closed):
         ),
     ]
     weight: Annotated[float, Field(description="scales its effect; negative subtracts it", examples=[1.0])] = 1.0
+
+
+def from_json(value: object) -> object:
+    """JSON, as a form sends what is not one value."""
+    try:
+        return json.loads(value) if isinstance(value, str) else value
+    except ValueError:
+        raise ValueError("is no JSON") from None
+
+
+class HiresBody(Closed):
+    """A second pass: the picture is enlarged by `scale` and redrawn by `strength`."""
+
+    scale: float = Field(2.0, gt=1, le=8)
+    steps: int | None = Field(None, ge=1, description="of a whole run, of which `strength` is taken; as of the first")
+    strength: float = Field(0.5, gt=0, le=1)
+    upscaler: Literal["lanczos", "latent"] = Field("lanczos", description="what enlarges: pixels, or latents")
 
 
 class ImagesBody(Closed):
@@ -87,6 +105,7 @@ class ImagesBody(Closed):
     scheduler: SamplerName | None = None
     image: str | None = Field(None, max_length=MAX_PICTURE, description="a picture to start from, base64 or a data URL")
     strength: float | None = Field(None, gt=0, le=1, description="how much of `image` is redrawn: 1 is all of it")
+    hires: Annotated[HiresBody | None, BeforeValidator(from_json)] = None
 
 
 class UsedAdapter(BaseModel):
@@ -141,7 +160,7 @@ class ImagesAnswer(BaseModel):
 class PartialImage(BaseModel):
     """A preview in a stream."""
 
-    type: Literal["image_generation.partial_image"] = "image_generation.partial_image"
+    type: Literal["image_generation.partial_image", "image_edit.partial_image"] = "image_generation.partial_image"
     b64_json: str
     partial_image_index: int
     image_index: int
@@ -157,7 +176,7 @@ class PartialImage(BaseModel):
 class CompletedImage(BaseModel):
     """A finished image in a stream."""
 
-    type: Literal["image_generation.completed"] = "image_generation.completed"
+    type: Literal["image_generation.completed", "image_edit.completed"] = "image_generation.completed"
     b64_json: str
     image_index: int
     seed: int

@@ -9,8 +9,15 @@ from torch import Tensor
 
 from serving.engine.request import ImageFormat
 from serving.errors import Refused
-from training.storage.image_file import ImageError, ImageLimits, OpenImage, count_pixels, open_image
-from training.storage.images import MaskedImage, decode_image, read_image
+from training.storage.image_file import (
+    ImageError,
+    ImageLimits,
+    OpenImage,
+    count_pixels,
+    declared_size,
+    open_image,
+)
+from training.storage.images import MaskedImage, decode_image, read_image, upright_size
 
 # Of a picture that a client sends, in what is decoded: a JPEG that is larger than it is wanted is scaled meanwhile.
 MAX_PIXELS = 24_000_000
@@ -58,6 +65,24 @@ def open_picture(data: bytes, about_px: int | None, what: str) -> OpenImage:
         return open_image(data, what, _LIMITS, about_px)
     except ImageError as error:
         raise _refused(error) from None
+
+
+def measure(data: bytes, what: str) -> tuple[int, int]:
+    """Width and height of a file as it is looked at, from its header. Raises Refused naming `what`."""
+    if data[:4] == b"RIFF":  # opening one takes memory for all of it
+        try:
+            count_pixels(data, what, _LIMITS)
+        except ImageError as error:
+            raise _refused(error) from None
+        return declared_size(data) or (1, 1)
+    return upright_size(open_picture(data, None, what))
+
+
+def has_alpha(data: bytes) -> bool:
+    """Whether a file may have transparency, from its header."""
+    if data[:4] == b"RIFF":
+        return True
+    return data[:4] == b"\x89PNG" and bool(open_picture(data, None, "picture").image.has_transparency_data)
 
 
 def decode_opened(opened: OpenImage) -> MaskedImage:

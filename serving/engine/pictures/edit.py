@@ -103,6 +103,8 @@ def cells_of(drawn_HW: Tensor, cell_px: int) -> Tensor:
 def _mask(asked: Mask, declared: tuple[int, int], alpha: Image.Image | None, about_px: int | None) -> Image.Image:
     """White where the picture is redrawn; of the mask's own file, or of the picture's alpha."""
     if asked.data is None:
+        if alpha is None and not asked.required:
+            return Image.new("L", declared, 255)
         if alpha is None:
             raise Refused(
                 "There is no mask, and the picture has no transparency. Send a mask whose transparent part is to be "

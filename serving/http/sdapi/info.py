@@ -95,16 +95,16 @@ async def sd_vae(request: Request) -> list[SdNamed]:
 
 @router.get("/upscalers", responses=ERRORS)
 async def upscalers(request: Request) -> list[SdUpscaler]:
-    """Only the one that does nothing."""
+    """What enlarges pixels for the second pass."""
     service_of(request).tenant(request)
-    return [SdUpscaler(name="None", scale=1)]
+    return [SdUpscaler(name="None", scale=1), SdUpscaler(name="Lanczos", scale=4)]
 
 
 @router.get("/latent-upscale-modes", responses=ERRORS)
 async def latent_upscale_modes(request: Request) -> list[SdNamed]:
-    """None: there is no second pass."""
+    """What enlarges latents for the second pass."""
     service_of(request).tenant(request)
-    return []
+    return [SdNamed(name="Latent")]
 
 
 @router.get("/face-restorers", responses=ERRORS)

@@ -13,11 +13,14 @@ from dataclasses import dataclass, field
 
 from fastapi import APIRouter, Request
 
+from serving.engine.pictures.codec import measure
 from serving.engine.request import FinishedPicture, GenerateRequest
+from serving.http.edits import check_native
 from serving.http.images import ERRORS
 from serving.http.infotext import infotext
 from serving.http.intake import any_seed, read_picture_field, uses
 from serving.http.problems import ApiError
+from serving.http.sdapi.inpainting import read_hires, read_mask
 from serving.http.sdapi.prompt import refuse_tags, split_prompt
 from serving.http.sdapi.samplers import read_sampler, sampler_label
 from serving.http.sdapi.undone import refuse_undone
@@ -136,9 +139,13 @@ def _wanted(service: Service, tenant: str, body: Txt2ImgBody, name: str) -> Gene
     side = intake.facts.resolution
     width, height = body.width or side, body.height or side
     mix = intake.worn(tenant, None, worn)
-    image, strength = None, 1.0
+    image, mask, strength = None, None, 1.0
     if isinstance(body, Img2ImgBody):
         image = read_picture_field(body.init_images[0], "init_images", width, height)
+        mask = read_mask(body, width, height)
+        if mask is not None and mask.only_masked:
+            count = body.batch_size * body.n_iter
+            check_native(intake.spec.limits, measure(image, "picture"), count, "init_images")
         strength = min(1.0, max(body.denoising_strength, 1.001 / steps))  # AUTOMATIC1111 takes 0 as one step
     return intake.checked(
         GenerateRequest(
@@ -156,6 +163,8 @@ def _wanted(service: Service, tenant: str, body: Txt2ImgBody, name: str) -> Gene
             scheduler=sampler,
             image=image,
             strength=strength,
+            mask=mask,
+            hires=read_hires(body, width, height, steps, intake.facts),
             previews=PREVIEWS,
             deadline_s=intake.spec.limits.deadline_s,
         )
@@ -188,5 +197,5 @@ def _echo(body: Txt2ImgBody) -> dict[str, object]:
     """The declared fields of the body; the pictures only where they are asked back."""
     told = body.model_dump(mode="json", include=set(type(body).model_fields))
     if isinstance(body, Img2ImgBody) and not body.include_init_images:
-        told["init_images"] = None
+        told["init_images"] = told["mask"] = None
     return told

@@ -25,17 +25,16 @@ _DEFAULTS: dict[str, tuple[object, ...]] = {
 # Settings of features that another field turns on, and fields that do not concern the picture.
 _IDLE = frozenset(
     {
-        *("firstphase_width", "firstphase_height", "hr_scale", "hr_upscaler", "hr_second_pass_steps", "hr_resize_x"),
-        *("hr_resize_y", "hr_checkpoint_name", "hr_sampler_name", "hr_scheduler", "hr_prompt", "hr_negative_prompt"),
-        *("mask_blur", "mask_blur_x", "mask_blur_y", "mask_round", "inpainting_fill", "inpaint_full_res"),
-        *("inpaint_full_res_padding", "inpainting_mask_invert", "image_cfg_scale", "denoising_strength"),
+        *("firstphase_width", "firstphase_height", "hr_checkpoint_name", "hr_sampler_name", "hr_scheduler"),
+        *("hr_prompt", "hr_negative_prompt", "mask_blur", "mask_blur_x", "mask_blur_y", "mask_round"),
+        *("inpainting_fill", "inpaint_full_res", "inpaint_full_res_padding", "inpainting_mask_invert"),
+        "image_cfg_scale",
         *("subseed", "seed_enable_extras", "s_tmin", "s_tmax", "refiner_switch_at", "script_args", "force_task_id"),
         *("do_not_save_samples", "do_not_save_grid", "override_settings_restore_afterwards", "include_init_images"),
     }
 )
 _WHY = {
-    "enable_hr": "this server has no second pass; ask for the size with 'width' and 'height'",
-    "mask": "this server has no inpainting",
+    "mask": "a mask belongs to a picture: send both to img2img",
     "styles": "this server keeps no styles; write them into the prompt",
     "script_name": "this server runs no scripts",
     "subseed_strength": "this server has no variation seeds",

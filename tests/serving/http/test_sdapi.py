@@ -65,7 +65,6 @@ def test_a_clients_defaults_pass(world: World) -> None:
     ("field", "value"),
     [
         ("mask", picture()),
-        ("enable_hr", True),
         ("alwayson_scripts", {"ControlNet": {"args": [{"image": "x", "module": "canny"}]}}),
         ("script_name", "X/Y/Z plot"),
         ("tiling", True),
