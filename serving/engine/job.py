@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from serving.engine.kept import Kept
+from serving.engine.kept import KeptPart
 from serving.engine.pictures.edit import Edit
 from serving.engine.request import MAX_SEED, AdapterRef, GenerateRequest
 from serving.engine.tiers.adapters import Loads
@@ -85,7 +85,7 @@ class Sample:
     generator: torch.Generator | None = None
     latents: Tensor | None = None
     clean: Tensor | None = None
-    kept: Kept | None = None  # what stays of the picture that is edited
+    kept: KeptPart | None = None  # what stays of the picture that is edited
     beside: Mapping[str, Tensor] = field(default_factory=dict)  # what its prompts' records hold beside them
     together: Hashable = None  # the family's key of the prompts: only rows with equal keys share a forward
     enlarged: bool = False  # whether it is in its second pass

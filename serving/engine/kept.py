@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Kept:
+class KeptPart:
     """On the device: `drawn_1HW` is 1 where cells are redrawn and 0 where the picture stays; `noise_CHW` is the first
     noise, unit."""
 

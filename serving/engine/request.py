@@ -36,7 +36,7 @@ class AdapterUse(Closed):
     weight: float = 1.0
 
 
-class Mask(Closed):
+class EditMask(Closed):
     """Which part of a request's picture is redrawn, and how it is put back."""
 
     data: bytes | None = Field(default=None, description="an encoded mask, of the picture's size; none: its own alpha")
@@ -82,7 +82,7 @@ class GenerateRequest(Closed):
     scheduler: SamplerName = "ddim"
     image: bytes | None = Field(default=None, description="an encoded picture to start from (image-to-image)")
     strength: float = Field(default=0.8, gt=0, le=1, description="how much of the picture is redrawn: 1 is all of it")
-    mask: Mask | None = Field(default=None, description="the part of `image` that is redrawn; all of it without")
+    mask: EditMask | None = Field(default=None, description="the part of `image` that is redrawn; all of it without")
     references: tuple[bytes, ...] = Field(default=(), description="encoded pictures that the prompt refers to")
     hires: Hires | None = None
     previews: int = Field(default=0, ge=0, description="previews of each image while it runs")

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from serving.engine.job import Job, Sample
-from serving.engine.kept import Kept
+from serving.engine.kept import KeptPart
 from serving.engine.pictures.edit import cells_of
 from serving.engine.pictures.vae import TiledVae, in_range
 from serving.engine.prompts import PromptCache, Text
@@ -62,7 +62,7 @@ class Starter:
                 latents = latents + noise * job.schedule.noise
                 if job.edit is not None and picture is not None and not self._base.facts.inpaints:
                     drawn = cells_of(job.edit.drawn_HW, self._base.facts.cell_px)
-                    sample.kept = Kept(drawn.to(device), picture.to(device), noise.to(device))
+                    sample.kept = KeptPart(drawn.to(device), picture.to(device), noise.to(device))
             sample.latents = latents.to(device)
             sample.clean = torch.zeros_like(sample.latents)
             self.tell(sample)

@@ -12,7 +12,7 @@ from starlette.datastructures import FormData, UploadFile
 
 from serving.config import Limits
 from serving.engine.pictures.codec import has_alpha, measure
-from serving.engine.request import GenerateRequest, Mask
+from serving.engine.request import EditMask, GenerateRequest
 from serving.errors import Refused
 from serving.http.images import ERRORS, STREAM, respond
 from serving.http.intake import Intake
@@ -110,7 +110,7 @@ def edit_request(
     if not masked:
         return wanted.model_copy(update={"references": tuple(pictures)})
     feather = facts.cell_px // 2 if body.feather is None else body.feather
-    asked = Mask(
+    asked = EditMask(
         data=mask,
         required=not facts.references,
         feather_px=feather,

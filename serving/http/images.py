@@ -23,7 +23,7 @@ from serving.http.service import Service, request_id, service_of, unless_gone
 from serving.http.wire import CompletedImage, ErrorAnswer, ImageData, ImagesAnswer, ImagesBody, PartialImage
 
 router = APIRouter(tags=["images"])
-Kind = Literal["image_generation", "image_edit"]  # what stream events are called by
+EventKind = Literal["image_generation", "image_edit"]  # what stream events are called by
 HEAD_START_S = 1.0  # an error within so many seconds is an HTTP status, also of a stream
 KEEP_ALIVE_S = 10.0
 ERRORS: dict[int | str, dict[str, Any]] = {
@@ -75,7 +75,7 @@ async def respond(
     body: ImagesBody,
     idempotency_key: str | None,
     digest: str,
-    kind: Kind,
+    kind: EventKind,
 ) -> Response:
     """The images that are wanted, or their events. `digest`: of all that was sent, for replies by key."""
     if body.stream:
@@ -124,7 +124,7 @@ def _size_of(data: bytes) -> str:
 
 
 async def _streamed(
-    request: Request, service: Service, wanted: GenerateRequest, body: ImagesBody, kind: Kind
+    request: Request, service: Service, wanted: GenerateRequest, body: ImagesBody, kind: EventKind
 ) -> Response:
     """Starts the work; what fails at once is an HTTP error, what fails later an event."""
     events = service.events(wanted)
@@ -151,7 +151,7 @@ async def _server_sent(
     wanted: GenerateRequest,
     library: Library,
     prompt: str,
-    kind: Kind,
+    kind: EventKind,
 ) -> AsyncGenerator[bytes, None]:
     pending = first
     try:
@@ -175,7 +175,7 @@ async def _server_sent(
         await events.aclose()
 
 
-def _as_event(event: Event, wanted: GenerateRequest, library: Library, prompt: str, kind: Kind) -> tuple[str, str]:
+def _as_event(event: Event, wanted: GenerateRequest, library: Library, prompt: str, kind: EventKind) -> tuple[str, str]:
     image = base64.b64encode(event.data).decode()
     size, now = _size_of(event.data), int(time.time())
     if isinstance(event, FinishedPicture):

@@ -13,7 +13,7 @@ from PIL import Image, ImageFilter, ImageOps
 from torch import Tensor
 
 from serving.engine.pictures.codec import as_tensor, decode_opened, open_picture
-from serving.engine.request import GenerateRequest, Mask
+from serving.engine.request import EditMask, GenerateRequest
 from serving.errors import Refused
 from training.storage.images import upright_size
 
@@ -100,7 +100,7 @@ def cells_of(drawn_HW: Tensor, cell_px: int) -> Tensor:
     return cells_HW[None]
 
 
-def _mask(asked: Mask, declared: tuple[int, int], alpha: Image.Image | None, about_px: int | None) -> Image.Image:
+def _mask(asked: EditMask, declared: tuple[int, int], alpha: Image.Image | None, about_px: int | None) -> Image.Image:
     """White where the picture is redrawn; of the mask's own file, or of the picture's alpha."""
     if asked.data is None:
         if alpha is None and not asked.required:
@@ -127,7 +127,7 @@ def _mask(asked: Mask, declared: tuple[int, int], alpha: Image.Image | None, abo
     return ImageOps.invert(clear)
 
 
-def _weight(mask: Image.Image, asked: Mask) -> Image.Image:
+def _weight(mask: Image.Image, asked: EditMask) -> Image.Image:
     """How much of what is drawn is seen, L. A blur reaches beyond the mask, a feather does not."""
     if asked.blur_px:
         return mask.filter(ImageFilter.GaussianBlur(asked.blur_px))

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Literal
 
-from serving.engine.request import Hires, Mask
+from serving.engine.request import EditMask, Hires
 from serving.http.hires import second_pass
 from serving.http.intake import read_picture_field
 from serving.http.problems import ApiError
@@ -19,11 +19,11 @@ _AS_FIRST = ("", "Use same sampler", "Use same scheduler", "Use same checkpoint"
 _OWN = ("hr_checkpoint_name", "hr_sampler_name", "hr_scheduler", "hr_prompt", "hr_negative_prompt")
 
 
-def read_mask(body: Img2ImgBody, width: int, height: int) -> Mask | None:
+def read_mask(body: Img2ImgBody, width: int, height: int) -> EditMask | None:
     """The mask that is asked for. Raises ApiError for what is no picture."""
     if body.mask is None:
         return None
-    return Mask(
+    return EditMask(
         data=read_picture_field(body.mask, "mask", width, height),
         means="white",
         inverted=bool(body.inpainting_mask_invert),

@@ -24,7 +24,7 @@ from serving.engine.engine import Engine
 from serving.engine.job import Job
 from serving.engine.pictures.edit import decode_edit
 from serving.engine.pictures.reference import decode_reference
-from serving.engine.request import GenerateRequest, Hires, Mask
+from serving.engine.request import EditMask, GenerateRequest, Hires
 from serving.errors import Refused
 from tests.families import write_family
 from tests.pipelines import call
@@ -66,7 +66,7 @@ LEFT = (0, 0, 8, 16)
 
 def edit(*worn: str, box: tuple[int, int, int, int] = LEFT, **changes: Any) -> GenerateRequest:
     """A request that redraws `box` of the photo."""
-    mask = Mask(data=png(white(box)), means="white").model_copy(update=changes.pop("mask", {}))
+    mask = EditMask(data=png(white(box)), means="white").model_copy(update=changes.pop("mask", {}))
     fields = {"steps": 4, "strength": 1.0, "image": png(photo()), "mask": mask, **changes}
     return ask(*worn, **fields)
 
