@@ -46,7 +46,7 @@ class EditMask(Closed):
     required: bool = Field(default=True, description="without it, all is redrawn where there is none")
     inverted: bool = False
     blur_px: float = Field(default=0.0, ge=0, le=256, description="a Gaussian over the mask's edge, to both sides")
-    feather_px: int = Field(default=0, ge=0, le=256, description="fades in from the mask's edge, only inside it")
+    feather_px: int = Field(default=0, ge=0, le=64, description="fades in from the mask's edge, only inside it")
     fill: Literal["original", "fill", "noise", "nothing"] = Field(
         default="original", description="what drawing starts from there: the picture, its surroundings, noise, zeros"
     )

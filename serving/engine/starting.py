@@ -90,8 +90,10 @@ class Starter:
             return None
         if job.image is None:
             job.image = self._vae.to_latents(in_range(job.pixels_CHW))
-        spread = 0.0 if job.request.reading else sample.draw(self._base.facts.channels)
-        return job.image[0] + job.image[1] * spread
+        mean_CHW, std_CHW = job.image
+        if job.request.reading or not std_CHW.any():  # a VAE whose mode is taken draws nothing
+            return mean_CHW
+        return mean_CHW + std_CHW * sample.draw(self._base.facts.channels)
 
     def _start(self, sample: Sample, picture_CHW: Tensor) -> Tensor:
         """What drawing starts from: the picture, with something else in it where the request asks for that."""

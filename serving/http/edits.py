@@ -30,7 +30,7 @@ class EditsBody(ImagesBody):
 
     adapters: Annotated[tuple[WornAdapter, ...] | None, BeforeValidator(from_json)] = None
     input_fidelity: Annotated[str | None, Field(max_length=MAX_NAME)] = None  # known to OpenAI's models only
-    feather: int | None = Field(None, ge=0, le=256, description="pixels over which the edit fades in inside the mask")
+    feather: int | None = Field(None, ge=0, le=64, description="pixels over which the edit fades in inside the mask")
     only_masked: bool | None = Field(None, description="draws the part around the mask, at `size`")
     padding: int | None = Field(None, ge=0, le=1024, description="pixels around the mask, with `only_masked`")
     fill: str | None = Field(None, pattern="^(original|fill|noise|nothing)$", max_length=8)

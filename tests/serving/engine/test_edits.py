@@ -12,6 +12,7 @@ from diffusers import (
     DDIMScheduler,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
+    Flux2KleinInpaintPipeline,
     Flux2KleinPipeline,
     FluxInpaintPipeline,
     StableDiffusionInpaintPipeline,
@@ -74,9 +75,12 @@ def edit(*worn: str, box: tuple[int, int, int, int] = LEFT, **changes: Any) -> G
 def submitted(engine: Engine, request: GenerateRequest) -> Job:
     """The job of a request whose pictures are decoded here."""
     if request.mask is not None:
-        return engine.submit(request, edit=decode_edit(request))
-    multiple_px = engine.base.facts.multiple_px
-    return engine.submit(request, references=[decode_reference(one, multiple_px) for one in request.references])
+        return engine.submit(request, edit=decode_edit(request), references=references_of(engine, request))
+    return engine.submit(request, references=references_of(engine, request))
+
+
+def references_of(engine: Engine, request: GenerateRequest) -> list[Tensor]:
+    return [decode_reference(one, engine.base.facts.multiple_px) for one in request.references]
 
 
 def latents(engine: Engine, requests: Sequence[GenerateRequest]) -> list[Tensor]:
@@ -101,24 +105,22 @@ def engine(tiny: Base) -> Iterator[Engine]:
     engine.close()
 
 
-def diffusers_edit(pipeline: Any, scheduler: Any, request: GenerateRequest, **changes: Any) -> Tensor:
+def diffusers_edit(pipeline: Any, scheduler: Any, request: GenerateRequest, *, sized: bool = True) -> Tensor:
     """The latents of diffusers' own inpainting, from the same picture, mask and seed."""
     assert request.image is not None and request.mask is not None and request.mask.data is not None
     pipeline.set_progress_bar_config(disable=True)
     if scheduler is not None:
-        pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config, **changes.pop("config", {}))
+        pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config)
     found = pipeline(
         request.prompt,
         image=Image.open(io.BytesIO(request.image)).convert("RGB"),
         mask_image=Image.open(io.BytesIO(request.mask.data)),
-        height=request.height,
-        width=request.width,
+        **({"height": request.height, "width": request.width} if sized else {}),
         num_inference_steps=request.steps,
         strength=request.strength,
         guidance_scale=request.guidance_scale,
         generator=torch.Generator().manual_seed(request.seed),
         output_type="latent",
-        **changes,
     ).images
     assert isinstance(found, Tensor)
     return found
@@ -198,6 +200,11 @@ def test_references_are_seen_as_by_the_flux_2_pipeline_and_share_forwards_only_w
         found = latents(engine, asked)
         shared = engine.stats.rows / engine.stats.steps
         alone = latents(engine, asked[:1])[0]
+        inpainted = ask(
+            steps=4, strength=0.5, scheduler="euler", width=64, height=64, image=first[0], references=first,
+            mask=EditMask(data=png(white((0, 0, 32, 64), 64, 64)), means="white"),
+        )  # fmt: skip
+        (masked,) = latents(engine, [inpainted])
     finally:
         engine.close()
     pipeline = Flux2KleinPipeline.from_pretrained(klein)
@@ -213,6 +220,10 @@ def test_references_are_seen_as_by_the_flux_2_pipeline_and_share_forwards_only_w
         )
         assert distance(ours, theirs) < CLOSE
     assert distance(alone, found[0]) < SAME and distance(found[0], found[1]) > VISIBLE
+    theirs = diffusers_edit(Flux2KleinInpaintPipeline(**pipeline.components), None, inpainted, sized=False)
+    spread = (pipeline.vae.bn.running_var + pipeline.vae.config.batch_norm_eps).sqrt().view(1, -1, 1, 1)
+    theirs = (Flux2KleinPipeline._patchify_latents(theirs) - pipeline.vae.bn.running_mean.view(1, -1, 1, 1)) / spread
+    assert distance(masked, theirs) < CLOSE
     assert shared == 2 * 4 / 3  # of four guided rows the two with equal references step together
 
 

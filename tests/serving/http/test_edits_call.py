@@ -13,10 +13,11 @@ import pytest
 from PIL import Image
 
 from serving.http.edits import working_size
+from tests.families import write_family
 from tests.serving.engine.test_edits import LEFT, photo, png, white
 from tests.serving.http.test_api import World, pixels, problem
 from tests.serving.http.test_clients import Site
-from training.base.base import Base
+from training.base.base import Base, load_base
 
 
 @pytest.fixture(scope="module")
@@ -148,6 +149,32 @@ def test_the_form_is_in_the_openapi_document(site: Site) -> None:
     form = document["paths"]["/v1/images/edits"]["post"]["requestBody"]["content"]["multipart/form-data"]["schema"]
     assert {"image", "image[]", "mask", "prompt", "only_masked", "feather"} <= set(form["properties"])
     assert "$defs" not in form and "hires" in document["components"]["schemas"]["ImagesBody"]["properties"]
+
+
+def test_pictures_are_references_where_the_base_takes_them(tmp_path: Path) -> None:
+    folder = write_family("klein", tmp_path)
+    world = World(load_base(str(folder), device="cpu"), folder, tmp_path / "storage", keys=False)
+    first, second = file(png(photo(32, 32))), file(png(photo(40, 24, seed=8)))
+    sent = {"prompt": "a dog", "steps": "1", "seed": "1", "guidance_scale": "1", "size": "16x16"}
+
+    def drawn(*files: tuple[str, tuple[str, bytes]], **changes: str) -> dict[str, Any]:
+        answer = world.call("POST", "/v1/images/edits", data={**sent, **changes}, files=list(files))
+        assert answer.status_code == 200, answer.text
+        found: dict[str, Any] = answer.json()
+        return found
+
+    try:
+        one = drawn(("image", first))
+        both = drawn(("image[]", first), ("image[]", second))
+        masked = drawn(("image", first), ("mask", file(clear(photo(32, 32)))), size="auto")
+        too_many = world.call("POST", "/v1/images/edits", data=sent, files=[("image[]", first)] * 11)
+    finally:
+        world.loop.close()
+    assert one["size"] == "16x16" and one["data"][0]["b64_json"] != both["data"][0]["b64_json"]
+    assert both["usage"]["input_tokens_details"]["image_tokens"] == 2 * both["usage"]["output_tokens"]
+    image = pixels(masked["data"][0]["b64_json"])
+    assert masked["size"] == "32x32" and (image[:, 8:] == original(photo(32, 32))[:, 8:]).all()
+    assert "up to 10 reference pictures" in problem(too_many, 400)["message"]
 
 
 # -- a second pass
