@@ -189,18 +189,20 @@ class Flux2Klein:
         """See `Family`."""
         import torch
 
+        from training.base.transfer import positions
+
         transformer: Any = parts.models["transformer"]
         states_NLC = torch.stack([cond["states"] for cond in conds])
         height, width = x_NCHW.shape[-2:]
         pictures = [x_NCHW, *(found.to(x_NCHW) for found in _references(conds))]
-        ids = [_ids(one.shape[2], one.shape[3], 1, TIME_BETWEEN * place) for place, one in enumerate(pictures)]
+        # positions of tokens: time, row, column, place in the prompt
         velocity_NTC: Tensor = transformer(
             hidden_states=torch.cat([one.flatten(2).transpose(1, 2) for one in pictures], dim=1),
             timestep=times_N / 1000,
             guidance=None,
             encoder_hidden_states=states_NLC,
-            txt_ids=_ids(1, 1, states_NLC.shape[1]).to(x_NCHW.device),
-            img_ids=torch.cat(ids).to(x_NCHW.device),
+            txt_ids=positions((1, 1, 1, states_NLC.shape[1]), torch.long, x_NCHW.device),
+            img_ids=torch.cat([_ids(one, TIME_BETWEEN * place) for place, one in enumerate(pictures)]),
         ).sample
         return velocity_NTC[:, : height * width].transpose(1, 2).unflatten(2, (height, width))
 
@@ -229,11 +231,17 @@ def _references(conds: Sequence[Cond]) -> list["Tensor"]:
     return [torch.stack([cond[f"{REFERENCE}{place}"] for cond in conds]) for place in range(count)]
 
 
-def _ids(height: int, width: int, length: int, time: int = 0) -> "Tensor":
-    """Positions [T, 4] of tokens: time, row, column, place in the prompt."""
+def _ids(picture_NCHW: "Tensor", time: int) -> "Tensor":
+    """Positions [T, 4] of a picture's tokens."""
     import torch
 
-    return torch.cartesian_prod(torch.tensor([time]), torch.arange(height), torch.arange(width), torch.arange(length))
+    from training.base.transfer import positions
+
+    ids = positions((1, *picture_NCHW.shape[2:], 1), torch.long, picture_NCHW.device)
+    if time:
+        ids = ids.clone()
+        ids[:, 0] = time
+    return ids
 
 
 def _statistics(vae: Any) -> tuple["Tensor", "Tensor"]:
