@@ -156,10 +156,11 @@ def nine(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "base"
 
 
-def test_a_base_made_for_inpainting_edits_as_diffusers_does_and_draws_without_a_mask(nine: Path) -> None:
+def test_a_base_made_for_inpainting_edits_as_diffusers_does_and_draws_without_a_mask(nine: Path, tiny: Base) -> None:
     pipeline = StableDiffusionInpaintPipeline.from_pretrained(nine, safety_checker=None)
-    engine = Engine(load_base(str(nine), device="cpu"), small(), Shelf({}))
-    asked = [edit(strength=1.0), edit(strength=0.5, box=(4, 4, 12, 12), scheduler="ddim"), ask()]
+    shelf = Shelf({ref("cat"): random_adapter(tiny, 0)})  # trained on the base that it was made from
+    engine = Engine(load_base(str(nine), device="cpu"), small(), shelf)
+    asked = [edit(strength=1.0), edit(strength=0.5, box=(4, 4, 12, 12), scheduler="ddim"), ask(), edit("cat")]
     try:
         found = latents(engine, asked)
         alone = [latents(engine, [one])[0] for one in asked]
@@ -168,7 +169,7 @@ def test_a_base_made_for_inpainting_edits_as_diffusers_does_and_draws_without_a_
     for request, ours in zip(asked[:2], found, strict=False):
         assert distance(ours, diffusers_edit(pipeline, DDIMScheduler, request)) < CLOSE
     assert all(distance(one, other) < SAME for one, other in zip(found, alone, strict=True))
-    assert distance(found[2], found[0]) > VISIBLE
+    assert distance(found[2], found[0]) > VISIBLE and distance(found[3], found[0]) > VISIBLE
 
 
 def test_a_flow_matching_base_edits_as_diffusers_does(tmp_path: Path) -> None:
