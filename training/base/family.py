@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 from training.base.facts import Facts
+from training.base.wording import Wording
 
 if TYPE_CHECKING:
     import torch
@@ -77,15 +78,16 @@ class Family(Protocol):
     def tokenizer(self) -> Any:
         """The tokenizer in whose tokens prompts are counted."""
 
-    def count_chunks(self, parts: Parts, prompt: str, words: Words) -> int:
+    def count_chunks(self, parts: Parts, prompt: Wording, words: Words) -> int:
         """How often the text encoder must run to take all of a prompt in."""
 
     def encode(
-        self, parts: Parts, prompts: Sequence[str], words: Sequence[Words] | None = None, chunks: int = 1
+        self, parts: Parts, prompts: Sequence[Wording], words: Sequence[Words] | None = None, chunks: int = 1
     ) -> list[Cond]:
         """The record of each prompt. `words[n]`: what prompt n may use; differentiable towards them and routes.
 
         Prompts are cut after `chunks`, and filled up to it. The empty prompt is what the pipeline has without a prompt.
+        Weights of phrases multiply what their tokens are encoded to; families without `Facts.emphasis` get plain texts.
         """
 
     def to_latents(self, parts: Parts, pixels_N3HW: "Tensor") -> tuple["Tensor", "Tensor"]:

@@ -15,6 +15,7 @@ from training.base.family import NOTHING, Cond, Parts, RowFacts, Words
 from training.base.files.weights import load_model
 from training.base.footprint import PIXEL_BYTES
 from training.base.originals import Original, any_like, below, by_rules
+from training.base.wording import Wording
 from training.errors import UserError
 
 if TYPE_CHECKING:
@@ -148,12 +149,12 @@ class Flux1:
 
         return AutoTokenizer.from_pretrained(self.folder / "tokenizer_2")
 
-    def count_chunks(self, parts: Parts, prompt: str, words: Words) -> int:
+    def count_chunks(self, parts: Parts, prompt: Wording, words: Words) -> int:
         """See `Family`."""
         return -(-len(parts.tokenizers["text_encoder_2"](prompt).input_ids) // PROMPT_TOKENS)
 
     def encode(
-        self, parts: Parts, prompts: Sequence[str], words: Sequence[Words] | None = None, chunks: int = 1
+        self, parts: Parts, prompts: Sequence[Wording], words: Sequence[Words] | None = None, chunks: int = 1
     ) -> list[Cond]:
         """`states` [512, C]: T5's last hidden states; `pooled` [P]: CLIP's pooled output."""
         import torch

@@ -14,6 +14,7 @@ from training.base.family import NOTHING, Cond, Parts, RowFacts, Words
 from training.base.files.weights import load_model
 from training.base.footprint import PIXEL_BYTES
 from training.base.originals import Original, any_like, below, by_rules
+from training.base.wording import Wording
 from training.errors import UserError
 
 if TYPE_CHECKING:
@@ -127,14 +128,14 @@ class ZImage:
 
         return AutoTokenizer.from_pretrained(self.folder / "tokenizer")
 
-    def count_chunks(self, parts: Parts, prompt: str, words: Words) -> int:
+    def count_chunks(self, parts: Parts, prompt: Wording, words: Words) -> int:
         """See `Family`."""
         from training.base.chat import count_chunks
 
         return count_chunks(parts.tokenizers["text_encoder"], prompt, thinking=True, length=self._prompt_tokens)
 
     def encode(
-        self, parts: Parts, prompts: Sequence[str], words: Sequence[Words] | None = None, chunks: int = 1
+        self, parts: Parts, prompts: Sequence[Wording], words: Sequence[Words] | None = None, chunks: int = 1
     ) -> list[Cond]:
         """`states` [L, C]: Qwen3's hidden states before its last layer, of as many tokens as the prompt has."""
         import torch
