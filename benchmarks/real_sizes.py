@@ -19,6 +19,7 @@ from training.base.families import open_family
 from training.base.family import Cond, Parts, Words
 from training.base.files.released import configs
 from training.base.files.single_file import write_configs
+from training.base.wording import Wording
 
 
 @dataclass(frozen=True)
@@ -101,11 +102,11 @@ class PaperBase(Base):
         """See `Base`; the denoiser alone."""
         return {self.facts.denoiser: self.denoiser}
 
-    def encode(self, prompts: Sequence[str], words: Sequence[Words] | None = None, chunks: int = 1) -> list[Cond]:
+    def encode(self, prompts: Sequence[Wording], words: Sequence[Words] | None = None, chunks: int = 1) -> list[Cond]:
         """See `Base`."""
         return [self._record() for _ in prompts]
 
-    def count_chunks(self, prompt: str, words: Words) -> int:
+    def count_chunks(self, prompt: Wording, words: Words) -> int:
         """See `Base`; always one."""
         return 1
 

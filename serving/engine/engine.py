@@ -22,6 +22,7 @@ from serving.engine.request import AdapterRef, GenerateRequest
 from serving.engine.scheduler import Scheduler
 from serving.engine.starting import Starter
 from serving.engine.stepping import Stepper
+from serving.engine.syntax import read_negative, read_prompt
 from serving.engine.tiers.adapters import Adapters, Fetch, explain_load
 from serving.errors import DeadlineExceeded, GenerationFailed, QueueFull, Refused, Withheld
 from serving.marking.evidence import find_reader
@@ -101,7 +102,9 @@ class Engine:
             schedule = self.base.process.schedule(request.scheduler, request.steps, strength, size)
         takes_negative = self.base.facts.guidance == "cfg"
         job = Job(request, schedule, pixels_CHW, arrived_s=time.monotonic(), takes_negative=takes_negative)
-        wide = job.guided and 2 * size[0] * size[1] > self.scheduler.max_cells
+        job.parts = read_prompt(request.prompt, request.prompt_syntax)
+        job.negative = read_negative(request.negative_prompt, request.prompt_syntax)
+        wide = job.composed or job.guided and 2 * size[0] * size[1] > self.scheduler.max_cells
         job.samples = [Sample(job, index, size, wide) for index in range(request.count)]
         try:
             self.scheduler.submit(job.samples, self._retry_after_s())

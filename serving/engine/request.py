@@ -12,6 +12,7 @@ from training.base.facts import SamplerName
 from training.storage.closed import Closed
 
 ImageFormat = Literal["png", "jpeg", "webp"]
+PromptSyntax = Literal["plain", "a1111"]
 MAX_SEED = 2**53 - 1  # above it JavaScript numbers, and floats in an OpenAPI document, cannot hold every integer
 
 
@@ -43,6 +44,7 @@ class GenerateRequest(Closed):
     tenant: str = "default"
     prompt: str
     negative_prompt: str = ""
+    prompt_syntax: PromptSyntax = Field(default="plain", description="how both prompts are read")
     adapters: tuple[AdapterUse, ...] = ()
     width: int = Field(ge=1, description="pixels")
     height: int = Field(ge=1, description="pixels")

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from serving.config import ServeSpec
 from serving.engine.pictures.codec import count
 from serving.engine.request import AdapterRef, AdapterUse, GenerateRequest
+from serving.engine.syntax import is_plain, read_negative, read_prompt
 from serving.errors import Refused
 from serving.http.library import Library
 from serving.http.problems import ApiError
@@ -68,6 +69,7 @@ class Intake:
                 tenant=tenant,
                 prompt=self.told(self.prompt(body.prompt, "prompt"), worn),
                 negative_prompt=self.prompt(body.negative_prompt or "", "negative_prompt"),
+                prompt_syntax=body.prompt_syntax or "plain",
                 adapters=uses(worn),
                 width=width,
                 height=height,
@@ -117,6 +119,7 @@ class Intake:
                 "one. Leave it out.",
                 param="negative_prompt",
             )
+        self._check_syntax(request)
         for use in request.adapters:
             if abs(use.weight) > limits.weight:
                 raise ApiError(
@@ -125,6 +128,21 @@ class Intake:
                     param="adapters",
                 )
         return request if self.facts.guidance != "none" else request.model_copy(update={"guidance_scale": 1.0})
+
+    def _check_syntax(self, request: GenerateRequest) -> None:
+        """Raises ApiError for prompts that cannot be read, or ask for what the base has not."""
+        for field, read in (("prompt", read_prompt), ("negative_prompt", read_negative)):
+            try:
+                asks = not is_plain(read(getattr(request, field), request.prompt_syntax))
+            except Refused as error:
+                raise ApiError(400, str(error), param=field) from None
+            if asks and not self.facts.emphasis:
+                raise ApiError(
+                    400,
+                    f"'{field}' gives words weights or joins prompts, and base '{self.library.base}' encodes prompts "
+                    "by a language model, which has no such thing. Say it in words; write \\( and \\[ for brackets.",
+                    param=field,
+                )
 
     def model(self, tenant: str, model: str) -> Resolved | None:
         """The version that a model name means now; None if it is the base. Raises ApiError."""

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from serving.engine.request import MAX_SEED, ImageFormat
+from serving.engine.request import MAX_SEED, ImageFormat, PromptSyntax
 from serving.http.defaults import ImageDefaults
 from training.base.facts import SamplerName
 from training.storage.closed import Closed
@@ -81,6 +81,9 @@ class ImagesBody(Closed):
     # additions
     adapters: tuple[WornAdapter, ...] | None = Field(None, description="the mix; with that of `model`, if it names one")
     negative_prompt: Prompt | None = None
+    prompt_syntax: PromptSyntax | None = Field(
+        None, description="`a1111`: `(word:1.2)`, `[word]`, `BREAK` and `AND` mean what they do there; plain by default"
+    )
     seed: int | None = Field(None, ge=0, le=MAX_SEED)
     steps: int | None = Field(None, ge=1)
     guidance_scale: float | None = Field(None, ge=0, le=100)

@@ -146,6 +146,7 @@ def _wanted(service: Service, tenant: str, body: Txt2ImgBody, name: str) -> Gene
             tenant=tenant,
             prompt=intake.told(prompt, mix),
             negative_prompt=negative_prompt,
+            prompt_syntax="a1111",
             adapters=uses(mix),
             width=width,
             height=height,

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
 CLIP_ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")
 CLIP_LAYERS = (*CLIP_ATTENTION, "fc1", "fc2")
-NO_MEAN = 1e-3  # of the states' root mean square: a mean below it is rounding, and restoring it would divide by nothing
+NO_MEAN = 2e-2  # of the states' root mean square: a mean below it says nothing, and restoring it would scale by chance
+MOST_SCALED = 2.0  # nor is it restored where that would scale by more, either way
 
 
 def check_clip(
@@ -70,7 +71,8 @@ def emphasised(states_NLC: "Tensor", weights_NL: "Tensor | None") -> "Tensor":
     after_NLC = before_NLC * weights_NL[..., None]
     before_N, after_N = before_NLC.mean((1, 2)), after_NLC.mean((1, 2))
     least_N = NO_MEAN * before_NLC.pow(2).mean((1, 2)).sqrt()
-    kept_N = (before_N.abs() > least_N) & (after_N.abs() > least_N)
-    scale_N = torch.where(kept_N, before_N / after_N, 1.0)
+    scale_N = before_N / after_N
+    sound_N = (before_N.abs() > least_N) & (scale_N > 1 / MOST_SCALED) & (scale_N < MOST_SCALED)
+    scale_N = torch.where(sound_N, scale_N, 1.0)
     plain_N = (weights_NL == 1).all(dim=1)
     return torch.where(plain_N[:, None, None], states_NLC, (after_NLC * scale_N[:, None, None]).to(states_NLC.dtype))

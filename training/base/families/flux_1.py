@@ -151,7 +151,7 @@ class Flux1:
 
     def count_chunks(self, parts: Parts, prompt: Wording, words: Words) -> int:
         """See `Family`."""
-        return -(-len(parts.tokenizers["text_encoder_2"](prompt).input_ids) // PROMPT_TOKENS)
+        return -(-len(parts.tokenizers["text_encoder_2"](str(prompt)).input_ids) // PROMPT_TOKENS)
 
     def encode(
         self, parts: Parts, prompts: Sequence[Wording], words: Sequence[Words] | None = None, chunks: int = 1
@@ -162,7 +162,9 @@ class Flux1:
         clip, t5 = (parts.tokenizers[name] for name in ("text_encoder", "text_encoder_2"))
         encoder, encoder_2 = (parts.models[name] for name in ("text_encoder", "text_encoder_2"))
         short, long = (
-            tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+            tokenizer(
+                list(map(str, prompts)), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+            )
             for tokenizer, length in ((clip, clip.model_max_length), (t5, PROMPT_TOKENS))
         )
         with torch.no_grad():
