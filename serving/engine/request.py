@@ -58,6 +58,7 @@ class GenerateRequest(Closed):
     previews: int = Field(default=0, ge=0, description="previews of each image while it runs")
     output_format: ImageFormat = "png"
     output_quality: int = Field(default=95, ge=0, le=100, description="of jpeg and webp")
+    linked: bool = Field(default=False, description="its pictures are kept for links that lead to them")
     deadline_s: float = Field(default=600.0, gt=0)
     reading: bool = Field(default=False, description="makes nothing: reads the noise that `image` began as")
     expected: tuple[int, ...] = Field(default=(), description="of a reading: serials of pictures that look alike")
@@ -82,6 +83,7 @@ class FinishedPicture(Closed):
     index: int
     seed: int
     data: bytes
+    kept: str = Field(default="", description="`<shelf>/<id>` of the picture, where the server keeps it")
 
 
 Event = Annotated[Preview | FinishedPicture, Field(discriminator="kind")]

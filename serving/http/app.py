@@ -33,6 +33,8 @@ from serving.http import (
 from serving.http.access.guard import UPLOAD, Guard
 from serving.http.access.tenants import Keys, Meter, Quota
 from serving.http.access.timeouts import BodyTimeout
+from serving.http.history import routes as api_history
+from serving.http.history.keeping import Keeper
 from serving.http.intake import Intake
 from serving.http.library import Library
 from serving.http.pages import add_studio
@@ -107,6 +109,7 @@ def create_app(
         keys=keys,
         quota=Quota(spec.limits),
         withheld=WithheldNames(library),
+        keeper=Keeper(library.registry.storage, spec, library.base, library.base_hash),
         marks=marks,
         looks=Meter("pictures to look at", 4, spec.marks.detect_per_minute),
     )
@@ -118,7 +121,7 @@ def create_app(
         app.add_exception_handler(kind, _told)
     for name, value in extension.state.items():
         setattr(app.state, name, value)
-    own = (api_images.router, api_exports.router, api_adapters.router)
+    own = (api_images.router, api_history.router, api_exports.router, api_adapters.router)
     marked = (api_detect.router, api_consents.router, routes.router, info.router)
     for router in (*own, *marked, *extension.routers):
         app.include_router(router, dependencies=SECURITY)
@@ -190,7 +193,7 @@ def _watch(request: Request) -> None:
     service, loop = service_of(request), asyncio.get_running_loop()
     before: tuple[asyncio.AbstractEventLoop, asyncio.Task[None]] | None = request.app.state.watch
     if before is None or before[0] is not loop or before[1].done():
-        task = loop.create_task(service.withheld.watch(service.engines.withhold))
+        task = loop.create_task(service.watch())
         request.app.state.watch = loop, task
 
 

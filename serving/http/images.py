@@ -64,12 +64,13 @@ async def generate_images(
     wanted = await asyncio.to_thread(service.intake.images, tenant, body, request_id(request))
     if body.stream:
         return await _streamed(request, service, wanted, body)
+    site = str(request.base_url)
     if idempotency_key is None:
-        return _answer(await unless_gone(request, _collect(service, wanted)), wanted, body, service)
+        return await _answer(await unless_gone(request, _collect(service, wanted)), wanted, body, service, site)
     digest = hashlib.sha256(body.model_dump_json().encode()).hexdigest()
 
     async def make() -> Response:
-        return _answer(await _collect(service, wanted), wanted, body, service)
+        return await _answer(await _collect(service, wanted), wanted, body, service, site)
 
     replies: Replies[Response] = request.app.state.replies
     return await unless_gone(request, replies.once(tenant, idempotency_key, digest, make))
@@ -83,10 +84,14 @@ async def _collect(service: Service, wanted: GenerateRequest) -> list[FinishedPi
     return sorted(pictures, key=lambda picture: picture.index)
 
 
-def _answer(pictures: list[FinishedPicture], wanted: GenerateRequest, body: ImagesBody, service: Service) -> Response:
+async def _answer(
+    pictures: list[FinishedPicture], wanted: GenerateRequest, body: ImagesBody, service: Service, site: str
+) -> Response:
+    linked = wanted.linked
     data = [
         ImageData(
-            b64_json=base64.b64encode(picture.data).decode(),
+            b64_json=None if linked else base64.b64encode(picture.data).decode(),
+            url=await asyncio.to_thread(service.keeper.link, picture, wanted, site) if linked else None,
             seed=picture.seed,
             adapters=used(wanted),
             revised_prompt=wanted.prompt if wanted.prompt != body.prompt else None,
@@ -101,7 +106,7 @@ def _answer(pictures: list[FinishedPicture], wanted: GenerateRequest, body: Imag
         output_format=wanted.output_format,
         usage=usage_of(wanted, service.intake.library, range(wanted.count)),
     )
-    return JSONResponse(answer.model_dump())
+    return JSONResponse(answer.model_dump(mode="json"))
 
 
 async def _streamed(request: Request, service: Service, wanted: GenerateRequest, body: ImagesBody) -> Response:

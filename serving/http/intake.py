@@ -54,6 +54,10 @@ class Intake:
         """The engine's request of an OpenAI images body. Raises ApiError."""
         if body.partial_images and not body.stream:
             raise ApiError(400, "'partial_images' needs 'stream': true.", param="partial_images")
+        if body.response_format == "url" and body.stream:
+            raise ApiError(
+                400, "'response_format' is 'url', but streams carry 'b64_json'. Leave one out.", param="response_format"
+            )
         if body.background == "transparent":
             raise ApiError(
                 400,
@@ -82,6 +86,7 @@ class Intake:
                 strength=body.strength or 0.8,
                 previews=body.partial_images or 0,
                 output_format=body.output_format or "png",
+                linked=body.response_format == "url",
                 output_quality=95 if body.output_compression is None else body.output_compression,
                 deadline_s=self.spec.limits.deadline_s,
             )

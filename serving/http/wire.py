@@ -64,7 +64,7 @@ class ImagesBody(Closed):
     )
     n: int | None = Field(None, ge=1, description="images; image i has seed + i")
     size: str | None = Field(None, pattern=SIZE, max_length=11, description="`WIDTHxHEIGHT` in pixels, or `auto`")
-    response_format: Literal["b64_json"] | None = None
+    response_format: Literal["b64_json", "url"] | None = Field(None, description="`url`: links, which expire")
     output_format: ImageFormat | None = None
     output_compression: int | None = Field(None, ge=0, le=100, description="quality of jpeg and webp")
     stream: bool | None = None
@@ -81,9 +81,7 @@ class ImagesBody(Closed):
     # additions
     adapters: tuple[WornAdapter, ...] | None = Field(None, description="the mix; with that of `model`, if it names one")
     negative_prompt: Prompt | None = None
-    prompt_syntax: PromptSyntax | None = Field(
-        None, description="`a1111`: `(word:1.2)`, `[word]`, `BREAK` and `AND` mean what they do there; plain by default"
-    )
+    prompt_syntax: PromptSyntax | None = Field(None, description="`a1111`: brackets, `BREAK` and `AND` mean something")
     seed: int | None = Field(None, ge=0, le=MAX_SEED)
     steps: int | None = Field(None, ge=1)
     guidance_scale: float | None = Field(None, ge=0, le=100)
@@ -106,7 +104,8 @@ Revised = Field(None, exclude_if=lambda value: value is None, description="with 
 class ImageData(BaseModel):
     """One image, with the settings that make it again."""
 
-    b64_json: str
+    b64_json: str | None = Field(None, exclude_if=lambda value: value is None)
+    url: str | None = Field(None, exclude_if=lambda value: value is None, description="`response_format: url`")
     seed: int
     adapters: list[UsedAdapter]
     revised_prompt: str | None = Revised
