@@ -40,7 +40,7 @@ from serving.http.library import Library
 from serving.http.pages import add_studio
 from serving.http.problems import REQUEST_ID, ApiError, Problem, describe
 from serving.http.replies import KeyReused, Replies
-from serving.http.sdapi import info, routes
+from serving.http.sdapi import info, reading, routes
 from serving.http.service import Engines, Generate, Service, request_id, service_of
 from serving.http.wire import ErrorAnswer, Health
 from serving.http.withheld import WithheldNames
@@ -122,7 +122,7 @@ def create_app(
     for name, value in extension.state.items():
         setattr(app.state, name, value)
     own = (api_images.router, api_history.router, api_exports.router, api_adapters.router)
-    marked = (api_detect.router, api_consents.router, routes.router, info.router)
+    marked = (api_detect.router, api_consents.router, routes.router, info.router, reading.router)
     for router in (*own, *marked, *extension.routers):
         app.include_router(router, dependencies=SECURITY)
     app.get("/healthz", tags=["operation"], responses={503: {"model": Health}})(_health)

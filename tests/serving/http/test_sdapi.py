@@ -78,7 +78,7 @@ def test_a_clients_defaults_pass(world: World) -> None:
         ("eta", 0.5),
         ("s_churn", 1),
         ("refiner_checkpoint", "another"),
-        ("save_images", True),
+        ("clip_skip", 2),
         ("disable_extra_networks", True),
         ("infotext", "Steps: 4"),
         ("distilled_cfg_scale", 3.5),
@@ -293,6 +293,12 @@ def test_every_list_that_clients_ask_for_is_there(world: World) -> None:
             "memory",
             "samplers",
             "sd-models",
+            "script-info",
+            "extensions",
+            "realesrgan-models",
+            "loras",
+            "options",
+            "progress",
         )  # fmt: skip
     }
     assert {name: answer.status_code for name, answer in found.items()} == dict.fromkeys(found, 200)
