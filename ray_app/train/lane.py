@@ -1,8 +1,8 @@
 """A lane: one long-lived Ray Train run. Its base is loaded once; the subject queue keeps its pack filled.
 
 `run_lane` is the Ray task that holds the run; `lane_worker` is what each of the run's workers does: one on its one
-device, or a gang, of which the first alone talks to the queue. Both get an `Order` as the plain dict that crosses Ray's
-border.
+device, or a gang, of which the first alone talks to the queue. Both get a `LaneSetup` as the plain dict that crosses
+Ray's border.
 """
 
 import logging
@@ -42,7 +42,7 @@ _ORDERS = TypeAdapter(Orders)
 log = logging.getLogger(__name__)
 
 
-class Order(Closed):
+class LaneSetup(Closed):
     """What a lane is told. `storage` is a whole URI; `threads`: compute threads, 0 for torch's own choice.
 
     `run` is empty for a lane of a fleet, which trains subjects of any run on `base`, and waits for more for `warm_s`.
@@ -118,7 +118,7 @@ class QueueSource:
 def lane_worker(payload: dict[str, Any]) -> None:
     """Loads the base and works until the queue has nothing more for this lane. Runs in Ray Train's workers."""
     silence()
-    order = Order.model_validate(payload)
+    order = LaneSetup.model_validate(payload)
     import ray
     from ray.train import get_context
 
@@ -142,7 +142,7 @@ def lane_worker(payload: dict[str, Any]) -> None:
         source.leave("the run was stopped", "stopped")
 
 
-def _work(order: Order, source: QueueSource, first: bool) -> None:
+def _work(order: LaneSetup, source: QueueSource, first: bool) -> None:
     """What a worker does; all of a gang but its first follow that one."""
     storage = open_storage(order.storage)
     run = RunStore(storage, order.run)
@@ -170,7 +170,7 @@ def _work(order: Order, source: QueueSource, first: bool) -> None:
         follow_pack(base, order.plan)
 
 
-def _all_begin(order: Order, first_begins: bool) -> bool:
+def _all_begin(order: LaneSetup, first_begins: bool) -> bool:
     """Whether to begin: as the first worker of the gang says, for all of them."""
     if order.plan.workers == 1:
         return first_begins
@@ -184,7 +184,7 @@ def _unknown(lease: Lease) -> Task:
 
 
 def _base(
-    order: Order, name: str, wanted: str, root: str, quantization: Quantization = "none", offload: Offload = "none"
+    order: LaneSetup, name: str, wanted: str, root: str, quantization: Quantization = "none", offload: Offload = "none"
 ) -> "Base":
     """The base on this worker's device. Raises UserError if it is not the one of the hash `wanted`."""
     import torch
@@ -216,7 +216,7 @@ def in_words(error: BaseException) -> str:
 def run_lane(payload: dict[str, Any]) -> None:
     """One Ray Train run from start to end. A Ray task of its own, so that it can live on any node."""
     silence()
-    order = Order.model_validate(payload)
+    order = LaneSetup.model_validate(payload)
     import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
