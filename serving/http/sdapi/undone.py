@@ -32,8 +32,10 @@ _IDLE = frozenset(
         *("inpaint_full_res_padding", "inpainting_mask_invert", "image_cfg_scale", "denoising_strength"),
         *("subseed", "seed_enable_extras", "s_tmin", "s_tmax", "refiner_switch_at", "script_args", "force_task_id"),
         *("do_not_save_samples", "do_not_save_grid", "override_settings_restore_afterwards", "include_init_images"),
-        # whether pictures are kept is the operator's `history`; the last two are SillyTavern's own, sent along
-        *("save_images", "hr_additional_modules", "url", "auth"),
+        *("save_images", "hr_additional_modules"),  # whether pictures are kept is the operator's `history`
+        # clients' own, which they send along: SillyTavern's address of the server, a Photoshop plug-in's notes
+        *("url", "auth", "original_prompt", "original_negative_prompt", "use_prompt_shortcut", "use_sharp_mask"),
+        *("prompt_shortcut_ui_dict", "uniqueDocumentId", "mode", "selection_info", "init_image_name"),
     }
 )
 _SAME = (("sd_vae", "None"), ("CLIP_stop_at_last_layers", 0))  # other spellings of what an option is

@@ -127,6 +127,22 @@ def test_open_webui_connects_and_draws(http: httpx.Client) -> None:
     assert len(answer["images"]) == 2 and json.loads(answer["info"])["steps"] == 2
 
 
+def test_a_photoshop_plugin_connects_and_draws(http: httpx.Client) -> None:
+    """Auto-Photoshop-StableDiffusion-Plugin: it reads lists, sends its own notes along and asks for progress."""
+    for name in ("sd-models", "samplers", "options", "upscalers", "hypernetworks", "embeddings", "loras", "sd-vae"):
+        assert http.get(f"/sdapi/v1/{name}").status_code == 200
+    assert http.post("/sdapi/v1/options", json={"inpainting_mask_weight": 1.0}).status_code == 200
+    body = {"prompt": "a dog", "negative_prompt": "", "original_prompt": "a dog", "original_negative_prompt": "",
+            "steps": 2, "sampler_index": "Euler a", "width": 16, "height": 16, "denoising_strength": 0.7, "seed": "-1",
+            "batch_size": 1, "cfg_scale": "7", "use_sharp_mask": True, "use_prompt_shortcut": False,
+            "prompt_shortcut_ui_dict": {"a": "b"}, "uniqueDocumentId": "f3a", "mode": "txt2img", "restore_faces": False,
+            "enable_hr": False, "alwayson_scripts": {}}  # fmt: skip
+    answer = http.post("/sdapi/v1/txt2img", json=body)
+    assert answer.status_code == 200, answer.text
+    assert http.get("/sdapi/v1/progress?skip_current_image=false").json()["progress"] == 0.0
+    assert http.post("/sdapi/v1/interrupt").json() == {}
+
+
 @pytest.mark.parametrize(
     "scripts",
     [
