@@ -85,6 +85,11 @@ class FinishedPicture(Closed):
     data: bytes
     kept: str = Field(default="", description="`<shelf>/<id>` of the picture, where the server keeps it")
 
+    @property
+    def history_id(self) -> str | None:
+        """Its id in the history, where the server keeps one."""
+        return self.kept.removeprefix("history/") if self.kept.startswith("history/") else None
+
 
 Event = Annotated[Preview | FinishedPicture, Field(discriminator="kind")]
 

@@ -90,6 +90,7 @@ async def _answer(
     linked = wanted.linked
     data = [
         ImageData(
+            id=picture.history_id,
             b64_json=None if linked else base64.b64encode(picture.data).decode(),
             url=await asyncio.to_thread(service.keeper.link, picture, wanted, site) if linked else None,
             seed=picture.seed,
@@ -163,6 +164,7 @@ def _as_event(event: Event, wanted: GenerateRequest, library: Library, prompt: s
     size, now = f"{wanted.width}x{wanted.height}", int(time.time())
     if isinstance(event, FinishedPicture):
         completed = CompletedImage(
+            id=event.history_id,
             b64_json=image,
             image_index=event.index,
             seed=event.seed,

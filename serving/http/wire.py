@@ -101,9 +101,13 @@ class UsedAdapter(BaseModel):
 Revised = Field(None, exclude_if=lambda value: value is None, description="with an adapter's trigger that was added")
 
 
+KeptId = Field(None, exclude_if=lambda value: value is None, description="in the history, where the server keeps one")
+
+
 class ImageData(BaseModel):
     """One image, with the settings that make it again."""
 
+    id: str | None = KeptId
     b64_json: str | None = Field(None, exclude_if=lambda value: value is None)
     url: str | None = Field(None, exclude_if=lambda value: value is None, description="`response_format: url`")
     seed: int
@@ -160,6 +164,7 @@ class CompletedImage(BaseModel):
     """A finished image in a stream."""
 
     type: Literal["image_generation.completed"] = "image_generation.completed"
+    id: str | None = KeptId
     b64_json: str
     image_index: int
     seed: int

@@ -67,7 +67,9 @@ def test_a_link_is_the_picture_and_needs_no_key(plain: World) -> None:
     whole = plain.images("ann", model="rusty", n=2).json()["data"]
     linked = plain.images("ann", model="rusty", n=2, response_format="url").json()["data"]
     for one, other in zip(whole, linked, strict=True):
-        assert "b64_json" not in other and "url" not in one and other["seed"] == one["seed"]
+        assert (
+            "b64_json" not in other and "url" not in one and "id" not in {*one, *other} and other["seed"] == one["seed"]
+        )
         assert other["url"].startswith("https://fleet.example/v1/images/files/links/ann/")
         answer = plain.call("GET", path_of(other["url"]))
         assert answer.status_code == 200 and answer.headers["content-type"] == "image/png"
@@ -132,6 +134,7 @@ def test_the_history_tells_what_made_each_picture(keeping: World) -> None:
             picture["seed"],
         )
         assert (one["steps"], one["guidance_scale"], one["scheduler"]) == (2, 3.0, "euler_a")
+        assert one["id"] == picture["id"]
         assert one["adapters"] == picture["adapters"] and one["settings"] == {"prompt_syntax": "a1111"}
         kept = keeping.call("GET", path_of(one["url"]))
         assert len(kept.content) == one["bytes"]
