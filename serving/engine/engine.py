@@ -22,7 +22,7 @@ from serving.engine.request import AdapterRef, GenerateRequest
 from serving.engine.scheduler import Scheduler
 from serving.engine.starting import Starter
 from serving.engine.stepping import Stepper
-from serving.engine.syntax import read_negative, read_prompt
+from serving.engine.syntax import is_plain, read_negative, read_prompt
 from serving.engine.tiers.adapters import Adapters, Fetch, explain_load
 from serving.errors import DeadlineExceeded, GenerationFailed, QueueFull, Refused, Withheld
 from serving.marking.evidence import find_reader
@@ -104,6 +104,8 @@ class Engine:
         job = Job(request, schedule, pixels_CHW, arrived_s=time.monotonic(), takes_negative=takes_negative)
         job.parts = read_prompt(request.prompt, request.prompt_syntax)
         job.negative = read_negative(request.negative_prompt, request.prompt_syntax)
+        if not self.base.facts.emphasis and not (is_plain(job.parts) and is_plain(job.negative)):
+            raise Refused(f"Base '{self.base.name}' takes plain prompts: no weights, BREAK or AND.")
         wide = job.composed or job.guided and 2 * size[0] * size[1] > self.scheduler.max_cells
         job.samples = [Sample(job, index, size, wide) for index in range(request.count)]
         try:
