@@ -112,7 +112,7 @@ def test_openais_own_exceptions(site: Site) -> None:
 
 def test_an_error_within_a_stream_raises(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = site.world.loop.engine
-    monkeypatch.setattr(engine, "_decode_batch", lambda samples: 1 / 0)
+    monkeypatch.setattr(engine.finisher, "decode", lambda samples: 1 / 0)
     with site.client() as client, pytest.raises(openai.APIError, match="Generating failed"):
         for _ in client.images.generate(prompt="a dog", stream=True, partial_images=3):
             pass
