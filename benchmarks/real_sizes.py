@@ -16,10 +16,9 @@ from torch import Tensor, nn
 from benchmarks.meta import META
 from training.base.base import Base
 from training.base.families import open_family
-from training.base.family import Cond, Parts, Words
+from training.base.family import Cond, Parts, Wording, Words
 from training.base.files.released import configs
 from training.base.files.single_file import write_configs
-from training.base.wording import Wording
 
 
 @dataclass(frozen=True)

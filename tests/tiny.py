@@ -15,9 +15,8 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from training.base.base import Base
-from training.base.family import Words
+from training.base.family import Wording, Words
 from training.base.noise.ddpm import Ddpm
-from training.base.wording import Wording
 
 WORDS = (
     *("a", "an", "photo", "of", "the", "sks", "ohwx", "dog", "cat", "toy", "on", "in", "grass", "snow", "beach"),

@@ -13,9 +13,8 @@ from torch import Tensor
 
 from serving.engine.request import MAX_SEED, AdapterRef, GenerateRequest
 from serving.engine.tiers.adapters import Loads
-from training.base.family import Cond
+from training.base.family import Cond, Wording
 from training.base.noise.process import Schedule
-from training.base.wording import Wording
 
 
 @dataclass(eq=False, slots=True)

@@ -16,8 +16,7 @@ from serving.engine.request import AdapterRef
 from serving.errors import Refused
 from training.adapters.bank import Bank, Route
 from training.base.base import Base
-from training.base.family import Cond, Words
-from training.base.wording import Wording
+from training.base.family import Cond, Wording, Words
 
 Mix = tuple[tuple[AdapterRef, float], ...]
 _Key = tuple[Wording, Mix, int]  # text, adapters that change it, chunks

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 
 from serving.engine.request import PromptSyntax
 from serving.errors import Refused
-from training.base.wording import Phrase, Phrases, Wording
+from training.base.family import Wording
+from training.base.wording import Phrase, Phrases
 
 STRONGER = 1.1
 MOST = 10.0  # of a weight, either sign

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from training.base.facts import Facts
-from training.base.family import Cond, Family, Parts, RowFacts, Words
+from training.base.family import Cond, Family, Parts, RowFacts, Wording, Words
 from training.base.files.check import check_base
 from training.base.files.folder import find_base, hash_base
 from training.base.footprint import images_at_once
@@ -27,7 +27,6 @@ from training.base.quantization import (
     quantization_config,
     without_saved_weights,
 )
-from training.base.wording import Wording
 from training.base.words import first_vector
 
 DRAWN = RowFacts()

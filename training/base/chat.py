@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from training.base.wording import Wording
+from training.base.family import Wording
 
 
 def asked(tokenizer: Any, prompt: Wording, *, thinking: bool) -> str:

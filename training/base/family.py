@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 from training.base.facts import Facts
-from training.base.wording import Wording
+from training.base.wording import Phrases
 
 if TYPE_CHECKING:
     import torch
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from training.base.noise.process import Process, Size
 
 Cond = Mapping[str, "Tensor"]  # one prompt as the denoiser takes it, without a batch axis; opaque outside the family
+Wording = str | Phrases  # a prompt: plain text, or weighted pieces where `Facts.emphasis`
 Words = Mapping[str, "Tensor"]  # textual-inversion word -> [V, D]: V token places, D the encoders' widths together
 
 

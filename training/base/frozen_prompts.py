@@ -11,8 +11,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from training.base.family import Cond
-from training.base.wording import Wording
+from training.base.family import Cond, Wording
 
 HOST = torch.device("cpu")
 HOST_BYTES = 8 * 2**30  # of records; the longest unused go first

@@ -23,9 +23,6 @@ class Phrases:
         return " ".join(part.text for part in self.parts)
 
 
-Wording = str | Phrases
-
-
-def phrases_of(wording: Wording) -> tuple[Phrase, ...]:
+def phrases_of(wording: str | Phrases) -> tuple[Phrase, ...]:
     """The pieces of a prompt; a plain text is one of weight 1."""
     return (Phrase(wording),) if isinstance(wording, str) else wording.parts

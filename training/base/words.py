@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
-from training.base.family import Words
-from training.base.wording import Wording, phrases_of
+from training.base.family import Wording, Words
+from training.base.wording import phrases_of
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ from serving.errors import Refused
 from tests.serving.company import Shelf, ask, finished, random_adapter, ref, small
 from tests.serving.engine.test_engine import VISIBLE, near
 from training.base.base import Base
-from training.base.wording import Phrase, Phrases, Wording
+from training.base.family import Wording
+from training.base.wording import Phrase, Phrases
 
 A = 1.1
 

@@ -11,9 +11,8 @@ from tests.families import write_family
 from tests.training.subjects import subject
 from tests.training.trainer.test_pack import TIGHT, distance, run
 from training.base.base import load_base
-from training.base.family import Cond
+from training.base.family import Cond, Wording
 from training.base.frozen_prompts import FrozenPrompts
-from training.base.wording import Wording
 from training.trainer.checkpoint import dump_state, load_state
 from training.trainer.member import Subject
 

@@ -5,8 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from training.base.facts import check_files
-from training.base.family import Words
-from training.base.wording import Wording
+from training.base.family import Wording, Words
 from training.errors import UserError
 
 if TYPE_CHECKING:

@@ -23,10 +23,9 @@ from training.base.families.unet import (
     unet_facts,
     unet_features,
 )
-from training.base.family import NOTHING, Cond, Parts, RowFacts, Words
+from training.base.family import NOTHING, Cond, Parts, RowFacts, Wording, Words
 from training.base.files.weights import load_model
 from training.base.originals import any_like
-from training.base.wording import Wording
 from training.errors import UserError
 
 if TYPE_CHECKING:
