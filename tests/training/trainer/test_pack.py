@@ -8,6 +8,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 from peft import LoraConfig, inject_adapter_in_model
+from torch import Tensor
 
 from tests.tiny import clip, clip_tokenizer, ddpm
 from tests.training.subjects import subject
@@ -21,7 +22,7 @@ from training.trainer.checkpoint import SubjectState, dump_state, load_state
 from training.trainer.loop import train
 from training.trainer.member import Member, StepReport, Subject
 from training.trainer.pack import Pack, training_bank
-from training.trainer.step import Step
+from training.trainer.step import Sent, Step
 
 TARGETS: dict[str, Sequence[str]] = {
     "unet": ("to_q", "to_k", "to_v", "to_out.0", "proj_in", "conv1"),
@@ -234,11 +235,11 @@ def with_room_for(
     """A device that has memory for so many rows at once; returns how many went through each forward."""
     run_step, seen = Step.run, list[int]()
 
-    def limited(step: Step, batch: Batch, members: Sequence[Member], *, last: bool) -> tuple[list[float], list[float]]:
+    def limited(step: Step, batch: Batch, members: Sequence[Member], sent: Sent, *, last: bool) -> Tensor:
         if len(batch.member) > rows:
             raise error(words)
         seen.append(len(batch.member))
-        return run_step(step, batch, members, last=last)
+        return run_step(step, batch, members, sent, last=last)
 
     monkeypatch.setattr(Step, "run", limited)
     return seen
