@@ -89,6 +89,8 @@ VARIED: dict[str, dict[str, Any]] = {
     "accumulate": {"train": {"gradient_accumulation_steps": 3, "batch_size": 2}},
     "no-prior": {"prior": {"enabled": False}},
     "prediction": {"prior": {"source": "prediction", "weight": 0.5}},
+    "target": {"prior": {"target": "prediction"}},
+    "prediction-captions": {"prior": {"source": "prediction", "captions": True}},
     "min-snr": {"train": {"min_snr_gamma": 5.0, "noise_offset": 0.1}},
     "cosine": {"train": {"lr_scheduler": "cosine", "lr_warmup_steps": 2, "max_grad_norm": None}},
     "prodigy": {"train": {"optimizer": "prodigy", "learning_rate": 1.0}},
@@ -310,3 +312,12 @@ def test_prior_weight_zero_equals_no_prior_at_all(tiny64: Base) -> None:
     assert distance(without, weightless) <= TIGHT
     with_prior = run(tiny64, [subject("a")]).adapters["a"]
     assert distance(without, with_prior) > 1e-4
+
+
+@pytest.mark.parametrize("prior", [{"target": "prediction"}, {"source": "prediction"}])
+def test_the_base_as_the_target_pulls_on_nothing_until_the_class_drifts(tiny64: Base, prior: dict[str, Any]) -> None:
+    pack = Pack(tiny64, training_bank(tiny64, slots=1, rank=8, targets=TARGETS))
+    pack.join(subject("a", prior=prior, train={"learning_rate": 1e-2}))
+    first, second = (pack.step()[0] for _ in range(2))
+    pack.close()
+    assert first.prior_loss < 1e-20 < first.instance_loss and second.prior_loss > 1e-12
