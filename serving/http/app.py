@@ -34,7 +34,7 @@ from serving.http.access.guard import UPLOAD, Guard
 from serving.http.access.tenants import Keys, Meter, Quota
 from serving.http.access.timeouts import BodyTimeout
 from serving.http.history import routes as api_history
-from serving.http.history.keeping import Keeper
+from serving.http.history.keeping import PictureKeeper
 from serving.http.intake import Intake
 from serving.http.library import Library
 from serving.http.pages import add_studio
@@ -109,7 +109,7 @@ def create_app(
         keys=keys,
         quota=Quota(spec.limits),
         withheld=WithheldNames(library),
-        keeper=Keeper(library.registry.storage, spec, library.base, library.base_hash),
+        keeper=PictureKeeper(library.registry.storage, spec, library.base, library.base_hash),
         marks=marks,
         looks=Meter("pictures to look at", 4, spec.marks.detect_per_minute),
     )

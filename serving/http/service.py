@@ -17,7 +17,7 @@ from fastapi import Request
 from serving.engine.job import EngineStats
 from serving.engine.request import AdapterRef, Event, FinishedPicture, GenerateRequest, NoiseReading, Preview
 from serving.http.access.tenants import Key, Keys, Meter, Quota, Scope
-from serving.http.history.keeping import Keeper
+from serving.http.history.keeping import PictureKeeper
 from serving.http.infotext import infotext, with_infotext
 from serving.http.intake import Intake
 from serving.http.metrics import Metrics
@@ -72,7 +72,7 @@ class Service:
     keys: Keys | None
     quota: Quota
     withheld: WithheldNames
-    keeper: Keeper
+    keeper: PictureKeeper
     marks: Marks | None = None
     looks: Meter = field(default_factory=lambda: Meter("pictures to look at", 4, 30))
     metrics: Metrics = field(default_factory=Metrics)

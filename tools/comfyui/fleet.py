@@ -21,7 +21,7 @@ class FleetError(Exception):
 
 
 @dataclass(frozen=True)
-class Fleet:
+class FleetClient:
     """A server. The key is never part of a workflow: ComfyUI writes workflows into the pictures that it saves."""
 
     url: str
@@ -78,7 +78,7 @@ class Fleet:
                 ) from None
 
 
-def fleet_of(url: str = "") -> Fleet:
+def fleet_of(url: str = "") -> FleetClient:
     """The server at `url`, else the one of the environment, of the settings, or of this machine; with their key.
 
     A key is sent only to the server that it was set for: one of `settings.json` not to another address.
@@ -87,7 +87,7 @@ def fleet_of(url: str = "") -> Fleet:
     named = os.environ.get("DREAMFLEET_URL") or settings.get("url") or LOCAL
     key = os.environ.get("DREAMFLEET_KEY") or settings.get("key") or ""
     wanted = (url.strip() or named).rstrip("/")
-    return Fleet(wanted, key if wanted == named.rstrip("/") else "")
+    return FleetClient(wanted, key if wanted == named.rstrip("/") else "")
 
 
 def _told(error: urllib.error.HTTPError) -> str:

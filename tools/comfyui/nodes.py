@@ -14,7 +14,7 @@ import numpy
 import torch
 from PIL import Image
 
-from .fleet import Fleet, FleetError, fleet_of
+from .fleet import FleetClient, FleetError, fleet_of
 
 CATEGORY = "dreamfleet"
 FLEET = "DREAMFLEET"
@@ -40,7 +40,7 @@ class DreamfleetServer:
         """An address; empty: that of DREAMFLEET_URL, settings.json or this machine."""
         return {"required": {"url": ("STRING", {"default": "", "placeholder": "as DREAMFLEET_URL says"})}}
 
-    def connect(self, url: str) -> tuple[Fleet]:
+    def connect(self, url: str) -> tuple[FleetClient]:
         """The server. Nothing is asked of it yet."""
         return (fleet_of(url),)
 
@@ -83,7 +83,7 @@ class DreamfleetGenerate:
 
     def draw(
         self,
-        fleet: Fleet,
+        fleet: FleetClient,
         prompt: str,
         adapter: str,
         weight: float,
@@ -143,7 +143,7 @@ class DreamfleetAdapters:
         """Never the same: adapters are trained meanwhile."""
         return math.nan
 
-    def list(self, fleet: Fleet) -> tuple[str, str]:
+    def list(self, fleet: FleetClient) -> tuple[str, str]:
         """Names, one a line, and JSON. Raises FleetError."""
         found = fleet.adapters()
         return "\n".join(f"{one['tenant']}/{one['id']}" for one in found), json.dumps(found)
@@ -176,7 +176,7 @@ class DreamfleetAdapterFile:
         """Never the same: the adapter may have got another version."""
         return math.nan
 
-    def fetch(self, fleet: Fleet, adapter: str, format: str, folder: str = "") -> tuple[str, str]:
+    def fetch(self, fleet: FleetClient, adapter: str, format: str, folder: str = "") -> tuple[str, str]:
         """The file's name as ComfyUI lists it, and its path. A reader never sees half a file. Raises FleetError."""
         name, data = fleet.file(adapter.strip(), format)
         target = (Path(folder).expanduser() if folder else _loras()) / f"{format}-{name}"

@@ -18,7 +18,7 @@ from training.storage import audit
 from training.storage.card import Card
 from training.storage.closed import Closed
 from training.storage.consents import ConsentRecord, Revocation, list_consents, revocation_of
-from training.storage.pictures import Pictures
+from training.storage.pictures import PictureStore
 from training.storage.registry import Registry
 from training.storage.storage import NotFound, Storage, content_id
 from training.storage.version import UnknownAdapter
@@ -115,7 +115,7 @@ def held(storage: Storage, tenant: str, subject: str) -> set[str]:
     """The keys of everything that is held about a subject."""
     keys = set(storage.list(f"adapters/{tenant}/{subject}"))
     keys |= set(_keys_of_runs(storage, tenant, subject))
-    pictures = Pictures(storage)
+    pictures = PictureStore(storage)
     for picture in pictures.wearing([f"{tenant}/{subject}"], tenant):
         keys |= set(pictures.keys(picture))
     for id in {one.id for one in list_consents(storage, tenant) if one.subject == subject}:
@@ -135,7 +135,7 @@ def _erase(storage: Storage, tenant: str, subject: str, adapters: Iterable[str])
         for key in keys:
             storage.delete(key)
         yield from keys
-    pictures = Pictures(storage)
+    pictures = PictureStore(storage)
     for picture in pictures.wearing(list(adapters)):
         keys = pictures.keys(picture)
         pictures.delete(picture.shelf, picture.tenant, picture.id)

@@ -17,8 +17,8 @@ from pydantic import JsonValue, StringConstraints, ValidationError
 from training.storage.closed import Closed
 from training.storage.storage import NotFound, Storage
 
-Shelf = Literal["history", "links"]
-SHELVES: tuple[Shelf, ...] = get_args(Shelf)
+PictureShelf = Literal["history", "links"]
+SHELVES: tuple[PictureShelf, ...] = get_args(PictureShelf)
 PictureId = Annotated[str, StringConstraints(pattern=r"^[0-9]{13}-[0-9a-f]{16}$")]
 _ENTRY = "entry.json"
 
@@ -27,7 +27,7 @@ class KeptPicture(Closed):
     """One picture. `adapters` are `tenant/id@version`; `asked` is the engine's request, without pictures."""
 
     id: PictureId
-    shelf: Shelf
+    shelf: PictureShelf
     tenant: str
     time: float
     form: Literal["png", "jpeg", "webp"]
@@ -50,7 +50,7 @@ def new_id(now: float) -> str:
     return f"{int(now * 1000):013d}-{secrets.token_hex(8)}"
 
 
-class Pictures:
+class PictureStore:
     """The pictures on one storage. Every call blocks, and raises StorageError where the storage refuses."""
 
     def __init__(self, storage: Storage) -> None:
@@ -67,7 +67,7 @@ class Pictures:
         """The file. Raises NotFound."""
         return self._storage.get(self._file(picture))
 
-    def find(self, shelf: Shelf, tenant: str, id: str) -> KeptPicture:
+    def find(self, shelf: PictureShelf, tenant: str, id: str) -> KeptPicture:
         """One entry. Raises NotFound, also for one that cannot be read."""
         key = f"{_folder(shelf, tenant, id)}/{_ENTRY}"
         try:
@@ -91,7 +91,7 @@ class Pictures:
                 continue
         return found, False
 
-    def delete(self, shelf: Shelf, tenant: str, id: str) -> bool:
+    def delete(self, shelf: PictureShelf, tenant: str, id: str) -> bool:
         """Removes a picture; whether it was there."""
         folder = _folder(shelf, tenant, id)
         there = self._storage.exists(f"{folder}/{_ENTRY}")
@@ -105,10 +105,12 @@ class Pictures:
         ids = {key.split("/")[3] for key in self._storage.list(f"pictures/history/{tenant}")}
         return sum(self.delete("history", tenant, id) for id in ids)
 
-    def tidy(self, tenant: str, *, lasts_s: dict[Shelf, float], most_bytes: int, now: float | None = None) -> int:
+    def tidy(
+        self, tenant: str, *, lasts_s: dict[PictureShelf, float], most_bytes: int, now: float | None = None
+    ) -> int:
         """Removes what is older than its shelf lasts and then the oldest beyond `most_bytes`; how many pictures."""
         now = time.time() if now is None else now
-        sizes: dict[tuple[str, Shelf], int] = {}
+        sizes: dict[tuple[str, PictureShelf], int] = {}
         for shelf in SHELVES:
             for key, size in self._storage.sizes(f"pictures/{shelf}/{tenant}").items():
                 place = (key.split("/")[3], shelf)
@@ -147,5 +149,5 @@ class Pictures:
         return f"{_folder(picture.shelf, picture.tenant, picture.id)}/picture.{picture.form}"
 
 
-def _folder(shelf: Shelf, tenant: str, id: str) -> str:
+def _folder(shelf: PictureShelf, tenant: str, id: str) -> str:
     return f"pictures/{shelf}/{tenant}/{id}"

@@ -13,7 +13,7 @@ from serving.errors import Withheld
 from serving.http.history.links import Links
 from serving.http.withheld import withheld_names
 from training.errors import UserError
-from training.storage.pictures import KeptPicture, Pictures, Shelf, new_id
+from training.storage.pictures import KeptPicture, PictureShelf, PictureStore, new_id
 from training.storage.storage import Storage, StorageError
 
 logger = logging.getLogger(__name__)
@@ -24,19 +24,19 @@ _OWN = {"request_id", "tenant", "seed", "count", "deadline_s", "previews", "link
 
 
 @dataclass(eq=False, slots=True)
-class Keeper:
+class PictureKeeper:
     """What one HTTP app keeps. `base` and `base_hash` are the server's."""
 
     storage: Storage
     spec: ServeSpec
     base: str
     base_hash: str
-    pictures: Pictures = field(init=False)
+    pictures: PictureStore = field(init=False)
     links: Links = field(init=False)
     _tidied: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.pictures = Pictures(self.storage)
+        self.pictures = PictureStore(self.storage)
         self.links = Links(self.storage, self.spec.link_s, self.spec.site)
 
     async def keep(self, picture: FinishedPicture, wanted: GenerateRequest) -> FinishedPicture:
@@ -57,7 +57,7 @@ class Keeper:
 
     def _keep(self, picture: FinishedPicture, wanted: GenerateRequest) -> str:
         now = time.time()
-        shelf: Shelf = "history" if self.spec.history else "links"
+        shelf: PictureShelf = "history" if self.spec.history else "links"
         one = KeptPicture(
             id=new_id(now),
             shelf=shelf,
@@ -91,7 +91,7 @@ class Keeper:
 
     def tidy(self, tenant: str) -> int:
         """Removes a tenant's pictures that are too old or too many; how many. Blocks."""
-        lasts: dict[Shelf, float] = {"history": self.spec.history_days * 86400.0, "links": self.spec.link_s}
+        lasts: dict[PictureShelf, float] = {"history": self.spec.history_days * 86400.0, "links": self.spec.link_s}
         return self.pictures.tidy(tenant, lasts_s=lasts, most_bytes=self.spec.picture_bytes)
 
     def tidy_all(self) -> int:

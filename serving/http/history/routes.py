@@ -12,12 +12,12 @@ from serving.http.problems import ApiError
 from serving.http.service import Service, service_of
 from serving.http.wire import UsedAdapter
 from serving.http.withheld import withheld
-from training.storage.pictures import KeptPicture, Shelf
+from training.storage.pictures import KeptPicture, PictureShelf
 from training.storage.storage import NotFound
 
 router = APIRouter(tags=["images"])
 PictureName = Annotated[str, Path(pattern=r"^[0-9]{13}-[0-9a-f]{16}$")]
-Tenant = Annotated[str, Path(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")]
+OwnTenant = Annotated[str, Path(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")]
 HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Content-Security-Policy": "default-src 'none'",
@@ -119,8 +119,8 @@ async def delete_picture(request: Request, id: PictureName) -> PictureDeleted:
 @router.get("/v1/images/files/{shelf}/{tenant}/{id}.{form}", responses=ERRORS, response_class=Response)
 async def get_file(
     request: Request,
-    shelf: Shelf,
-    tenant: Tenant,
+    shelf: PictureShelf,
+    tenant: OwnTenant,
     id: PictureName,
     form: Annotated[str, Path(pattern=r"^(png|jpeg|webp)$")],
     expires: Annotated[int, Query(ge=0, le=2**40)],
@@ -151,7 +151,7 @@ def _kept(request: Request) -> tuple[Service, str]:
     return service, tenant
 
 
-def _find(service: Service, shelf: Shelf, tenant: str, id: str) -> KeptPicture:
+def _find(service: Service, shelf: PictureShelf, tenant: str, id: str) -> KeptPicture:
     try:
         one = service.keeper.pictures.find(shelf, tenant, id)
     except NotFound:

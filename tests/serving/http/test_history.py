@@ -21,7 +21,7 @@ from serving.local import LocalEngines
 from tests.serving.http.test_api import World, pixels, problem
 from training.base.base import Base
 from training.storage.erasure import held, revoke
-from training.storage.pictures import KeptPicture, Pictures, new_id
+from training.storage.pictures import KeptPicture, PictureStore, new_id
 from training.storage.storage import LocalStorage, NotFound, StorageFull
 
 HISTORY = "/v1/images/history"
@@ -197,7 +197,7 @@ def test_a_history_that_cannot_be_written_costs_nobody_the_picture(
     def full(*_: object) -> None:
         raise StorageFull("no space left")
 
-    monkeypatch.setattr(Pictures, "keep", full)
+    monkeypatch.setattr(PictureStore, "keep", full)
     assert keeping.images("ann").status_code == 200
     assert problem(keeping.images("ann", response_format="url"), 503)["code"] == "storage"
 
@@ -228,7 +228,7 @@ def test_a_picture_that_is_finished_while_its_adapter_is_revoked_is_not_kept(kee
         tenant="ann", prompt="a dog", width=16, height=16, seed=1, steps=1, guidance_scale=1.0, adapters=(use,)
     )
     kept = asyncio.run(keeper.keep(FinishedPicture(index=0, seed=1, data=b"png"), wanted))
-    assert kept.kept == "" and list(Pictures(storage).wearing(["ann/late"])) == []
+    assert kept.kept == "" and list(PictureStore(storage).wearing(["ann/late"])) == []
 
 
 # -- limits --
@@ -241,7 +241,7 @@ def entry(tenant: str, now: float, size: int, shelf: Any = "history") -> KeptPic
 
 def test_what_is_too_old_or_too_much_goes_oldest_first(tmp_path: Path) -> None:
     storage = LocalStorage(str(tmp_path))
-    pictures = Pictures(storage)
+    pictures = PictureStore(storage)
     now = 2_000_000_000.0
     for hours in range(6):
         pictures.keep(entry("ann", now - hours * 3600, 1000), bytes(1000))
@@ -258,7 +258,7 @@ def test_what_is_too_old_or_too_much_goes_oldest_first(tmp_path: Path) -> None:
 
 def test_a_damaged_entry_is_passed_over(tmp_path: Path) -> None:
     storage = LocalStorage(str(tmp_path))
-    pictures = Pictures(storage)
+    pictures = PictureStore(storage)
     one = entry("ann", time.time(), 1)
     pictures.keep(one, b"x")
     bad = new_id(time.time() + 1)
