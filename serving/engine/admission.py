@@ -6,6 +6,7 @@ from serving.engine.job import Job, Sample
 from serving.engine.pictures.decoding import Given
 from serving.engine.reading import backwards
 from serving.engine.request import GenerateRequest
+from serving.engine.syntax import is_plain, read_negative, read_prompt
 from serving.errors import Refused
 from training.base.base import Base
 
@@ -42,6 +43,10 @@ def make_job(base: Base, request: GenerateRequest, given: Given, max_cells: floa
         largest = base.latent_size(hires.height, hires.width)
         job.second = base.process.schedule(request.scheduler, hires.steps, hires.strength, largest)
     more_cells = sum(one.shape[1] * one.shape[2] for one in given.references) // base.facts.cell_px**2
-    wide = job.guided and 2 * (largest[0] * largest[1] + more_cells) > max_cells
+    job.parts = read_prompt(request.prompt, request.prompt_syntax)
+    job.negative = read_negative(request.negative_prompt, request.prompt_syntax)
+    if not base.facts.emphasis and not (is_plain(job.parts) and is_plain(job.negative)):
+        raise Refused(f"Base '{base.name}' takes plain prompts: no weights, BREAK or AND.")
+    wide = job.composed or job.guided and 2 * (largest[0] * largest[1] + more_cells) > max_cells
     job.samples = [Sample(job, index, size, wide, more_cells) for index in range(request.count)]
     return job

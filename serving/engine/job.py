@@ -15,7 +15,7 @@ from serving.engine.kept import KeptPart
 from serving.engine.pictures.edit import Edit
 from serving.engine.request import MAX_SEED, AdapterRef, GenerateRequest
 from serving.engine.tiers.adapters import Loads
-from training.base.family import Cond
+from training.base.family import Cond, Wording
 from training.base.noise.process import Schedule
 
 
@@ -34,6 +34,9 @@ class Job:
     references: tuple[Tensor, ...] = ()  # the pictures that the prompt refers to, uint8
     second: Schedule | None = None  # of the pass that redraws what is enlarged
     conds: tuple[Cond, Cond | None] | None = None  # of the prompt and, with guidance, of the negative prompt
+    further: list[Cond] = field(default_factory=list)  # of the prompts that `AND` joins to the first
+    parts: tuple[tuple[Wording, float], ...] = ()  # the prompts, each with the weight of its prediction
+    negative: Wording = ""
     image: tuple[Tensor, Tensor] | None = None  # mean and std [C, h, w] of the picture's latents
     encoded: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)  # of other pictures, by what they are
     started_s: float | None = None
@@ -62,15 +65,20 @@ class Job:
     @property
     def guided(self) -> bool:
         """Whether it takes a row with the negative prompt too: guidance above 1, on a base that is guided so."""
-        return self.takes_negative and self.request.guidance_scale > 1.0
+        return self.takes_negative and (self.request.guidance_scale > 1.0 or self.composed)
+
+    @property
+    def composed(self) -> bool:
+        """Whether its prediction is made of those of several prompts."""
+        return len(self.parts) > 1
 
 
 @dataclass(eq=False, slots=True)
 class Sample:
     """One image being made. `latents` and `clean` are [C, h, w] float32 on the device once it runs.
 
-    `wide`: its two rows of guidance are more than one forward may have, so it takes a step in two forwards, and others
-    may go between them. `plain` is the first one's prediction [C, h, w], while the second is to come.
+    `wide`: its rows of guidance are more than one forward may have, or they are more than two, so it takes a step in as
+    many forwards, and others may go between them. `said` are the predictions [C, h, w] of the rows before the last.
     """
 
     job: Job
@@ -78,7 +86,7 @@ class Sample:
     size: tuple[int, int]
     wide: bool = False
     more_cells: int = 0
-    plain: Tensor | None = None
+    said: list[Tensor] = field(default_factory=list)
     slots: tuple[int, ...] | None = None  # of its adapters, once it has started
     step: int = 0
     previews: int = 0
@@ -125,13 +133,20 @@ class Sample:
     def conds(self) -> list[Cond]:
         """The prompts of its next rows."""
         assert self.job.conds is not None
-        prompt, negative = ({**cond, **self.beside} if cond else None for cond in self.job.conds)
-        assert prompt is not None
-        if negative is None:
-            return [prompt]
-        if self.wide:
-            return [negative if self.plain is None else prompt]
-        return [negative, prompt]
+        prompt, negative = self.job.conds
+        every = [*([] if negative is None else [negative]), prompt, *self.job.further]
+        now = [every[len(self.said)]] if self.wide and negative is not None else every
+        return [{**cond, **self.beside} for cond in now]
+
+    def combined(self, last_CHW: Tensor) -> Tensor | None:
+        """Of a wide one: the guided prediction, if `last_CHW` is what its step's last row says; None if it is not."""
+        if len(self.said) <= len(self.job.further):
+            return None
+        plain_CHW, *others = self.said
+        found_CHW = plain_CHW
+        for (_, weight), row_CHW in zip(self.job.parts, [*others, last_CHW], strict=True):
+            found_CHW = found_CHW + self.job.request.guidance_scale * weight * (row_CHW - plain_CHW)
+        return found_CHW
 
     @property
     def at(self) -> Tensor:

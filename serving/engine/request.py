@@ -12,6 +12,7 @@ from training.base.facts import SamplerName
 from training.storage.closed import Closed
 
 ImageFormat = Literal["png", "jpeg", "webp"]
+PromptSyntax = Literal["plain", "a1111"]
 MAX_SEED = 2**53 - 1  # above it JavaScript numbers, and floats in an OpenAPI document, cannot hold every integer
 
 
@@ -72,6 +73,7 @@ class GenerateRequest(Closed):
     tenant: str = "default"
     prompt: str
     negative_prompt: str = ""
+    prompt_syntax: PromptSyntax = Field(default="plain", description="how both prompts are read")
     adapters: tuple[AdapterUse, ...] = ()
     width: int = Field(ge=1, description="pixels")
     height: int = Field(ge=1, description="pixels")
@@ -88,6 +90,7 @@ class GenerateRequest(Closed):
     previews: int = Field(default=0, ge=0, description="previews of each image while it runs")
     output_format: ImageFormat = "png"
     output_quality: int = Field(default=95, ge=0, le=100, description="of jpeg and webp")
+    linked: bool = Field(default=False, description="its pictures are kept for links that lead to them")
     deadline_s: float = Field(default=600.0, gt=0)
     reading: bool = Field(default=False, description="makes nothing: reads the noise that `image` began as")
     expected: tuple[int, ...] = Field(default=(), description="of a reading: serials of pictures that look alike")
@@ -118,6 +121,12 @@ class FinishedPicture(Closed):
     index: int
     seed: int
     data: bytes
+    kept: str = Field(default="", description="`<shelf>/<id>` of the picture, where the server keeps it")
+
+    @property
+    def history_id(self) -> str | None:
+        """Its id in the history, where the server keeps one."""
+        return self.kept.removeprefix("history/") if self.kept.startswith("history/") else None
 
 
 Event = Annotated[Preview | FinishedPicture, Field(discriminator="kind")]

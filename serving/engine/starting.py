@@ -32,11 +32,12 @@ class Starter:
         """The embeddings of the samples' jobs, all encoded together. Raises Refused for a prompt that is too long."""
         wearing = {sample.job: sample for sample in samples}
         conds = self._prompts.encode([self._texts(job, sample) for job, sample in wearing.items()])
-        for job, (prompt, *negative) in zip(wearing, conds, strict=True):
-            job.conds = prompt, negative[0] if job.guided else None
+        for job, found in zip(wearing, conds, strict=True):
+            prompt, *job.further = found[: len(job.parts)]
+            job.conds = prompt, found[-1] if job.guided else None
 
     def _texts(self, job: Job, sample: Sample) -> list[Text]:
-        """The prompt and, with guidance, the negative prompt, under those adapters of a job that change the text."""
+        """The prompts and, with guidance, the negative prompt, under those adapters of a job that change the text."""
         worn = [
             (key, weight, slot)
             for key, weight, slot in zip(job.keys, job.weights, sample.slots or (), strict=True)
@@ -44,7 +45,7 @@ class Starter:
         ]
         mix = tuple((key, weight) for key, weight, _ in worn)
         slots = tuple(slot for _, _, slot in worn)
-        prompts = [job.request.prompt, job.request.negative_prompt] if job.guided else [job.request.prompt]
+        prompts = [prompt for prompt, _ in job.parts] + ([job.negative] if job.guided else [])
         return [Text(prompt, mix, slots) for prompt in prompts]
 
     def first_latents(self, samples: Sequence[Sample]) -> None:

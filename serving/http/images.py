@@ -80,11 +80,12 @@ async def respond(
     """The images that are wanted, or their events. `digest`: of all that was sent, for replies by key."""
     if body.stream:
         return await _streamed(request, service, wanted, body, kind)
+    site = str(request.base_url)
     if idempotency_key is None:
-        return _answer(await unless_gone(request, _collect(service, wanted)), wanted, body, service)
+        return await _answer(await unless_gone(request, _collect(service, wanted)), wanted, body, service, site)
 
     async def make() -> Response:
-        return _answer(await _collect(service, wanted), wanted, body, service)
+        return await _answer(await _collect(service, wanted), wanted, body, service, site)
 
     replies: Replies[Response] = request.app.state.replies
     return await unless_gone(request, replies.once(wanted.tenant, idempotency_key, digest, make))
@@ -98,10 +99,15 @@ async def _collect(service: Service, wanted: GenerateRequest) -> list[FinishedPi
     return sorted(pictures, key=lambda picture: picture.index)
 
 
-def _answer(pictures: list[FinishedPicture], wanted: GenerateRequest, body: ImagesBody, service: Service) -> Response:
+async def _answer(
+    pictures: list[FinishedPicture], wanted: GenerateRequest, body: ImagesBody, service: Service, site: str
+) -> Response:
+    linked = wanted.linked
     data = [
         ImageData(
-            b64_json=base64.b64encode(picture.data).decode(),
+            id=picture.history_id,
+            b64_json=None if linked else base64.b64encode(picture.data).decode(),
+            url=await asyncio.to_thread(service.keeper.link, picture, wanted, site) if linked else None,
             seed=picture.seed,
             adapters=used(wanted),
             revised_prompt=wanted.prompt if wanted.prompt != body.prompt else None,
@@ -116,7 +122,7 @@ def _answer(pictures: list[FinishedPicture], wanted: GenerateRequest, body: Imag
         output_format=wanted.output_format,
         usage=usage_of(wanted, service.intake.library, range(wanted.count)),
     )
-    return JSONResponse(answer.model_dump())
+    return JSONResponse(answer.model_dump(mode="json"))
 
 
 def _size_of(data: bytes) -> str:
@@ -181,6 +187,7 @@ def _as_event(event: Event, wanted: GenerateRequest, library: Library, prompt: s
     if isinstance(event, FinishedPicture):
         completed = CompletedImage(
             type="image_edit.completed" if kind == "image_edit" else "image_generation.completed",
+            id=event.history_id,
             b64_json=image,
             image_index=event.index,
             seed=event.seed,

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 
 from PIL import PngImagePlugin
 
@@ -9,6 +10,8 @@ from serving.engine.request import AdapterUse, GenerateRequest
 from serving.http.sdapi.samplers import sampler_label
 
 KEY = "parameters"
+_NEGATIVE = "Negative prompt:"
+_FIELD = re.compile(r'([A-Za-z][A-Za-z0-9 /-]{1,60}): *("(?:\\.|[^\\"]){0,4000}"|[^,"]{0,1000})(?:,|$)')
 _HEADER_BYTES = 33  # signature and IHDR, which text may follow
 
 
@@ -30,9 +33,26 @@ def infotext(request: GenerateRequest, seed: int, base: str, base_hash: str) -> 
         "Lora hashes": ", ".join(f"{name}: {use.ref.version[:12]}" for name, use in worn) or None,
     }
     prompt = " ".join([request.prompt, *(f"<lora:{name}:{use.weight:g}>" for name, use in worn)])
-    negative = f"\nNegative prompt: {request.negative_prompt}" if request.negative_prompt else ""
+    negative = f"\n{_NEGATIVE} {request.negative_prompt}" if request.negative_prompt else ""
     told = ", ".join(f"{name}: {_quoted(value)}" for name, value in settings.items() if value is not None)
     return f"{prompt}{negative}\n{told}"
+
+
+def read_infotext(text: str) -> dict[str, str]:
+    """The fields of such a text, prompts as `Prompt` and `Negative prompt`; empty if it is none. Takes linear time."""
+    *lines, last = text.strip().split("\n")
+    found = {name: _unquoted(value.strip()) for name, value in _FIELD.findall(last)}
+    if len(found) < 3:  # no line of settings: all of it is the prompt
+        lines, found = [*lines, last], {}
+    prompt: list[str] = []
+    negative: list[str] = []
+    part = prompt
+    for line in lines:
+        if line.startswith(_NEGATIVE):
+            part, line = negative, line.removeprefix(_NEGATIVE)
+        part.append(line.strip())
+    told = {"Prompt": "\n".join(prompt), "Negative prompt": "\n".join(negative)}
+    return {name: value for name, value in {**told, **found}.items() if value}
 
 
 def with_infotext(png: bytes, text: str) -> bytes:
@@ -67,6 +87,16 @@ def _second_pass(request: GenerateRequest) -> dict[str, object]:
         "Hires steps": max(1, int(hires.steps * hires.strength)),
         "Hires upscaler": hires.upscaler.capitalize(),
     }
+
+
+def _unquoted(text: str) -> str:
+    """The value of a field as `_quoted` writes it."""
+    if text.startswith('"'):
+        try:
+            return str(json.loads(text))
+        except ValueError:
+            return text
+    return text
 
 
 def _quoted(value: object) -> str:

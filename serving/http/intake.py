@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from serving.config import ServeSpec
 from serving.engine.pictures.codec import count
 from serving.engine.request import AdapterRef, AdapterUse, GenerateRequest, Hires
+from serving.engine.syntax import is_plain, read_negative, read_prompt
 from serving.errors import Refused
 from serving.http.hires import check_hires, second_pass
 from serving.http.library import Library
@@ -54,6 +55,10 @@ class Intake:
         """The engine's request of an OpenAI images body. Raises ApiError."""
         if body.partial_images and not body.stream:
             raise ApiError(400, "'partial_images' needs 'stream': true.", param="partial_images")
+        if body.response_format == "url" and body.stream:
+            raise ApiError(
+                400, "'response_format' is 'url', but streams carry 'b64_json'. Leave one out.", param="response_format"
+            )
         if body.background == "transparent":
             raise ApiError(
                 400,
@@ -70,6 +75,7 @@ class Intake:
                 tenant=tenant,
                 prompt=self.told(self.prompt(body.prompt, "prompt"), worn),
                 negative_prompt=self.prompt(body.negative_prompt or "", "negative_prompt"),
+                prompt_syntax=body.prompt_syntax or "plain",
                 adapters=uses(worn),
                 width=width,
                 height=height,
@@ -83,6 +89,7 @@ class Intake:
                 hires=None if body.hires is None else second_pass(body.hires, (width, height), steps, self.facts),
                 previews=body.partial_images or 0,
                 output_format=body.output_format or "png",
+                linked=body.response_format == "url",
                 output_quality=95 if body.output_compression is None else body.output_compression,
                 deadline_s=self.spec.limits.deadline_s,
             )
@@ -117,6 +124,7 @@ class Intake:
                 "one. Leave it out.",
                 param="negative_prompt",
             )
+        self._check_syntax(request)
         for use in request.adapters:
             if abs(use.weight) > limits.weight:
                 raise ApiError(
@@ -137,6 +145,21 @@ class Intake:
                     f"The {name}{where} is {side}; on base '{self.library.base}' it must be a multiple of "
                     f"{self.facts.multiple_px} up to {most}.",
                     param=param,
+                )
+
+    def _check_syntax(self, request: GenerateRequest) -> None:
+        """Raises ApiError for prompts that cannot be read, or ask for what the base has not."""
+        for field, read in (("prompt", read_prompt), ("negative_prompt", read_negative)):
+            try:
+                asks = not is_plain(read(getattr(request, field), request.prompt_syntax))
+            except Refused as error:
+                raise ApiError(400, str(error), param=field) from None
+            if asks and not self.facts.emphasis:
+                raise ApiError(
+                    400,
+                    f"'{field}' gives words weights or joins prompts, and base '{self.library.base}' encodes prompts "
+                    "by a language model, which has no such thing. Say it in words; write \\( and \\[ for brackets.",
+                    param=field,
                 )
 
     def model(self, tenant: str, model: str) -> Resolved | None:

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from serving.engine.request import MAX_SEED, ImageFormat
+from serving.engine.request import MAX_SEED, ImageFormat, PromptSyntax
 from serving.http.defaults import ImageDefaults
 from training.base.facts import SamplerName
 from training.storage.closed import Closed
@@ -82,7 +82,7 @@ class ImagesBody(Closed):
     )
     n: int | None = Field(None, ge=1, description="images; image i has seed + i")
     size: str | None = Field(None, pattern=SIZE, max_length=11, description="`WIDTHxHEIGHT` in pixels, or `auto`")
-    response_format: Literal["b64_json"] | None = None
+    response_format: Literal["b64_json", "url"] | None = Field(None, description="`url`: links, which expire")
     output_format: ImageFormat | None = None
     output_compression: int | None = Field(None, ge=0, le=100, description="quality of jpeg and webp")
     stream: bool | None = None
@@ -99,6 +99,7 @@ class ImagesBody(Closed):
     # additions
     adapters: tuple[WornAdapter, ...] | None = Field(None, description="the mix; with that of `model`, if it names one")
     negative_prompt: Prompt | None = None
+    prompt_syntax: PromptSyntax | None = Field(None, description="`a1111`: brackets, `BREAK` and `AND` mean something")
     seed: int | None = Field(None, ge=0, le=MAX_SEED)
     steps: int | None = Field(None, ge=1)
     guidance_scale: float | None = Field(None, ge=0, le=100)
@@ -119,10 +120,15 @@ class UsedAdapter(BaseModel):
 Revised = Field(None, exclude_if=lambda value: value is None, description="with an adapter's trigger that was added")
 
 
+KeptId = Field(None, exclude_if=lambda value: value is None, description="in the history, where the server keeps one")
+
+
 class ImageData(BaseModel):
     """One image, with the settings that make it again."""
 
-    b64_json: str
+    id: str | None = KeptId
+    b64_json: str | None = Field(None, exclude_if=lambda value: value is None)
+    url: str | None = Field(None, exclude_if=lambda value: value is None, description="`response_format: url`")
     seed: int
     adapters: list[UsedAdapter]
     revised_prompt: str | None = Revised
@@ -177,6 +183,7 @@ class CompletedImage(BaseModel):
     """A finished image in a stream."""
 
     type: Literal["image_generation.completed", "image_edit.completed"] = "image_generation.completed"
+    id: str | None = KeptId
     b64_json: str
     image_index: int
     seed: int

@@ -48,6 +48,7 @@ class Facts:
     pixel_bytes: float
     prompt_tokens: int  # that the text encoder takes at once
     chunked: bool = True  # whether it takes a longer prompt piece by piece
+    emphasis: bool = False  # whether phrases of a prompt may have weights and begin chunks
     word_widths: tuple[int, ...] = ()  # of a textual-inversion vector, one for each of `text_encoders`
     frozen_encoders: tuple[str, ...] = ()
     inpaints: bool = False  # whether the denoiser takes a mask and a picture beside the latents

@@ -11,7 +11,7 @@ from serving.http.intake import Intake
 from serving.http.problems import ApiError
 from serving.http.wire import ImagesBody
 from tests.families import write_family
-from tests.serving.http.test_api import World, problem
+from tests.serving.http.test_api import World, pixels, problem
 from training.base.base import load_base
 
 
@@ -77,3 +77,12 @@ def test_a_prompt_that_is_too_long_is_refused(tmp_path: Path) -> None:
     finally:
         world.loop.close()
     assert "at most 1" in said
+
+
+def test_weights_and_joined_prompts_are_refused_where_a_language_model_reads_them(world: World) -> None:
+    for prompt in ("a (red:1.3) dog", "a dog BREAK snow", "a dog AND a cat"):
+        error = problem(world.images(prompt=prompt, prompt_syntax="a1111"), 400)
+        assert error["param"] == "prompt" and "language model" in error["message"]
+    escaped = world.call("POST", "/sdapi/v1/txt2img", json={"prompt": r"a \(red\) dog", "steps": 2, "seed": 1})
+    plain = world.images(prompt="a (red) dog").json()["data"][0]["b64_json"]
+    assert (pixels(escaped.json()["images"][0]) == pixels(plain)).all()

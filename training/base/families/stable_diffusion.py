@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from training.base.facts import check_files, read_config, with_defaults
-from training.base.families.clip import CLIP_ATTENTION, CLIP_LAYERS, check_clip, load_tokenizer, run_clip
+from training.base.families.clip import CLIP_ATTENTION, CLIP_LAYERS, check_clip, emphasised, load_tokenizer, run_clip
 from training.base.families.unet import (
     SCHEDULER,
     UNET_BLOCKS,
@@ -22,7 +22,7 @@ from training.base.families.unet import (
     unet_features,
     with_known,
 )
-from training.base.family import NOTHING, Cond, Parts, RowFacts, Words
+from training.base.family import NOTHING, Cond, Parts, RowFacts, Wording, Words
 from training.base.files.weights import load_model
 from training.base.originals import any_like
 
@@ -95,14 +95,14 @@ class StableDiffusion:
         """CLIP's."""
         return load_tokenizer(self.folder)
 
-    def count_chunks(self, parts: Parts, prompt: str, words: Words) -> int:
+    def count_chunks(self, parts: Parts, prompt: Wording, words: Words) -> int:
         """See `Family`."""
         from training.base.words import count_chunks
 
         return count_chunks(parts.tokenizers["text_encoder"], prompt, words)
 
     def encode(
-        self, parts: Parts, prompts: Sequence[str], words: Sequence[Words] | None = None, chunks: int = 1
+        self, parts: Parts, prompts: Sequence[Wording], words: Sequence[Words] | None = None, chunks: int = 1
     ) -> list[Cond]:
         """`states` [chunks x L, C]: CLIP's last hidden states, each chunk by itself, as A1111 and Compel do.
 
@@ -112,7 +112,10 @@ class StableDiffusion:
 
         encoder, tokenizer = parts.models["text_encoder"], parts.tokenizers["text_encoder"]
         known = words or [{}] * len(prompts)
-        made = [run_clip(encoder, tokenizer, prompts, known, chunk, parts.device)[0] for chunk in range(chunks)]
+        made = []
+        for chunk in range(chunks):
+            output, weights_NL = run_clip(encoder, tokenizer, prompts, known, chunk, parts.device)
+            made.append(emphasised(output[0], weights_NL))
         return [{"states": states_LC} for states_LC in torch.cat(made, dim=1)]
 
     def to_latents(self, parts: Parts, pixels_N3HW: "Tensor") -> tuple["Tensor", "Tensor"]:

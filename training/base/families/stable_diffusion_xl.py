@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from training.base.facts import SamplerName, check_files, read_config, with_defaults
-from training.base.families.clip import CLIP_ATTENTION, CLIP_LAYERS, check_clip, load_tokenizer, run_clip
+from training.base.families.clip import CLIP_ATTENTION, CLIP_LAYERS, check_clip, emphasised, load_tokenizer, run_clip
 from training.base.families.sgm import sgm_originals
 from training.base.families.unet import (
     SCHEDULER,
@@ -24,7 +24,7 @@ from training.base.families.unet import (
     unet_features,
     with_known,
 )
-from training.base.family import NOTHING, Cond, Parts, RowFacts, Words
+from training.base.family import NOTHING, Cond, Parts, RowFacts, Wording, Words
 from training.base.files.weights import load_model
 from training.base.originals import any_like
 from training.errors import UserError
@@ -121,14 +121,14 @@ class StableDiffusionXL:
         """CLIP's; both encoders' have the same tokens."""
         return load_tokenizer(self.folder)
 
-    def count_chunks(self, parts: Parts, prompt: str, words: Words) -> int:
+    def count_chunks(self, parts: Parts, prompt: Wording, words: Words) -> int:
         """See `Family`."""
         from training.base.words import count_chunks
 
         return count_chunks(parts.tokenizers["text_encoder"], prompt, words)
 
     def encode(
-        self, parts: Parts, prompts: Sequence[str], words: Sequence[Words] | None = None, chunks: int = 1
+        self, parts: Parts, prompts: Sequence[Wording], words: Sequence[Words] | None = None, chunks: int = 1
     ) -> list[Cond]:
         """`states` [chunks x L, C]: both encoders' last hidden states but one; `pooled` [P] of the first chunk.
 
@@ -147,14 +147,15 @@ class StableDiffusionXL:
                 )
                 for index, name in enumerate(ENCODERS)
             ]
-            made.append(torch.cat([output.hidden_states[-2] for output in outputs], dim=-1))
+            states = [emphasised(output.hidden_states[-2], weights_NL) for output, weights_NL in outputs]
+            made.append(torch.cat(states, dim=-1))
             if chunk == 0:
-                pooled_NP = outputs[-1].text_embeds
+                pooled_NP = outputs[-1][0].text_embeds
         conds = zip(prompts, torch.cat(made, dim=1), pooled_NP, strict=True)
         return [self._cond(prompt, states_LC, pooled_P) for prompt, states_LC, pooled_P in conds]
 
-    def _cond(self, prompt: str, states_LC: "Tensor", pooled_P: "Tensor") -> Cond:
-        if self._zeros and not prompt.strip():
+    def _cond(self, prompt: Wording, states_LC: "Tensor", pooled_P: "Tensor") -> Cond:
+        if self._zeros and not str(prompt).strip():
             states_LC, pooled_P = states_LC.new_zeros(states_LC.shape), pooled_P.new_zeros(pooled_P.shape)
         return {"states": states_LC, "pooled": pooled_P}
 

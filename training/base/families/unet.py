@@ -43,6 +43,7 @@ def unet_facts(unet: dict[str, Any], vae: dict[str, Any], **others: Any) -> Fact
         "cell_px": cell_px,
         "multiple_px": cell_px * 2 ** (len(unet["block_out_channels"]) - 1),
         "resolution": unet["sample_size"] * cell_px,
+        "emphasis": True,
         "targets": ATTENTION,
         "layers": UNET_LAYERS,
         "trained_bytes": TRAINED_BYTES * width,
