@@ -23,6 +23,7 @@ from serving.engine.engine import Engine
 from serving.engine.job import Done, EngineStats, Guess, Job, JobEvent, JobFailed, Recovered
 from serving.engine.pictures.codec import encode, enlarge
 from serving.engine.pictures.decoding import Decoding
+from serving.engine.pictures.hints import Hints, decode_hints
 from serving.engine.reading import read_noise
 from serving.engine.request import AdapterRef, Event, FinishedPicture, GenerateRequest, NoiseReading, Preview
 from serving.errors import Cancelled, GenerationFailed, NotReady
@@ -110,8 +111,9 @@ class EngineLoop:
         if request.image is not None:
             decoded = self._decoding.submit(request.tenant, request.image, request.width, request.height)
             pixels = await asyncio.wrap_future(decoded)
+        hints = await decode_hints(self._decoding, request)
         listener = _Listener(asyncio.get_running_loop())
-        submitting = self._on_thread(lambda: self._submit(request, pixels, listener))
+        submitting = self._on_thread(lambda: self._submit(request, pixels, hints, listener))
         try:
             job = await asyncio.shield(asyncio.wrap_future(submitting))
         except asyncio.CancelledError:
@@ -199,10 +201,10 @@ class EngineLoop:
             self._commands.popleft()()
         self._report = self.engine.snapshot()
 
-    def _submit(self, request: GenerateRequest, pixels_CHW: Tensor | None, listener: _Listener) -> Job:
+    def _submit(self, request: GenerateRequest, pixels_CHW: Tensor | None, hints: Hints, listener: _Listener) -> Job:
         if self._closing:
             raise NotReady("The server is shutting down; try again.")
-        job = self.engine.submit(request, pixels_CHW)
+        job = self.engine.submit(request, pixels_CHW, hints)
         self._listeners[job] = listener
         return job
 

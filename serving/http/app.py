@@ -35,10 +35,11 @@ from serving.http.access.tenants import Keys, Meter, Quota
 from serving.http.access.timeouts import BodyTimeout
 from serving.http.intake import Intake
 from serving.http.library import Library
+from serving.http.networks import routes as api_networks
 from serving.http.pages import add_studio
 from serving.http.problems import REQUEST_ID, ApiError, Problem, describe
 from serving.http.replies import KeyReused, Replies
-from serving.http.sdapi import info, routes
+from serving.http.sdapi import controlnet, info, routes
 from serving.http.service import Engines, Generate, Service, request_id, service_of
 from serving.http.wire import ErrorAnswer, Health
 from serving.http.withheld import WithheldNames
@@ -118,7 +119,7 @@ def create_app(
         app.add_exception_handler(kind, _told)
     for name, value in extension.state.items():
         setattr(app.state, name, value)
-    own = (api_images.router, api_exports.router, api_adapters.router)
+    own = (api_images.router, api_networks.router, controlnet.router, api_exports.router, api_adapters.router)
     marked = (api_detect.router, api_consents.router, routes.router, info.router)
     for router in (*own, *marked, *extension.routers):
         app.include_router(router, dependencies=SECURITY)

@@ -5,7 +5,7 @@ import json
 
 from PIL import PngImagePlugin
 
-from serving.engine.request import AdapterUse, GenerateRequest
+from serving.engine.request import AdapterUse, ControlUse, GenerateRequest
 from serving.http.sdapi.samplers import sampler_label
 
 KEY = "parameters"
@@ -28,6 +28,7 @@ def infotext(request: GenerateRequest, seed: int, base: str, base_hash: str) -> 
         "Denoising strength": None if request.image is None else f"{request.strength:g}",
         "Lora hashes": ", ".join(f"{name}: {use.ref.version[:12]}" for name, use in worn) or None,
     }
+    settings |= {f"ControlNet {index}": _control(use) for index, use in enumerate(request.controls)}
     prompt = " ".join([request.prompt, *(f"<lora:{name}:{use.weight:g}>" for name, use in worn)])
     negative = f"\nNegative prompt: {request.negative_prompt}" if request.negative_prompt else ""
     told = ", ".join(f"{name}: {_quoted(value)}" for name, value in settings.items() if value is not None)
@@ -49,6 +50,12 @@ def with_infotext(png: bytes, text: str) -> bytes:
 def name_of(use: AdapterUse, tenant: str) -> str:
     """How `tenant` names an adapter in a tag."""
     return use.ref.id if use.ref.tenant == tenant else f"{use.ref.tenant}/{use.ref.id}"
+
+
+def _control(use: ControlUse) -> str:
+    """A unit as the extension writes it."""
+    weight = f"Weight: {use.scale:g}, Guidance Start: {use.start:g}, Guidance End: {use.end:g}"
+    return f"Module: {use.preprocess}, Model: {use.ref.name} [{use.ref.version[:8]}], {weight}"
 
 
 def _quoted(value: object) -> str:
