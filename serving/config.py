@@ -75,6 +75,7 @@ class EngineSpec(Closed):
         description="pictures with a longer side are encoded and decoded in overlapping tiles of it; 0: never",
     )
     host_bytes: int = Field(default=2 * 2**30, ge=0, description="host memory for adapters that are not on the device")
+    networks: int = Field(default=4, ge=1, le=64, description="ControlNets and IP-Adapters on the device at once")
     prompt_tokens: int = Field(default=600, ge=1, description="tokens of a prompt; longer ones get 400")
     prompt_cache: int = Field(default=512, ge=0, description="prompt embeddings kept")
     loaders: int = Field(default=4, ge=1, le=64, description="threads that fetch and unpack adapters")

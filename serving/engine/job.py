@@ -13,9 +13,14 @@ from torch import Tensor
 
 from serving.engine.kept import KeptPart
 from serving.engine.pictures.edit import Edit
-from serving.engine.request import MAX_SEED, AdapterRef, GenerateRequest
+from serving.engine.pictures.hints import NO_HINTS, Hints
+from serving.engine.request import MAX_SEED, AdapterRef, GenerateRequest, NetworkRef
+from serving.engine.steering import Steering
 from serving.engine.tiers.adapters import Loads
+from serving.engine.tiers.networks import NetworkLoads
+from training.base.controls import Steer
 from training.base.family import Cond, Wording
+from training.base.image_prompts import ImagePrompt
 from training.base.noise.process import Schedule
 
 
@@ -29,6 +34,11 @@ class Job:
     arrived_s: float  # time.monotonic
     takes_negative: bool = True  # whether the base is guided by a second row, with the negative prompt
     loads: Loads = field(default_factory=dict)
+    hints: Hints = NO_HINTS
+    network_loads: NetworkLoads = field(default_factory=dict)
+    # what its ControlNets and its pictures tell its rows, once they are on the device
+    steering: tuple[Steering, ...] = ()
+    image_prompts: tuple[tuple[ImagePrompt, ImagePrompt], ...] = ()  # with the prompt, with the negative one
     samples: list["Sample"] = field(default_factory=list)
     edit: Edit | None = None  # what of the picture is redrawn, and what it is put back into
     references: tuple[Tensor, ...] = ()  # the pictures that the prompt refers to, uint8
@@ -56,6 +66,12 @@ class Job:
     def steps(self) -> int:
         """Of all passes of one of its images."""
         return self.schedule.steps + (self.second.steps if self.second else 0)
+
+    @property
+    def networks(self) -> tuple[NetworkRef, ...]:
+        """The ControlNets that steer it, and the IP-Adapters that read its pictures."""
+        asked = self.request
+        return (*(use.ref for use in asked.controls), *(use.ref for use in asked.image_prompts))
 
     @property
     def deadline_s(self) -> float:
@@ -163,7 +179,26 @@ class Sample:
     @property
     def ready(self) -> bool:
         """Whether all loads that it waits for have ended, well or not."""
-        return all(load.done() for load in self.job.loads.values())
+        job = self.job
+        return all(load.done() for load in job.loads.values()) and all(
+            load.done() for load in job.network_loads.values()
+        )
+
+    @property
+    def steers(self) -> tuple[Steer, ...]:
+        """The ControlNets that steer its next step."""
+        steps = self.schedule.steps
+        return tuple(one.steer for one in self.job.steering if one.active(self.step, steps))
+
+    @property
+    def image_prompts(self) -> list[tuple[ImagePrompt, ...]]:
+        """The pictures of its next rows, as `conds` are its prompts."""
+        found, blank = (tuple(pair[side] for pair in self.job.image_prompts) for side in (0, 1))
+        if not self.job.guided:
+            return [found]
+        if self.wide:
+            return [found if self.said else blank]
+        return [blank, found]
 
     @property
     def seed(self) -> int:

@@ -22,6 +22,7 @@ from serving.engine.engine import Engine
 from serving.engine.job import Done, EngineStats, Guess, Job, JobEvent, JobFailed, Recovered
 from serving.engine.pictures.codec import encode, enlarge
 from serving.engine.pictures.decoding import Decoding, Given
+from serving.engine.pictures.hints import Hints, decode_hints
 from serving.engine.reading import read_noise
 from serving.engine.request import AdapterRef, Event, FinishedPicture, GenerateRequest, NoiseReading, Preview
 from serving.errors import Cancelled, GenerationFailed, NotReady
@@ -106,8 +107,9 @@ class EngineLoop:
     async def _outcomes(self, request: GenerateRequest) -> AsyncGenerator[JobEvent, None]:
         """What happens to a request, up to its last image; leaving it early cancels it."""
         given = await self._decoding.given(request, self.engine.base.facts.multiple_px)
+        hints = await decode_hints(self._decoding, request)
         listener = _Listener(asyncio.get_running_loop())
-        submitting = self._on_thread(lambda: self._submit(request, given, listener))
+        submitting = self._on_thread(lambda: self._submit(request, given, hints, listener))
         try:
             job = await asyncio.shield(asyncio.wrap_future(submitting))
         except asyncio.CancelledError:
@@ -195,10 +197,10 @@ class EngineLoop:
             self._commands.popleft()()
         self._report = self.engine.snapshot()
 
-    def _submit(self, request: GenerateRequest, given: Given, listener: _Listener) -> Job:
+    def _submit(self, request: GenerateRequest, given: Given, hints: Hints, listener: _Listener) -> Job:
         if self._closing:
             raise NotReady("The server is shutting down; try again.")
-        job = self.engine.submit(request, given.pixels_CHW, edit=given.edit, references=given.references)
+        job = self.engine.submit(request, given.pixels_CHW, edit=given.edit, references=given.references, hints=hints)
         self._listeners[job] = listener
         return job
 

@@ -10,9 +10,12 @@ from pydantic import Field
 
 from training.base.facts import SamplerName
 from training.storage.closed import Closed
+from training.storage.networks import NetworkKind
 
 ImageFormat = Literal["png", "jpeg", "webp"]
 PromptSyntax = Literal["plain", "a1111"]
+NETWORK_TITLES: dict[NetworkKind, str] = {"control": "ControlNet", "ip-adapter": "IP-Adapter"}
+ControlPreprocess = Literal["none", "canny"]
 MAX_SEED = 2**53 - 1  # above it JavaScript numbers, and floats in an OpenAPI document, cannot hold every integer
 
 
@@ -66,6 +69,39 @@ class Hires(Closed):
     upscaler: Literal["latent", "lanczos"] = "lanczos"
 
 
+class NetworkRef(Closed):
+    """One state of a ControlNet or an IP-Adapter on the storage."""
+
+    kind: NetworkKind
+    name: str
+    version: str
+
+    def __str__(self) -> str:
+        return f"{NETWORK_TITLES[self.kind]} '{self.name}'"
+
+    def __hash__(self) -> int:
+        return hash((self.kind, self.name, self.version))
+
+
+class ControlUse(Closed):
+    """A ControlNet in a request: it steers by `image` with `scale`, from the share `start` of the steps to `end`."""
+
+    ref: NetworkRef
+    image: bytes
+    preprocess: ControlPreprocess = "none"
+    scale: float = 1.0
+    start: float = Field(default=0.0, ge=0, le=1)
+    end: float = Field(default=1.0, ge=0, le=1)
+
+
+class ImagePromptUse(Closed):
+    """A picture in place of words, read by an IP-Adapter; `scale`: how much it counts beside the prompt."""
+
+    ref: NetworkRef
+    image: bytes
+    scale: float = 1.0
+
+
 class GenerateRequest(Closed):
     """`count` images of one prompt; image i has seed `seed + i`."""
 
@@ -87,6 +123,8 @@ class GenerateRequest(Closed):
     mask: EditMask | None = Field(default=None, description="the part of `image` that is redrawn; all of it without")
     references: tuple[bytes, ...] = Field(default=(), description="encoded pictures that the prompt refers to")
     hires: Hires | None = None
+    controls: tuple[ControlUse, ...] = ()
+    image_prompts: tuple[ImagePromptUse, ...] = ()
     previews: int = Field(default=0, ge=0, description="previews of each image while it runs")
     output_format: ImageFormat = "png"
     output_quality: int = Field(default=95, ge=0, le=100, description="of jpeg and webp")

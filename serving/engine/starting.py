@@ -10,7 +10,9 @@ from serving.engine.kept import KeptPart
 from serving.engine.pictures.edit import cells_of
 from serving.engine.pictures.vae import TiledVae, in_range
 from serving.engine.prompts import PromptCache, Text
+from serving.engine.steering import image_prompts_of, steering_of
 from serving.engine.tiers.adapters import Adapters
+from serving.engine.tiers.networks import Networks
 from serving.marking.noise import NoiseMark
 from training.base.base import Base
 from training.base.family import KNOWN, REFERENCE
@@ -20,11 +22,18 @@ class Starter:
     """`mark` puts its message into the first noise of every picture; without it, noise is what the seed alone gives."""
 
     def __init__(
-        self, base: Base, adapters: Adapters, prompts: PromptCache, mark: NoiseMark | None, vae: TiledVae
+        self,
+        base: Base,
+        adapters: Adapters,
+        networks: Networks,
+        prompts: PromptCache,
+        mark: NoiseMark | None,
+        vae: TiledVae,
     ) -> None:
         self._base = base
         self._vae = vae
         self._adapters = adapters
+        self._networks = networks
         self._prompts = prompts
         self._mark = mark
 
@@ -47,6 +56,18 @@ class Starter:
         slots = tuple(slot for _, _, slot in worn)
         prompts = [prompt for prompt, _ in job.parts] + ([job.negative] if job.guided else [])
         return [Text(prompt, mix, slots) for prompt in prompts]
+
+    def steer(self, samples: Sequence[Sample]) -> None:
+        """What the ControlNets and IP-Adapters of the samples' jobs tell their rows, found out once a job.
+
+        A ControlNet that was loaded anew between two samples of a job takes the place of the one before.
+        """
+        networks = self._networks.networks
+        for job in dict.fromkeys(sample.job for sample in samples if sample.job.networks):
+            if [one.steer.network for one in job.steering] != [networks[use.ref] for use in job.request.controls]:
+                job.steering = steering_of(job.request, job.hints, self._base, networks)
+            if len(job.image_prompts) != len(job.request.image_prompts):
+                job.image_prompts = image_prompts_of(job.request, job.hints, self._base, networks)
 
     def first_latents(self, samples: Sequence[Sample]) -> None:
         """What each sample's first step begins with: noise, or the request's picture with noise on it."""

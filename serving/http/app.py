@@ -38,10 +38,11 @@ from serving.http.history import routes as api_history
 from serving.http.history.keeping import PictureKeeper
 from serving.http.intake import Intake
 from serving.http.library import Library
+from serving.http.networks import routes as api_networks
 from serving.http.pages import add_studio
 from serving.http.problems import REQUEST_ID, ApiError, Problem, describe
 from serving.http.replies import KeyReused, Replies
-from serving.http.sdapi import info, reading, routes
+from serving.http.sdapi import controlnet, info, reading, routes
 from serving.http.service import Engines, Generate, Service, request_id, service_of
 from serving.http.wire import ErrorAnswer, Health
 from serving.http.withheld import WithheldNames
@@ -123,8 +124,9 @@ def create_app(
     for name, value in extension.state.items():
         setattr(app.state, name, value)
     own = (api_images.router, api_edits.router, api_history.router, api_exports.router, api_adapters.router)
+    beside = (api_networks.router, controlnet.router)
     marked = (api_detect.router, api_consents.router, routes.router, info.router, reading.router)
-    for router in (*own, *marked, *extension.routers):
+    for router in (*own, *beside, *marked, *extension.routers):
         app.include_router(router, dependencies=SECURITY)
     app.get("/healthz", tags=["operation"], responses={503: {"model": Health}})(_health)
     app.get("/metrics", tags=["operation"], response_class=Response)(_metrics)

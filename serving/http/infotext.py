@@ -6,7 +6,7 @@ import re
 
 from PIL import PngImagePlugin
 
-from serving.engine.request import AdapterUse, GenerateRequest
+from serving.engine.request import AdapterUse, ControlUse, GenerateRequest
 from serving.http.sdapi.samplers import sampler_label
 
 KEY = "parameters"
@@ -32,6 +32,7 @@ def infotext(request: GenerateRequest, seed: int, base: str, base_hash: str) -> 
         **_second_pass(request),
         "Lora hashes": ", ".join(f"{name}: {use.ref.version[:12]}" for name, use in worn) or None,
     }
+    settings |= {f"ControlNet {index}": _control(use) for index, use in enumerate(request.controls)}
     prompt = " ".join([request.prompt, *(f"<lora:{name}:{use.weight:g}>" for name, use in worn)])
     negative = f"\n{_NEGATIVE} {request.negative_prompt}" if request.negative_prompt else ""
     told = ", ".join(f"{name}: {_quoted(value)}" for name, value in settings.items() if value is not None)
@@ -97,6 +98,12 @@ def _unquoted(text: str) -> str:
         except ValueError:
             return text
     return text
+
+
+def _control(use: ControlUse) -> str:
+    """A unit as the extension writes it."""
+    weight = f"Weight: {use.scale:g}, Guidance Start: {use.start:g}, Guidance End: {use.end:g}"
+    return f"Module: {use.preprocess}, Model: {use.ref.name} [{use.ref.version[:8]}], {weight}"
 
 
 def _quoted(value: object) -> str:

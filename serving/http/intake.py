@@ -11,11 +11,13 @@ from dataclasses import dataclass
 
 from serving.config import ServeSpec
 from serving.engine.pictures.codec import count
-from serving.engine.request import AdapterRef, AdapterUse, GenerateRequest, Hires
+from serving.engine.request import AdapterRef, AdapterUse, ControlUse, GenerateRequest, Hires, ImagePromptUse
 from serving.engine.syntax import is_plain, read_negative, read_prompt
 from serving.errors import Refused
 from serving.http.hires import check_hires, second_pass
 from serving.http.library import Library
+from serving.http.networks.shelf import ReadPicture
+from serving.http.networks.wire import ControlBody, ImagePromptBody
 from serving.http.problems import ApiError
 from serving.http.wire import ImagesBody, TokenDetails, TokenUsage, UsedAdapter, WornAdapter
 from training.base.facts import Facts, SamplerName
@@ -87,6 +89,8 @@ class Intake:
                 image=None if body.image is None else read_picture_field(body.image, "image", width, height),
                 strength=body.strength or 0.8,
                 hires=None if body.hires is None else second_pass(body.hires, (width, height), steps, self.facts),
+                controls=self.controls(body.control or (), width, height),
+                image_prompts=self.image_prompts(body.image_prompts or (), width, height),
                 previews=body.partial_images or 0,
                 output_format=body.output_format or "png",
                 linked=body.response_format == "url",
@@ -125,6 +129,13 @@ class Intake:
                 param="negative_prompt",
             )
         self._check_syntax(request)
+        if request.hires is not None and request.controls:
+            raise ApiError(
+                400,
+                "A second pass (`hires`) has another size than the pictures of `control`, and is not steered by them. "
+                "Send one of the two.",
+                param="hires",
+            )
         for use in request.adapters:
             if abs(use.weight) > limits.weight:
                 raise ApiError(
@@ -172,6 +183,18 @@ class Intake:
         named = self._named_by(model)
         mix = [*([(named, 1.0, "model")] if named else []), *((one.id, one.weight, "adapters") for one in worn)]
         return tuple((self._resolve(tenant, name, param), weight) for name, weight, param in mix)
+
+    def controls(
+        self, asked: Sequence[ControlBody], width: int, height: int, field: str = "control"
+    ) -> tuple[ControlUse, ...]:
+        """The ControlNets of a request for images of that size, as the engine takes them. Raises ApiError."""
+        _at_most(len(asked), self.spec.engine.networks, field, "ControlNets")
+        return tuple(self.library.networks.controls(asked, _reading(width, height), field))
+
+    def image_prompts(self, asked: Sequence[ImagePromptBody], width: int, height: int) -> tuple[ImagePromptUse, ...]:
+        """The pictures in place of words of a request, as the engine takes them. Raises ApiError."""
+        _at_most(len(asked), self.spec.engine.networks, "image_prompts", "pictures in place of words")
+        return tuple(self.library.networks.image_prompts(asked, _reading(width, height)))
 
     def told(self, prompt: str, worn: Sequence[Worn]) -> str:
         """`prompt`, with the triggers that it lacks before it, if the server adds them."""
@@ -228,15 +251,15 @@ class Intake:
 
 
 def usage_of(request: GenerateRequest, library: Library, indices: Sequence[int]) -> TokenUsage:
-    """What images `indices` of a request take; the prompts and the start picture count with image 0.
+    """What images `indices` of a request take; the prompts and the pictures that were sent count with image 0.
 
     A token of text is one of the base's tokenizer, a token of an image one latent cell.
     """
     cells = -(-request.pixels // library.outline.facts.cell_px**2)
     first = 0 in indices
     text = library.count_tokens(request.prompt) + library.count_tokens(request.negative_prompt) if first else 0
-    pictures = (request.image is not None) + len(request.references)
-    start = cells * pictures if first else 0
+    given = (request.image is not None) + len(request.references) + len(request.controls) + len(request.image_prompts)
+    start = cells * given if first else 0
     made = cells * len(indices)
     return TokenUsage(
         input_tokens=text + start,
@@ -268,6 +291,11 @@ def uses(worn: Sequence[Worn]) -> tuple[AdapterUse, ...]:
 def any_seed() -> int:
     """A seed for a request that names none; 31 bits, since some clients keep seeds in a 32-bit integer."""
     return secrets.randbits(31)
+
+
+def _reading(width: int, height: int) -> ReadPicture:
+    """Reads the picture fields of a request for images of that size."""
+    return lambda text, field: read_picture_field(text, field, width, height)
 
 
 def read_picture_field(text: str, field: str, width: int, height: int) -> bytes:

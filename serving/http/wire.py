@@ -11,6 +11,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from serving.engine.request import MAX_SEED, ImageFormat, PromptSyntax
 from serving.http.defaults import ImageDefaults
+from serving.http.networks.wire import ControlBody, ImagePromptBody
 from training.base.facts import SamplerName
 from training.storage.closed import Closed
 
@@ -105,6 +106,8 @@ class ImagesBody(Closed):
     guidance_scale: float | None = Field(None, ge=0, le=100)
     scheduler: SamplerName | None = None
     image: str | None = Field(None, max_length=MAX_PICTURE, description="a picture to start from, base64 or a data URL")
+    control: tuple[ControlBody, ...] | None = Field(None, description="ControlNets, and the pictures they steer by")
+    image_prompts: tuple[ImagePromptBody, ...] | None = Field(None, description="pictures in place of words")
     strength: float | None = Field(None, gt=0, le=1, description="how much of `image` is redrawn: 1 is all of it")
     hires: Annotated[HiresBody | None, BeforeValidator(from_json)] = None
 

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
+from training.base.controls import Controls, Steer
 from training.base.facts import Facts
+from training.base.image_prompts import ImagePrompt, ImagePrompts
 from training.base.wording import Phrases
 
 if TYPE_CHECKING:
@@ -35,12 +37,15 @@ class RowFacts(NamedTuple):
     """What a denoiser may want to know of a row beside latents, time and prompt. Pixels are (down, across).
 
     `original_px` is the size of the photo and `crop_px` where its crop began: None for a picture that is drawn.
-    `guidance` is for bases that take it as an input.
+    `guidance` is for bases that take it as an input; `steers` are the row's ControlNets, of the family's `controls`,
+    and `image_prompts` its pictures, of the family's `image_prompts`.
     """
 
     original_px: tuple[int, int] | None = None
     crop_px: tuple[int, int] | None = None
     guidance: float = 1.0
+    steers: tuple[Steer, ...] = ()
+    image_prompts: tuple[ImagePrompt, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -57,11 +62,17 @@ class Parts:
 
 
 class Family(Protocol):
-    """One family, for one base. `pipelines` are the diffusers pipelines that are of it; `title` is what people say."""
+    """One family, for one base. `pipelines` are the diffusers pipelines that are of it; `title` is what people say.
+
+    `controls`: its ControlNets, of which `RowFacts.steers` are; `image_prompts`: its IP-Adapters, of which
+    `RowFacts.image_prompts` are; None where there are none for it.
+    """
 
     pipelines: ClassVar[tuple[str, ...]]
     title: ClassVar[str]
     facts: Facts
+    controls: Controls | None
+    image_prompts: ImagePrompts | None
 
     def __init__(self, folder: Path, name: str) -> None:
         """Reads the configs; `name` is what messages call the base.

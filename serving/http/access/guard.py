@@ -19,7 +19,7 @@ from serving.http.problems import ApiError, describe
 from serving.http.service import Service, service_of
 
 OPEN = "/healthz"  # load balancers ask by address
-KEYED = ("/v1/", "/sdapi/")
+KEYED = ("/v1/", "/sdapi/", "/controlnet/")
 FREE = ("/v1/detect", "/v1/reports")  # no key is needed; one that is sent must be valid
 UPLOAD = "/v1/adapters"
 UPLOADS = (UPLOAD, "/v1/files")

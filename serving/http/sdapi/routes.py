@@ -20,6 +20,7 @@ from serving.http.images import ERRORS
 from serving.http.infotext import infotext
 from serving.http.intake import any_seed, read_picture_field, uses
 from serving.http.problems import ApiError
+from serving.http.sdapi.controlnet import read_units
 from serving.http.sdapi.inpainting import read_hires, read_mask
 from serving.http.sdapi.prompt import refuse_tags, split_prompt
 from serving.http.sdapi.samplers import read_sampler, sampler_label
@@ -167,6 +168,8 @@ def _wanted(service: Service, tenant: str, body: Txt2ImgBody, name: str) -> Gene
     side = intake.facts.resolution
     width, height = body.width or side, body.height or side
     mix = intake.worn(tenant, None, worn)
+    first = body.init_images[0] if isinstance(body, Img2ImgBody) else None
+    units = read_units((body.model_extra or {}).get("alwayson_scripts"), first, width, height)
     image, mask, strength = None, None, 1.0
     if isinstance(body, Img2ImgBody):
         image = read_picture_field(body.init_images[0], "init_images", width, height)
@@ -194,6 +197,7 @@ def _wanted(service: Service, tenant: str, body: Txt2ImgBody, name: str) -> Gene
             strength=strength,
             mask=mask,
             hires=read_hires(body, width, height, steps, intake.facts),
+            controls=intake.controls(units, width, height, "alwayson_scripts"),
             previews=PREVIEWS,
             deadline_s=intake.spec.limits.deadline_s,
         )

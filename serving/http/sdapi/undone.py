@@ -113,9 +113,9 @@ def _check_scripts(scripts: Mapping[str, object]) -> None:
     for name, script in scripts.items():
         arguments = script.get("args") if isinstance(script, Mapping) else script
         asked = arguments if isinstance(arguments, list) else [arguments]
-        if asked and asked[0] is not False and not all(map(_is_off, asked)):
+        if name.lower() != "controlnet" and asked and asked[0] is not False and not all(map(_is_off, asked)):
             raise ApiError(
                 400,
-                f"'alwayson_scripts' asks for '{name[:80]}': this server has no ControlNet or other extensions.",
+                f"'alwayson_scripts' asks for '{name[:80]}': this server has no extension but ControlNet.",
                 param="alwayson_scripts",
             )

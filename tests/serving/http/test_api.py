@@ -28,7 +28,9 @@ from serving.local import LocalEngines
 from tests.serving.company import random_adapter, small
 from training.adapters.adapter import Adapter, save_adapter
 from training.base.base import Base
+from training.base.files.folder import EMBEDDED
 from training.base.files.outline import outline
+from training.storage.networks import NetworkFolders
 from training.storage.registry import Registry
 from training.storage.storage import open_storage
 
@@ -47,7 +49,9 @@ class World:
             base=str(folder), storage=str(storage), engine=small(queue=6), limits=LIMITS, refresh_s=0.05, **changes
         )
         self.registry = Registry(open_storage(str(storage)))
-        self.loop = EngineLoop(Engine(tiny, self.spec.engine, Fetcher(self.registry)))
+        networks = NetworkFolders(self.registry.storage, EMBEDDED)
+        engine = Engine(tiny, self.spec.engine, Fetcher(self.registry), open_network=networks.folder)
+        self.loop = EngineLoop(engine)
         self.library = Library(self.registry, outline(str(folder)), refresh_s=0.05, serves=self.spec.serves)
         self.keys = Keys(storage / "keys.json") if keys else None
         self.tokens = {name: self.keys.make(name)[1] for name in ("ann", "bob")} if self.keys else {}

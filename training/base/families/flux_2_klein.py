@@ -9,11 +9,13 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from training.base.controls import Controls
 from training.base.facts import FLOW_SAMPLERS, Facts, check_class, check_files, read_config, with_defaults
 from training.base.families.blocks import DOUBLE_BLOCKS, FLUX_2_GROWTH, inner_growth
 from training.base.family import NOTHING, REFERENCE, Cond, Parts, RowFacts, Wording, Words
 from training.base.files.weights import load_model
 from training.base.footprint import PIXEL_BYTES
+from training.base.image_prompts import ImagePrompts
 from training.base.originals import Original, any_like, below, by_rules
 from training.errors import UserError
 
@@ -108,6 +110,8 @@ class Flux2Klein:
             half="bf16",
         )
         self.facts = with_defaults(facts, folder)
+        self.controls: Controls | None = None
+        self.image_prompts: ImagePrompts | None = None
 
     @staticmethod
     def owns(shapes: Mapping[str, tuple[int, ...]]) -> bool:

@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from training.base.controls import Controls
 from training.base.facts import check_files, read_config, with_defaults
 from training.base.families.clip import CLIP_ATTENTION, CLIP_LAYERS, check_clip, emphasised, load_tokenizer, run_clip
 from training.base.families.unet import (
@@ -22,8 +23,11 @@ from training.base.families.unet import (
     unet_features,
     with_known,
 )
+from training.base.families.unet_control import UnetControls, unet_residuals
+from training.base.families.unet_image_prompt import UnetImagePrompts, cross_attentions
 from training.base.family import NOTHING, Cond, Parts, RowFacts, Wording, Words
 from training.base.files.weights import load_model
+from training.base.image_prompts import ImagePrompts, prompted
 from training.base.originals import any_like
 
 if TYPE_CHECKING:
@@ -65,6 +69,8 @@ class StableDiffusion:
             **_label(unet, v=json.loads((folder / SCHEDULER).read_text()).get("prediction_type") == "v_prediction"),
         )
         self.facts = with_defaults(facts, folder)
+        self.controls: Controls | None = UnetControls(unet, self.title, facts.cell_px)
+        self.image_prompts: ImagePrompts | None = UnetImagePrompts(unet)
 
     @staticmethod
     def owns(shapes: Mapping[str, tuple[int, ...]]) -> bool:
@@ -138,9 +144,11 @@ class StableDiffusion:
 
         unet: Any = parts.models["unet"]
         states_NLC = torch.stack([cond["states"] for cond in conds])
+        residuals = unet_residuals(rows, x_NCHW, times_N, states_NLC, {})
         if self.facts.inpaints:
             x_NCHW = with_known(x_NCHW, conds, lambda: self._grey(parts, x_NCHW))
-        output_NCHW: Tensor = unet(x_NCHW, times_N, encoder_hidden_states=states_NLC).sample
+        with prompted(lambda: cross_attentions(unet), rows):
+            output_NCHW: Tensor = unet(x_NCHW, times_N, encoder_hidden_states=states_NLC, **residuals).sample
         return output_NCHW
 
     def _grey(self, parts: Parts, like_NCHW: "Tensor") -> "Tensor":

@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from training.base.controls import Controls
 from training.base.facts import SamplerName, check_files, read_config, with_defaults
 from training.base.families.clip import CLIP_ATTENTION, CLIP_LAYERS, check_clip, emphasised, load_tokenizer, run_clip
 from training.base.families.sgm import sgm_originals
@@ -24,8 +25,11 @@ from training.base.families.unet import (
     unet_features,
     with_known,
 )
+from training.base.families.unet_control import UnetControls, unet_residuals
+from training.base.families.unet_image_prompt import UnetImagePrompts, cross_attentions
 from training.base.family import NOTHING, Cond, Parts, RowFacts, Wording, Words
 from training.base.files.weights import load_model
+from training.base.image_prompts import ImagePrompts, prompted
 from training.base.originals import any_like
 from training.errors import UserError
 
@@ -87,6 +91,8 @@ class StableDiffusionXL:
             sampler=SAMPLERS.get(str(self._scheduler.get("_class_name")), "euler"),
         )
         self.facts = with_defaults(facts, folder)
+        self.controls: Controls | None = UnetControls(unet, self.title, facts.cell_px)
+        self.image_prompts: ImagePrompts | None = UnetImagePrompts(unet)
 
     @staticmethod
     def owns(shapes: Mapping[str, tuple[int, ...]]) -> bool:
@@ -203,9 +209,13 @@ class StableDiffusionXL:
             "time_ids": constant(ids, torch.float32, x_NCHW.device).view(len(rows), -1),
         }
         states_NLC = torch.stack([cond["states"] for cond in conds])
+        residuals = unet_residuals(rows, x_NCHW, times_N, states_NLC, added)
         if self.facts.inpaints:
             x_NCHW = with_known(x_NCHW, conds, lambda: self._grey(parts, x_NCHW))
-        output_NCHW: Tensor = unet(x_NCHW, times_N, encoder_hidden_states=states_NLC, added_cond_kwargs=added).sample
+        with prompted(lambda: cross_attentions(unet), rows):
+            output_NCHW: Tensor = unet(
+                x_NCHW, times_N, encoder_hidden_states=states_NLC, added_cond_kwargs=added, **residuals
+            ).sample
         return output_NCHW
 
     def _grey(self, parts: Parts, like_NCHW: "Tensor") -> "Tensor":
