@@ -13,11 +13,11 @@ from serving.errors import Refused
 from training.adapters.bank import Bank, Route
 from training.adapters.coverage import Coverage, Places
 from training.base.base import Base
-from training.base.family import Words
+from training.base.family import Wording, Words
 from training.base.tokens import TokenKind
 
 
-def cells_of(region: Region | None, size: tuple[int, int]) -> Tensor:
+def share_of_cells(region: Region | None, size: tuple[int, int]) -> Tensor:
     """How much of each cell a region covers, float32 [h, w] in 0 to 1."""
     height, width = size
     if region is None:
@@ -51,13 +51,13 @@ def _along(count: int, start: float, end: float, feather: float) -> Tensor:
     return covered
 
 
-def places_of(base: Base, prompt: str, regions: Sequence[Region | None], words: Words) -> tuple[Places, ...]:
+def places_of(base: Base, prompt: Wording, regions: Sequence[Region | None], words: Words) -> tuple[Places, ...]:
     """The tokens of `prompt` that wear each region's adapter. Raises Refused for words that are cut off or not there.
 
     `words` are the trained words that the prompt may use.
     """
     found: list[Places] = []
-    for region, spans in zip(regions, spans_of_words(prompt, regions), strict=True):
+    for region, spans in zip(regions, spans_of_words(str(prompt), regions), strict=True):
         places = None if spans is None else tuple(base.family.places(base.parts, prompt, spans, words))
         if region is not None and region.words and not places:
             raise Refused(f"The words {', '.join(map(repr, region.words))} are not among the tokens of the prompt.")
@@ -76,8 +76,11 @@ def cover_rows(
     base: Base,
     pictures: Sequence[Tensor | None],
     places: Sequence[tuple[Places, ...] | None],
+    further: int = 0,
 ) -> list[Route]:
     """`routes` worn only where the rows' `pictures` [K, h, w] and `places` say; None is everywhere.
+
+    `further`: tokens of other pictures behind the row's own.
 
     Rows with fewer adapters than others are filled up, as `make_routes` does. If no row says anything, nothing is
     changed.
@@ -94,7 +97,7 @@ def cover_rows(
         if picture is not None:
             picture_NKhw[n, : len(picture)] = picture
         filled.append([*(row or ()), *[None] * (k - len(row or ()))])
-    coverage = Coverage(base.facts.tokens, picture_NKhw, filled)
+    coverage = Coverage(base.facts.tokens, picture_NKhw, filled, further)
     return [route.covered(coverage, _kinds(route, bank, base)) for route in routes]
 
 

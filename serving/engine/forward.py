@@ -57,17 +57,22 @@ class Forward:
         slots: list[tuple[int, ...]] = [sample.slots or () for sample in rows]
         weights: list[tuple[float, ...]] = [sample.weights for sample in rows]
         places = [row for sample in order for row in sample.places]
-        pictures = [None if sample.job.where is None else sample.job.where.picture_Khw for sample in rows]
+        pictures = [None if sample.job.where is None else sample.job.where.at(sample.size) for sample in rows]
         own = OwnPrompts.of(order, base.device)
         rows, conds = rows + [row.sample for row in own.rows], conds + [row.cond for row in own.rows]
         slots, weights = slots + [row.slots for row in own.rows], weights + [row.weights for row in own.rows]
         fill = max(0, (fixed_rows or 0) - len(rows))
         conds += conds[:1] * fill
-        facts = [RowFacts(guidance=sample.job.request.guidance_scale) for sample in rows]
-        facts += facts[:1] * fill
+        shown = [one for sample in order for one in sample.image_prompts] + [row.image_prompts for row in own.rows]
+        facts = [
+            RowFacts(guidance=sample.job.request.guidance_scale, image_prompts=one)
+            for sample, one in zip(rows, shown, strict=True)
+        ]
+        facts += [RowFacts(guidance=facts[0].guidance)] * fill
         routes = make_routes(bank, [base.facts.denoiser], slots + [()] * fill, weights + [()] * fill, empty)
         everywhere = [None] * (len(own.rows) + fill)
-        routes = cover_rows(routes, bank, base, [*pictures, *everywhere], [*places, *everywhere])
+        further = order[0].more_cells
+        routes = cover_rows(routes, bank, base, [*pictures, *everywhere], [*places, *everywhere], further)
         guidance = torch.tensor([sample.job.request.guidance_scale for sample in order[:guided]])
         return cls(
             order=tuple(order),
@@ -92,12 +97,24 @@ class Forward:
         guided = len(self.guidance_G)
         x_MCHW = self._rows(lines.model_input(latents_NCHW))
         with bank.using(*self.routes):
-            output = base.predict(x_MCHW.to(base.dtype), self._rows(lines.timesteps_N), self.conds, self.facts).float()
+            times_M = self._rows(lines.timesteps_N)
+            output = base.predict(x_MCHW.to(base.dtype), times_M, self.conds, self._steered()).float()
         plain, prompted = output[: 2 * guided].unflatten(0, (guided, 2)).unbind(1)
         after = guided + len(self.order)
         said = self.own.blend(torch.cat([prompted, output[2 * guided : after]]), output[after:])
         pushed = plain + self.guidance_G * (said[:guided] - plain)
         return torch.cat([pushed, said[guided:]])
+
+    def _steered(self) -> tuple[RowFacts, ...]:
+        """`facts` with the ControlNets of this step; rows that nobody reads have none."""
+        steers = [sample.steers for sample in self.order]
+        if not any(steers):
+            return self.facts
+        guided = len(self.guidance_G)
+        of_rows = [one for one in steers[:guided] for _ in range(2)] + steers[guided:]
+        of_rows += [row.sample.steers for row in self.own.rows]
+        facts = zip(self.facts, of_rows, strict=False)
+        return (*(fact._replace(steers=one) for fact, one in facts), *self.facts[len(of_rows) :])
 
     def _rows(self, samples_NX: Tensor) -> Tensor:
         """One line a sample, laid out as rows."""

@@ -10,13 +10,23 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
+from serving.engine.kept import KeptPart
+from serving.engine.pictures.edit import Edit
+from serving.engine.pictures.hints import NO_HINTS, Hints
 from serving.engine.region import Region
-from serving.engine.request import MAX_SEED, AdapterRef, GenerateRequest
+from serving.engine.request import MAX_SEED, AdapterRef, GenerateRequest, NetworkRef
+from serving.engine.steering import Steering
 from serving.engine.tiers.adapters import Loads
+from serving.engine.tiers.networks import NetworkLoads
 from training.adapters.coverage import Places
-from training.base.family import Cond
+from training.base.controls import Steer
+from training.base.family import Cond, Wording
+from training.base.image_prompts import ImagePrompt
 from training.base.noise.process import Schedule
+
+Cover = tuple[tuple[Places, ...], tuple[float, ...]]  # of a text: the tokens that wear each adapter, and how much of it
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +36,13 @@ class Placing:
     picture_Khw: Tensor
     places: tuple[tuple[Places, ...], tuple[Places, ...]]
 
-    def of_prompt(self, prompt: int, chosen: Sequence[int]) -> tuple[tuple[Places, ...], tuple[float, ...]]:
+    def at(self, size: tuple[int, int]) -> Tensor:
+        """`picture_Khw` at another size, as of an enlarged picture."""
+        if self.picture_Khw.shape[1:] == size:
+            return self.picture_Khw
+        return functional.interpolate(self.picture_Khw[None], size, mode="bilinear")[0]
+
+    def of_prompt(self, prompt: int, chosen: Sequence[int]) -> Cover:
         """Of the `chosen` adapters, the tokens of a prompt that wear each, and how much what is pooled of it does."""
         places = tuple(self.places[prompt][index] for index in chosen)
         means = self.picture_Khw.mean(dim=(1, 2)).tolist()
@@ -44,11 +60,23 @@ class Job:
     arrived_s: float  # time.monotonic
     takes_negative: bool = True  # whether the base is guided by a second row, with the negative prompt
     loads: Loads = field(default_factory=dict)
+    hints: Hints = NO_HINTS
+    network_loads: NetworkLoads = field(default_factory=dict)
+    # what its ControlNets and its pictures tell its rows, once they are on the device
+    steering: tuple[Steering, ...] = ()
+    image_prompts: tuple[tuple[ImagePrompt, ImagePrompt], ...] = ()  # with the prompt, with the negative one
     samples: list["Sample"] = field(default_factory=list)
-    conds: tuple[Cond, ...] | None = None  # of `texts`
-    together: Hashable = None  # the family's key of the prompts: only rows with equal keys share a forward
+    edit: Edit | None = None  # what of the picture is redrawn, and what it is put back into
+    references: tuple[Tensor, ...] = ()  # the pictures that the prompt refers to, uint8
+    second: Schedule | None = None  # of the pass that redraws what is enlarged
+    conds: tuple[Cond, Cond | None] | None = None  # of the prompt and, with guidance, of the negative prompt
+    further: list[Cond] = field(default_factory=list)  # of the prompts that `AND` joins to the first
+    own_conds: list[Cond] = field(default_factory=list)  # of the prompts of regions
+    parts: tuple[tuple[Wording, float], ...] = ()  # the prompts, each with the weight of its prediction
+    negative: Wording = ""
     where: Placing | None = None  # where in a row the adapters are worn, if any has a region
     image: tuple[Tensor, Tensor] | None = None  # mean and std [C, h, w] of the picture's latents
+    encoded: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)  # of other pictures, by what they are
     started_s: float | None = None
     over: bool = False
 
@@ -72,16 +100,20 @@ class Job:
         """Which of `keys` have a prompt for their region."""
         return tuple(index for index, one in enumerate(self.regions) if one is not None and one.prompt is not None)
 
-    @property
-    def texts(self) -> tuple[str, ...]:
-        """The prompt, with guidance the negative prompt, and the prompts of regions."""
-        negative = [self.request.negative_prompt] if self.guided else []
-        own = [one.prompt for one in self.regions if one is not None and one.prompt is not None]
-        return (self.request.prompt, *negative, *own)
-
     def wearing(self, own: int) -> tuple[int, ...]:
         """Of `keys`, what the row of the prompt of region `own` wears: that adapter, and those that are everywhere."""
         return tuple(index for index, one in enumerate(self.regions) if index == own or one is None)
+
+    @property
+    def steps(self) -> int:
+        """Of all passes of one of its images."""
+        return self.schedule.steps + (self.second.steps if self.second else 0)
+
+    @property
+    def networks(self) -> tuple[NetworkRef, ...]:
+        """The ControlNets that steer it, and the IP-Adapters that read its pictures."""
+        asked = self.request
+        return (*(use.ref for use in asked.controls), *(use.ref for use in asked.image_prompts))
 
     @property
     def deadline_s(self) -> float:
@@ -91,28 +123,49 @@ class Job:
     @property
     def guided(self) -> bool:
         """Whether it takes a row with the negative prompt too: guidance above 1, on a base that is guided so."""
-        return self.takes_negative and self.request.guidance_scale > 1.0
+        return self.takes_negative and (self.request.guidance_scale > 1.0 or self.composed)
+
+    @property
+    def composed(self) -> bool:
+        """Whether its prediction is made of those of several prompts."""
+        return len(self.parts) > 1
 
 
 @dataclass(eq=False, slots=True)
 class Sample:
     """One image being made. `latents` and `clean` are [C, h, w] float32 on the device once it runs.
 
-    `wide`: its two rows of guidance are more than one forward may have, so it takes a step in two forwards, and others
-    may go between them. `plain` is the first one's prediction [C, h, w], while the second is to come.
+    `wide`: its rows of guidance are more than one forward may have, or they are more than two, so it takes a step in as
+    many forwards, and others may go between them. `said` are the predictions [C, h, w] of the rows before the last.
     """
 
     job: Job
     index: int
     size: tuple[int, int]
     wide: bool = False
-    plain: Tensor | None = None
+    more_cells: int = 0
+    said: list[Tensor] = field(default_factory=list)
     slots: tuple[int, ...] | None = None  # of its adapters, once it has started
     step: int = 0
     previews: int = 0
     generator: torch.Generator | None = None
     latents: Tensor | None = None
     clean: Tensor | None = None
+    kept: KeptPart | None = None  # what stays of the picture that is edited
+    beside: Mapping[str, Tensor] = field(default_factory=dict)  # what its prompts' records hold beside them
+    together: Hashable = None  # the family's key of the prompts: only rows with equal keys share a forward
+    enlarged: bool = False  # whether it is in its second pass
+
+    @property
+    def schedule(self) -> Schedule:
+        """The run of the pass that it is in."""
+        second = self.job.second if self.enlarged else None
+        return second or self.job.schedule
+
+    @property
+    def taken(self) -> int:
+        """Steps of all its passes that are behind it."""
+        return self.step + (self.job.schedule.steps if self.enlarged else 0)
 
     @property
     def tenant(self) -> str:
@@ -122,12 +175,12 @@ class Sample:
     @property
     def kind(self) -> tuple[Hashable, ...]:
         """Samples of equal kinds may share a forward: latents' size, and the family's key of the prompts."""
-        return (*self.size, self.job.together)
+        return (*self.size, self.together)
 
     @property
     def cells(self) -> int:
-        """Latent cells of one of its rows."""
-        return self.size[0] * self.size[1]
+        """Latent cells of one of its rows, with those of the pictures that its prompt refers to."""
+        return self.size[0] * self.size[1] + self.more_cells
 
     @property
     def paired(self) -> bool:
@@ -136,34 +189,47 @@ class Sample:
 
     @property
     def rows(self) -> int:
-        """Rows of a forward it takes: two with guidance, one without or if it is wide; and one a region's prompt."""
+        """Rows of a forward it takes: two with guidance, one without or if it is wide, and one a region's prompt."""
         return (2 if self.paired else 1) + len(self.job.own_prompts)
 
     @property
     def weights(self) -> tuple[float, ...]:
         """The weight of each of its job's adapters at the next step."""
-        return tuple(use.weight_at(self.step, self.job.schedule.steps) for use in self.job.request.adapters)
+        return tuple(use.weight_at(self.step, self.schedule.steps) for use in self.job.request.adapters)
 
     @property
     def places(self) -> list[tuple[Places, ...] | None]:
         """The tokens of each of `conds` that wear its job's adapters."""
         where = self.job.where
-        return [None if where is None else where.places[prompt] for prompt in self.prompts]
+        return [None] * len(self.conds) if where is None else [where.places[prompt] for prompt in self.prompts]
 
     @property
     def conds(self) -> list[Cond]:
         """The prompts of its next rows, without those of regions."""
         assert self.job.conds is not None
-        return [self.job.conds[prompt] for prompt in self.prompts]
+        prompt, negative = self.job.conds
+        every = [*([] if negative is None else [negative]), prompt, *self.job.further]
+        now = [every[len(self.said)]] if self.wide and negative is not None else every
+        return [{**cond, **self.beside} for cond in now]
 
     @property
     def prompts(self) -> tuple[int, ...]:
-        """Which of its job's prompts its next rows have: 0 the prompt, 1 the negative prompt."""
+        """Which of its job's prompts its next rows have, if it has regions: 0 the prompt, 1 the negative prompt."""
         if not self.job.guided:
             return (0,)
         if self.wide:
-            return (1,) if self.plain is None else (0,)
+            return (0,) if self.said else (1,)
         return (1, 0)
+
+    def combined(self, last_CHW: Tensor) -> Tensor | None:
+        """Of a wide one: the guided prediction, if `last_CHW` is what its step's last row says; None if it is not."""
+        if len(self.said) <= len(self.job.further):
+            return None
+        plain_CHW, *others = self.said
+        found_CHW = plain_CHW
+        for (_, weight), row_CHW in zip(self.job.parts, [*others, last_CHW], strict=True):
+            found_CHW = found_CHW + self.job.request.guidance_scale * weight * (row_CHW - plain_CHW)
+        return found_CHW
 
     @property
     def at(self) -> Tensor:
@@ -180,7 +246,26 @@ class Sample:
     @property
     def ready(self) -> bool:
         """Whether all loads that it waits for have ended, well or not."""
-        return all(load.done() for load in self.job.loads.values())
+        job = self.job
+        return all(load.done() for load in job.loads.values()) and all(
+            load.done() for load in job.network_loads.values()
+        )
+
+    @property
+    def steers(self) -> tuple[Steer, ...]:
+        """The ControlNets that steer its next step."""
+        steps = self.schedule.steps
+        return tuple(one.steer for one in self.job.steering if one.active(self.step, steps))
+
+    @property
+    def image_prompts(self) -> list[tuple[ImagePrompt, ...]]:
+        """The pictures of its next rows, as `conds` are its prompts."""
+        found, blank = (tuple(pair[side] for pair in self.job.image_prompts) for side in (0, 1))
+        if not self.job.guided:
+            return [found]
+        if self.wide:
+            return [found if self.said else blank]
+        return [blank, found]
 
     @property
     def seed(self) -> int:
@@ -191,8 +276,8 @@ class Sample:
     def preview_due(self) -> bool:
         """Whether another preview is due; they are spread evenly over the steps, none after the last."""
         wanted = self.job.request.previews
-        steps = self.job.schedule.steps
-        return self.previews < wanted and self.step < steps and self.step * (wanted + 1) >= (self.previews + 1) * steps
+        taken, steps = self.taken, self.job.steps
+        return self.previews < wanted and taken < steps and taken * (wanted + 1) >= (self.previews + 1) * steps
 
     def draw(self, channels: int) -> Tensor:
         """The sample's next unit noise [C, h, w]: the same on every device, since a CPU generator draws it."""

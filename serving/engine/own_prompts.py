@@ -7,7 +7,7 @@ crop (Bar-Tal et al. 2023). So it needs no masks in a family's attention, and ta
 Shape suffixes: N samples, E rows of regions' prompts, C channels, h and w cells.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -15,12 +15,24 @@ from torch import Tensor
 
 from serving.engine.job import Job, Sample
 from serving.errors import Refused
+from training.base.base import Base
 from training.base.family import Cond
+from training.base.image_prompts import ImagePrompt
 
 
-def check_room(job: Job, room: int) -> None:
-    """Raises Refused for a job whose regions' prompts take more rows than a forward of its size has."""
+def check_room(job: Job, base: Base, step_rows: Callable[[int], int]) -> None:
+    """Raises Refused for a job with regions and `AND`, and for one whose regions' prompts find no room.
+
+    `step_rows`: how many rows of so many cells a forward has.
+    """
+    if job.composed and any(job.regions):
+        raise Refused("A prompt with AND and adapters with regions do not go together. Leave one of the two out.")
     prompts, own = 2 if job.guided else 1, len(job.own_prompts)
+    hires, cells = job.request.hires, job.samples[0].cells
+    if hires is not None:
+        height, width = base.latent_size(hires.height, hires.width)
+        cells = max(cells, height * width + job.samples[0].more_cells)
+    room = step_rows(cells)
     if own and prompts + own > room:
         raise Refused(
             f"{own} regions have prompts, and a forward of this size takes {max(0, room - prompts)} here. Leave "
@@ -35,6 +47,7 @@ class OwnRow(NamedTuple):
     cond: Cond
     slots: tuple[int, ...]
     weights: tuple[float, ...]
+    image_prompts: tuple[ImagePrompt, ...]
 
 
 class OwnPrompts(NamedTuple):
@@ -52,13 +65,15 @@ class OwnPrompts(NamedTuple):
             job = sample.job
             if not job.own_prompts:
                 continue
-            assert job.conds is not None and job.where is not None
-            covers_Ehw = job.where.picture_Khw[list(job.own_prompts)]
+            assert job.where is not None
+            covers_Ehw = job.where.at(sample.size)[list(job.own_prompts)]
+            shown = tuple(with_prompt for with_prompt, _ in job.image_prompts)
             cells += (covers_Ehw / covers_Ehw.sum(dim=0).clamp(min=1)).unbind()
-            for own, cond in zip(job.own_prompts, job.conds[-len(job.own_prompts) :], strict=True):
+            for own, cond in zip(job.own_prompts, job.own_conds, strict=True):
                 worn = job.wearing(own)
                 slots = tuple((sample.slots or ())[index] for index in worn)
-                rows.append(OwnRow(sample, cond, slots, tuple(sample.weights[index] for index in worn)))
+                weights = tuple(sample.weights[index] for index in worn)
+                rows.append(OwnRow(sample, {**cond, **sample.beside}, slots, weights, shown))
                 owners.append(place)
         shares = torch.stack(cells)[:, None] if cells else torch.zeros(0, 1, 1, 1)
         return cls(tuple(rows), torch.tensor(owners, dtype=torch.int64, device=device), shares.to(device))

@@ -18,11 +18,11 @@ from serving.errors import Refused
 from training.adapters.bank import Bank, Route
 from training.adapters.coverage import Places
 from training.base.base import Base
-from training.base.family import Cond, Words
+from training.base.family import Cond, Wording, Words
 
 Mix = tuple[tuple[AdapterRef, float], ...]
 _Where = tuple[tuple[Places, ...], tuple[float, ...]]  # a text's `places` and `shares`
-_Key = tuple[str, Mix, _Where, int]  # text, adapters that change it, where, chunks
+_Key = tuple[Wording, Mix, _Where, int]  # text, adapters that change it, where, chunks
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +32,7 @@ class Text:
     `places`: the tokens that wear each of them, and `shares`, how much what is pooled does; without, all of it does.
     """
 
-    text: str
+    text: Wording
     mix: Mix
     slots: tuple[int, ...]
     places: tuple[Places, ...] = ()
@@ -104,8 +104,8 @@ class PromptCache:
         chunks = self._base.count_chunks(text.text, self._words(text))
         if chunks > self._most:
             raise Refused(
-                f"The prompt '{text.text[:40]}...' takes {chunks} chunks of {self._room} tokens; at most {self._most} "
-                "are served. Shorten it."
+                f"The prompt '{str(text.text)[:40]}...' takes {chunks} chunks of {self._room} tokens; at most "
+                f"{self._most} are served. Shorten it."
             )
         return chunks
 

@@ -18,12 +18,17 @@ Places = tuple[int, ...] | None  # the tokens of a prompt that wear an adapter; 
 class Coverage:
     """`picture_NKHW` in 0 to 1, by cell; `places_NK[n][k]` the tokens of row n's prompt.
 
+    `further`: tokens of other pictures behind a row's own, which are of no place in it.
+
     What a layer asks for is laid out once, and kept: a coverage is used for as many steps as its route.
     """
 
-    def __init__(self, tokens: Tokens, picture_NKHW: Tensor, places_NK: Sequence[Sequence[Places]]) -> None:
+    def __init__(
+        self, tokens: Tokens, picture_NKHW: Tensor, places_NK: Sequence[Sequence[Places]], further: int = 0
+    ) -> None:
         self._tokens = tokens
         self._picture_NKHW = picture_NKHW
+        self._further = further
         self._places_NK = tuple(map(tuple, places_NK))
         self._mean_NK = picture_NKHW.mean(dim=(2, 3))
         self._known: dict[tuple[str, tuple[int, ...], torch.dtype], Tensor] = {}
@@ -49,8 +54,8 @@ class Coverage:
         if kind == "text":
             return self._text(count)
         if kind == "picture":
-            return self._filled(self._at(self._tokens.grid(self._size, count)).flatten(2), count)
-        picture = self._tokens.picture_tokens(self._size)
+            return self._filled(self._at(self._tokens.grid(self._size, count - self._further)).flatten(2), count)
+        picture = self._tokens.picture_tokens(self._size) + self._further
         parts = self._lay_out("picture", picture), self._text(count - picture)
         return torch.cat(parts[::-1] if self._tokens.text_first else parts, dim=2)
 
@@ -66,7 +71,7 @@ class Coverage:
         return functional.adaptive_avg_pool2d(self._picture_NKHW, size)
 
     def _filled(self, weights_NKT: Tensor, count: int) -> Tensor:
-        """What fills a picture up is of no place: it has the mean."""
+        """What fills a picture up, or is another one, is of no place: it has the mean."""
         fill = count - weights_NKT.shape[2]
         return torch.cat([weights_NKT, self._mean_NK[:, :, None].expand(-1, -1, fill)], 2) if fill else weights_NKT
 

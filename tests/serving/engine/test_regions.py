@@ -7,13 +7,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from serving.engine.covering import cells_of
+from serving.engine.covering import share_of_cells
 from serving.engine.engine import Engine
 from serving.engine.region import Region, WeightSpan, spans_of_words, weight_at
-from serving.engine.request import AdapterUse, GenerateRequest
+from serving.engine.request import AdapterUse, GenerateRequest, Hires
+from serving.engine.syntax import read_prompt
 from serving.errors import Refused
 from tests.families import write_family
-from tests.serving.company import WIDE, Shelf, ask, finished, picture, random_adapter, ref, small
+from tests.serving.company import WIDE, Shelf, ask, finished, picture, random_adapter, ref, run, small
 from tests.training.base.test_families import adapter_over, sites_of
 from training.adapters.adapter import Adapter
 from training.adapters.bank import Bank
@@ -232,15 +233,15 @@ def test_a_layer_is_the_bases_outside_of_a_region_and_the_adapters_inside(sd: Ba
 
 
 def test_edges_fall_off_but_not_at_the_border_of_the_picture() -> None:
-    hard = cells_of(Region(box=LEFT, feather=0), (8, 8))
+    hard = share_of_cells(Region(box=LEFT, feather=0), (8, 8))
     assert hard[0].tolist() == [1, 1, 1, 1, 0, 0, 0, 0]
-    part = cells_of(Region(box=(0.25, 0, 0.4375, 1), feather=0), (8, 8))  # one cell and a half
+    part = share_of_cells(Region(box=(0.25, 0, 0.4375, 1), feather=0), (8, 8))  # one cell and a half
     assert part[3].tolist() == pytest.approx([0, 0, 1, 0.5, 0, 0, 0, 0])
-    soft = cells_of(Region(box=LEFT, feather=0.5), (8, 8))[0]
+    soft = share_of_cells(Region(box=LEFT, feather=0.5), (8, 8))[0]
     assert soft[0] == 1 and soft.tolist() == sorted(soft.tolist(), reverse=True)
     assert soft[3] + soft[4] == pytest.approx(1) and 0 < float(soft[5]) < float(soft[4]) < 1
-    assert cells_of(Region(box=(0, 0, 1, 1), feather=1), (8, 6)).eq(1).all()
-    assert cells_of(Region(cells=bytes([255] * 8 + [51] * 56)), (8, 8))[1, 0] == pytest.approx(0.2)
+    assert share_of_cells(Region(box=(0, 0, 1, 1), feather=1), (8, 6)).eq(1).all()
+    assert share_of_cells(Region(cells=bytes([255] * 8 + [51] * 56)), (8, 8))[1, 0] == pytest.approx(0.2)
 
 
 def test_a_phrase_that_stands_as_often_as_it_is_named_is_shared_out_in_order() -> None:
@@ -262,7 +263,7 @@ def test_the_text_encoder_is_changed_at_the_words_alone(serving: Engine) -> None
     worn, plain = (job.conds[0]["states"] for job in jobs if job.conds is not None)
     assert torch.equal(worn[:4], plain[:4])  # start, a, photo, of
     assert (worn[4:] != plain[4:]).any(dim=1).all()
-    negatives = [job.conds[1]["states"] for job in jobs if job.conds is not None]
+    negatives = [job.conds[1]["states"] for job in jobs if job.conds is not None and job.conds[1] is not None]
     assert torch.equal(*negatives)
 
 
@@ -298,6 +299,53 @@ def test_more_prompts_than_a_forward_has_rows_for_are_refused(serving: Engine) -
     uses = tuple(use("a", Region(box=LEFT, words=(), prompt="a cat")) for _ in range(15))
     with pytest.raises(Refused, match="15 regions have prompts, and a forward of this size takes 2 here"):
         serving.submit(wearing(serving.base, *uses))
+
+
+# -- beside weighted words, a second pass and reference pictures
+
+
+def test_words_are_found_among_weighted_ones_and_not_beside_and(serving: Engine) -> None:
+    base, plain = serving.base, "a photo of sks dog on the beach"
+    (part, _), *_ = read_prompt("a photo of (sks) [dog] on the beach", "a1111")
+    (span,) = find_phrase(str(part), "sks dog")
+    (same,) = find_phrase(plain, "sks dog")
+    assert base.family.places(base.parts, part, [span], {}) == base.family.places(base.parts, plain, [same], {})
+    region = Region(box=LEFT, words=("sks dog",))
+    with pytest.raises(Refused, match="with AND and adapters with regions"):
+        serving.submit(wearing(base, use("a", region), prompt="a dog AND a cat", prompt_syntax="a1111"))
+
+
+def test_a_region_is_enlarged_with_its_picture(serving: Engine) -> None:
+    larger: dict[str, Any] = {"width": 16, "height": 16}
+    larger["hires"] = Hires(width=32, height=32, steps=2, strength=0.6, upscaler="latent")
+    base, spans = serving.base, (WeightSpan(start=0, end=1, weight=1.0),)
+    cells = Region(cells=bytes([255]) * 64)
+    plain, whole, bare = finished(
+        serving,
+        [
+            wearing(base, use("a"), **larger),
+            wearing(base, use("a", cells, schedule=spans), **larger),
+            wearing(base, **larger),
+        ],
+    )
+    own = Region(box=LEFT, words=(), prompt="a cat")
+    assert plain.shape[-1] == 16
+    assert apart(whole, plain) < CLOSE and apart(whole, bare) > 0.01
+    assert finished(serving, [wearing(base, use("a", own), **larger)])[0].shape == plain.shape
+
+
+def test_tokens_of_reference_pictures_are_behind_the_regions(engine: Engine) -> None:
+    base = engine.base
+    if not base.facts.references:
+        pytest.skip("it takes no references")
+    picture = torch.randint(0, 255, (3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    made = []
+    for worn in (use("a"), use("a", WHOLE), use("a", Region(box=LEFT))):
+        job = engine.submit(wearing(base, worn), references=[picture])
+        (sample,) = job.samples
+        run(engine, [job])
+        made.append(sample.at)
+    assert apart(made[1], made[0]) < CLOSE < apart(made[2], made[0])
 
 
 # -- weights

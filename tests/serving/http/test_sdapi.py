@@ -68,7 +68,6 @@ def test_a_clients_defaults_pass(world: World) -> None:
     ("field", "value"),
     [
         ("mask", picture()),
-        ("enable_hr", True),
         ("alwayson_scripts", {"ControlNet": {"args": [{"image": "x", "module": "canny"}]}}),
         ("script_name", "X/Y/Z plot"),
         ("tiling", True),
@@ -81,7 +80,7 @@ def test_a_clients_defaults_pass(world: World) -> None:
         ("eta", 0.5),
         ("s_churn", 1),
         ("refiner_checkpoint", "another"),
-        ("save_images", True),
+        ("clip_skip", 2),
         ("disable_extra_networks", True),
         ("infotext", "Steps: 4"),
         ("distilled_cfg_scale", 3.5),
@@ -149,6 +148,19 @@ def test_weights_of_a_tag_over_eight_steps(weights: str, text: float | None, ste
     back = use.model_copy(update={"schedule": read_schedule(again), "weight": again.peak})
     assert [back.weight_at(step, 8) for step in range(8)] == pytest.approx(steps, abs=1e-6)
     assert (again.text_encoder_weight if text is not None else None) == text
+
+
+def test_prompts_are_read_as_there(world: World) -> None:
+    """Brackets are weights on these routes, and on the images call where it says so; else they are drawn."""
+    weighted = txt2img(world, prompt="a (red:3) dog").json()["images"][0]
+    same = world.images(prompt="a (red:3) dog", prompt_syntax="a1111").json()["data"][0]["b64_json"]
+    literal = world.images(prompt="a (red:3) dog").json()["data"][0]["b64_json"]
+    assert (pixels(weighted) == pixels(same)).all() and (pixels(weighted) != pixels(literal)).any()
+    assert txt2img(world, prompt="a dog AND (snow:0.5) BREAK red").status_code == 200
+    for field in ("prompt", "negative_prompt"):
+        error = problem(txt2img(world, **{field: "a [dog:cat:0.5]"}), 400)
+        assert error["param"] == field and "[dog:cat:0.5]" in error["message"]
+    assert problem(world.images(prompt_syntax="compel"), 400)["param"] == "prompt_syntax"
 
 
 @pytest.mark.timeout(30)
@@ -315,6 +327,12 @@ def test_every_list_that_clients_ask_for_is_there(world: World) -> None:
             "memory",
             "samplers",
             "sd-models",
+            "script-info",
+            "extensions",
+            "realesrgan-models",
+            "loras",
+            "options",
+            "progress",
         )  # fmt: skip
     }
     assert {name: answer.status_code for name, answer in found.items()} == dict.fromkeys(found, 200)
