@@ -16,7 +16,7 @@ from pydantic import Field
 
 from fleet.archive import Folders, unpack
 from fleet.config import TrainLimits
-from fleet.once import digest, id_once
+from serving.http.once import digest, id_once
 from serving.errors import QuotaExceeded
 from serving.http.problems import ApiError
 from training.errors import UserError

@@ -15,7 +15,7 @@ from fleet.files import PREFIX, Files
 from fleet.hooks import check_hook
 from fleet.http.bodies import HookBody, JobBody, RunBody
 from fleet.manifests import check_depth, text_of
-from fleet.once import digest, id_once
+from serving.http.once import digest, id_once
 from fleet.settings import check_subject, default_id, subject_of
 from serving.errors import QueueFull
 from serving.http.problems import ApiError

@@ -3,19 +3,19 @@
 import asyncio
 from typing import Annotated, Literal
 
-from fastapi import APIRouter, File, Form, Header, Path, Query, Request, UploadFile
+from fastapi import APIRouter, File, Form, Path, Query, Request, UploadFile
 from fastapi.responses import Response
 
 from fleet.files import StoredFile
 from fleet.http.context import fleet_of
 from fleet.http.wire import FileDeleted, FileInfo, FilePage, FileProblem, FileSubject, FileWarning
 from serving.http.images import ERRORS
+from serving.http.once import Once
 from serving.http.problems import ApiError
 from serving.http.service import service_of
 
 router = APIRouter(tags=["training"])
 FileId = Annotated[str, Path(max_length=100)]
-Once = Annotated[str | None, Header(max_length=255, description="a request with the same key makes one thing")]
 
 
 @router.post("/v1/files", responses=ERRORS)

@@ -9,10 +9,10 @@ from fastapi.responses import Response, StreamingResponse
 from fleet.board import Submitted
 from fleet.http.bodies import JobBody
 from fleet.http.context import FleetContext, check_admin, event_page, event_stream, fleet_of, wants_stream
-from fleet.http.files import Once
 from fleet.http.wire import CheckpointInfo, CheckpointPage, EventPage, JobInfo, JobPage, SamplePage
 from fleet.showing import checkpoints_of, job_info, sample, samples_of
 from serving.http.images import ERRORS, STREAM
+from serving.http.once import Once
 from serving.http.problems import ApiError
 from serving.http.service import service_of
 from training.run.accepted import Order, Verb

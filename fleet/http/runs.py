@@ -12,12 +12,12 @@ from pydantic import ValidationError
 from fleet.board import Submitted
 from fleet.http.bodies import RunBody
 from fleet.http.context import check_admin, event_page, event_stream, fleet_of, wants_stream
-from fleet.http.files import Once
 from fleet.http.jobs import STREAMED, After, Limit
 from fleet.http.wire import EventPage, RunInfo, RunPage, RunSubject, RunSubjects, SamplePage
 from fleet.manifests import values_of
 from fleet.showing import run_info, run_subject, sample, samples_of
 from serving.http.images import ERRORS
+from serving.http.once import Once
 from serving.http.problems import ApiError
 from serving.http.service import service_of
 from training.run.accepted import Verb

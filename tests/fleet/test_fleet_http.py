@@ -236,7 +236,8 @@ def test_what_is_another_tenants_does_not_exist(two: House) -> None:
 
 def test_scopes_quotas_and_admins(two: House) -> None:
     def call(method: str, path: str, token: str, **rest: Any) -> httpx.Response:
-        return httpx.request(method, f"{two.url}{path}", headers={"Authorization": f"Bearer {token}"}, **rest)
+        headers = {"Authorization": f"Bearer {token}", **rest.pop("headers", {})}
+        return httpx.request(method, f"{two.url}{path}", headers=headers, **rest)
 
     drawing = two.admin("ann", ("images",))
     assert call("GET", "/v1/files", drawing).status_code == 200
@@ -258,5 +259,11 @@ def test_scopes_quotas_and_admins(two: House) -> None:
     client.fine_tuning.jobs.cancel(job.id)
     made = call("POST", "/v1/keys", admin, json={"tenant": "carl", "scopes": ["images"]}).json()
     assert call("GET", "/v1/me", made["key"]).json()["tenant"] == "carl"
+    once: dict[str, Any] = {"json": {"tenant": "carl", "scopes": ["images"]}, "headers": {"Idempotency-Key": "one"}}
+    first, again = (call("POST", "/v1/keys", admin, **once).json() for _ in range(2))
+    assert first == again and call("GET", "/v1/me", again["key"]).json()["key"] == first["id"] != made["id"]
+    assert call("POST", "/v1/keys", two.admin("ann"), **once).status_code == 422  # another admin's
+    kept = b"".join(two.storage.get(key) for key in two.storage.list("idempotency"))
+    assert first["key"].encode() not in kept and len(call("GET", "/v1/keys", admin).json()["data"]) == 7
     assert call("DELETE", f"/v1/keys/{made['id']}", admin).json()["state"] == "revoked"
     assert call("GET", "/v1/me", made["key"]).status_code == 401
