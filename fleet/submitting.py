@@ -15,13 +15,14 @@ from fleet.files import PREFIX, Files
 from fleet.hooks import check_hook
 from fleet.http.bodies import HookBody, JobBody, RunBody
 from fleet.manifests import check_depth, text_of
-from serving.http.once import digest, id_once
 from fleet.settings import check_subject, default_id, subject_of
 from serving.errors import QueueFull
+from serving.http.once import digest, id_once
 from serving.http.problems import ApiError
 from training.base.files.folder import public_name
 from training.base.files.outline import Outline
 from training.errors import UserError
+from training.evaluation.one_person import PersonCheck
 from training.manifest.consent import consent_problems, require_consent
 from training.manifest.defaults import fill_subject, filled
 from training.manifest.manifest import Manifest, parse_manifest
@@ -46,7 +47,7 @@ class SubmissionDesk:
         self.base_hash = base_hash
         self.spec = spec
         self.board = board
-        self.files = Files(storage, base.facts.resolution, spec.limits)
+        self.files = Files(storage, base.facts.resolution, spec.limits, PersonCheck())
         self.name = public_name(base.name)
 
     def submit_job(self, tenant: str, body: JobBody, key: str | None) -> Submitted:

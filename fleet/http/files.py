@@ -115,4 +115,5 @@ def _shown(file: StoredFile) -> FileInfo:
         status="processed",
         status_details=" ".join(unusable) or None,
         subjects=subjects,
+        unchecked=list(file.unchecked),
     )

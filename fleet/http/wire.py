@@ -48,6 +48,7 @@ class FileInfo(BaseModel):
     status: Literal["processed", "error"]
     status_details: str | None = None
     subjects: list[FileSubject]
+    unchecked: list[str] = Field(description="what was not looked at in the photos, and why")
 
 
 class FilePage(BaseModel):

@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from tests.fleet.house import FAST, House, photos, wait_for
+from training.evaluation.judges.faces import DlibFace
 
 METHOD: dict[str, Any] = {"type": "dreambooth_lora", "dreambooth_lora": FAST}
 
@@ -68,6 +69,7 @@ def test_an_upload_is_checked_at_once(house: House) -> None:
     assert (root["photos"], root["captions"]) == (5, 1)
     assert root["problems"] == [{"name": "bad.png", "reason": "not an image"}] or "bad.png" in str(root["problems"])
     assert {"identical", "few"} <= {one["kind"] for one in root["warnings"]}
+    assert DlibFace.is_installed() or "needs the extra `faces`" in found["unchecked"][0]
     assert client.files.retrieve(found["id"]).filename == "dog.zip"
     assert [one.id for one in client.files.list(purpose="fine-tune")] == [found["id"]]
     with zipfile.ZipFile(io.BytesIO(client.files.content(found["id"]).read())) as archive:

@@ -15,6 +15,7 @@ Finding = Literal[
     "background",
     "caption",
     "face",
+    "faces",
     "mask",
 ]
 
