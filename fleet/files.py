@@ -158,6 +158,22 @@ class Files:
                 archive.writestr(key.removeprefix(f"{prefix}/"), self.storage.get(key))
         return buffer.getvalue()
 
+    def photos(self, tenant: str, id: str, folder: str, names: Sequence[str]) -> Sequence[Photo]:
+        """The good photos of a folder of a file; those of `names`, if any are given.
+
+        Raises ApiError 404 for a file, folder or photo that is not there.
+        """
+        found, images = self.images(tenant, f"{id}/{folder}" if folder else id)
+        prefix = images.removeprefix(UPLOADED)
+        keys = [key for key in self.storage.list(prefix) if "/" not in key.removeprefix(f"{prefix}/")]
+        files = [PhotoFile(key.removeprefix(f"{prefix}/"), self.storage.get(key)) for key in keys]
+        good = photos(files, resolution=self._resolution, min_photos=0, with_report=False).good
+        there = {photo.name: photo for photo in good}
+        if lost := next((name for name in names if name not in there), None):
+            known = ", ".join(list(there)[:20])
+            raise ApiError(404, f"File '{found.id}' has no usable photo '{lost[:80]}', only {known}.", param="names")
+        return [there[name] for name in names] if names else good
+
     def images(self, tenant: str, name: str) -> tuple[StoredFile, str]:
         """The file that `file-...` or `file-.../folder` means, and where its photos lie, as a subject's `images`.
 

@@ -6,8 +6,9 @@ from fastapi import FastAPI
 from prometheus_client import CollectorRegistry, Gauge, generate_latest
 
 from fleet.board import Board
+from fleet.captions import CaptionDesk
 from fleet.config import FleetSpec
-from fleet.http import admin, demo, files, jobs, runs, usage
+from fleet.http import admin, captions, demo, files, jobs, runs, usage
 from fleet.http.context import FleetContext
 from fleet.submitting import SubmissionDesk
 from serving.engine.request import Event, FinishedPicture, GenerateRequest
@@ -31,9 +32,9 @@ def make_fleet_app(
     storage = library.registry.storage
     board = Board(storage, wake)
     desk = SubmissionDesk(storage, library.outline, library.base_hash, spec, board)
-    fleet = FleetContext(desk, board, library.registry, book or UsageBook(storage), spec)
+    fleet = FleetContext(desk, board, library.registry, book or UsageBook(storage), spec, CaptionDesk(spec.captions))
     extension = Extension(
-        routers=(files.router, jobs.router, runs.router, demo.router, usage.router, admin.router),
+        routers=(files.router, captions.router, jobs.router, runs.router, demo.router, usage.router, admin.router),
         state={"fleet": fleet},
         uploads={"/v1/files": spec.limits.file_bytes, "/v1/runs": spec.limits.file_bytes},
         metrics=lambda: _gauges(board),

@@ -59,6 +59,10 @@ class SubmissionDesk:
         file, images = self.files.images(tenant, body.training_file)
         photos = sum(one.photos for one in file.subjects)
         method = body.method.dreambooth_lora.model_dump() if body.method else {}
+        if body.consent is not None:
+            if "consent" in method:
+                raise ApiError(400, "The consent is said twice: leave one of them out.", param="consent")
+            method["consent"] = body.consent.model_dump(mode="json")
         id = body.suffix or default_id(images if "/" in body.training_file else file.filename)
         asked = subject_of(id, images, method, body.hyperparameters or {}, body.seed, photos)
         subject = fill_subject(asked, self.base.facts)

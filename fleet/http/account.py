@@ -5,6 +5,7 @@ from typing import Literal
 from pydantic import BaseModel, Field
 
 from fleet.http.bodies import QuotaBody
+from training.manifest.consent import Policy
 
 
 class UsageLine(BaseModel):
@@ -48,6 +49,14 @@ class FleetInfo(BaseModel):
     lanes: list[LaneInfo]
     waiting: int = Field(description="subjects of all tenants that wait")
     waiting_mine: int
+
+
+class ConsentRules(BaseModel):
+    """Which subjects need a consent, as the operator says: persons, all or none."""
+
+    object: Literal["consent.rules"] = "consent.rules"
+    policy: Policy
+    persons: list[str] = Field(description="nouns: a subject whose class has one of them is a person")
 
 
 class CallerInfo(BaseModel):

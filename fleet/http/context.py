@@ -9,6 +9,7 @@ from fastapi import Request
 from fastapi.responses import StreamingResponse
 
 from fleet.board import Board, Submitted
+from fleet.captions import CaptionDesk
 from fleet.config import FleetSpec
 from fleet.http.wire import EventInfo, EventPage
 from fleet.showing import events_of
@@ -32,6 +33,7 @@ class FleetContext:
     registry: Registry
     usage: UsageBook
     spec: FleetSpec
+    captions: CaptionDesk
 
 
 def fleet_of(request: Request) -> FleetContext:

@@ -61,6 +61,23 @@ class FilePage(BaseModel):
     has_more: bool = False
 
 
+class CaptionInfo(BaseModel):
+    """A caption that is proposed for a photo, or why there is none."""
+
+    name: str
+    object: Literal["caption"] = "caption"
+    caption: str | None = None
+    error: str | None = None
+
+
+class CaptionPage(BaseModel):
+    """Captions by the file's order of photos."""
+
+    object: Literal["list"] = "list"
+    model: str
+    data: list[CaptionInfo]
+
+
 class FileDeleted(BaseModel):
     """A file that is gone."""
 

@@ -70,6 +70,8 @@ def test_an_upload_is_checked_at_once(house: House) -> None:
     assert root["problems"] == [{"name": "bad.png", "reason": "not an image"}] or "bad.png" in str(root["problems"])
     assert {"identical", "few"} <= {one["kind"] for one in root["warnings"]}
     assert DlibFace.is_installed() or "needs the extra `faces`" in found["unchecked"][0]
+    answer = httpx.post(f"{house.url}/v1/files/{found['id']}/captions", json={"class": "dog"})
+    assert answer.status_code == 409 and "--caption-model FOLDER" in answer.json()["error"]["message"]
     assert client.files.retrieve(found["id"]).filename == "dog.zip"
     assert [one.id for one in client.files.list(purpose="fine-tune")] == [found["id"]]
     with zipfile.ZipFile(io.BytesIO(client.files.content(found["id"]).read())) as archive:

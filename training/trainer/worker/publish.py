@@ -78,7 +78,7 @@ def publish_subject(run: RunStore, tenant: str, base: Base, publication: Publica
             "base": public_name(base.name),
             "base_hash": base.hash,
             "class": spec.class_ or "",
-            "trigger": trigger(spec),
+            "trigger": spec.trigger,
             "word_widths": ",".join(map(str, widths)) if publication.adapter.embeddings and len(widths) > 1 else "",
         },
     )
@@ -106,7 +106,7 @@ def publish_checkpoint(home: Home, spec: SubjectSpec, version: str, step: int) -
         there = ", ".join(map(str, kept)) or "none"
         raise UserError(f"Step {step} of '{spec.id}' has no checkpoint. There are {there}.")
     scaled = {key: LowRank(one.down, one.up * spec.lora.scale) for key, one in state.adapter.modules.items()}
-    about = {"base": card.base, "base_hash": card.base_hash, "class": spec.class_ or "", "trigger": trigger(spec)}
+    about = {"base": card.base, "base_hash": card.base_hash, "class": spec.class_ or "", "trigger": spec.trigger}
     weights = save_adapter(Adapter(modules=scaled, embeddings=state.adapter.embeddings, metadata=about))
     if version_of(weights) in registry.versions(home.tenant, spec.id):
         return registry.set_current(home.tenant, spec.id, version_of(weights)).version
@@ -149,7 +149,7 @@ def make_card(run: str, base: Base, publication: Publication, weights: bytes) ->
             "instance_prompt": spec.filled_instance_prompt,
             "class_prompt": spec.filled_class_prompt,
             "class": spec.class_,
-            "trigger": trigger(spec),
+            "trigger": spec.trigger,
             "image_hashes": tuple(photo.sha256 for photo in finished.photos.good),
             "image_looks": tuple(picture_hash(photo.image) for photo in finished.photos.good),
             "consent": spec.consent,
@@ -163,10 +163,3 @@ def make_card(run: str, base: Base, publication: Publication, weights: bytes) ->
             "public": spec.public,
         }
     )
-
-
-def trigger(spec: SubjectSpec) -> str:
-    """The words that call the subject: those of the instance prompt that the class prompt lacks, and the class."""
-    usual = set(spec.filled_class_prompt.split()) - set((spec.class_ or "").split())
-    words = [word for word in spec.filled_instance_prompt.split() if word not in usual]
-    return " ".join(words)

@@ -1,6 +1,6 @@
 /** Training: uploads, jobs, runs, how the fleet stands, what was used, keys. */
 
-import { all, call, get, path, send } from "./http.js";
+import { all, call, get, onceKey, path, send } from "./http.js";
 import { eventsOf } from "./events.js";
 
 /** Uploads an archive of photos; the answer holds what the checks found. */
@@ -21,6 +21,11 @@ export function deletePhotos(id) {
   return send("DELETE", path("v1", "files", id));
 }
 
+/** What the server's model proposes as captions of an upload's photos: [{name, caption, error}]. */
+export async function proposeCaptions(file, body) {
+  return (await call("POST", path("v1", "files", file, "captions"), body)).data;
+}
+
 /** Submits one subject; `key` makes sure that it is submitted once. */
 export function createJob(body, key) {
   return call("POST", "/v1/fine_tuning/jobs", body, { headers: { "Idempotency-Key": key } });
@@ -28,7 +33,7 @@ export function createJob(body, key) {
 
 /** Submits the demo's subjects as a run. */
 export function createDemo() {
-  return call("POST", "/v1/demo", undefined);
+  return call("POST", "/v1/demo", undefined, { headers: { "Idempotency-Key": onceKey() } });
 }
 
 /** The latest jobs. */
@@ -70,6 +75,11 @@ export function serveCheckpoint(job, checkpoint) {
 /** The lanes and the queue, as the caller may see them. */
 export function showFleet(options) {
   return get("/v1/fleet", options);
+}
+
+/** Which subjects need a consent: {policy, persons}. */
+export function consentRules(options) {
+  return get("/v1/fleet/consent", options);
 }
 
 /** What the caller's tenant has used since a day. */
