@@ -6,9 +6,7 @@ the request that causes it fails. Single-threaded; knows nothing about HTTP, eve
 """
 
 import time
-from collections import deque
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from threading import Event
 
@@ -16,14 +14,14 @@ import torch
 from torch import Tensor
 
 from serving.config import EngineSpec
-from serving.engine.forward import Forward
+from serving.engine.finishing import Finisher
 from serving.engine.job import Done, EngineStats, Guess, Job, JobEvent, JobFailed, Recovered, Sample
-from serving.engine.pictures.preview import PreviewMap, fit_preview
-from serving.engine.prompts import PromptCache, Text
+from serving.engine.prompts import PromptCache
 from serving.engine.reading import backwards
 from serving.engine.request import AdapterRef, GenerateRequest
-from serving.engine.samplers import ScheduleLines
 from serving.engine.scheduler import Scheduler
+from serving.engine.starting import Starter
+from serving.engine.stepping import Stepper
 from serving.engine.tiers.adapters import Adapters, Fetch, explain_load
 from serving.errors import DeadlineExceeded, GenerationFailed, QueueFull, Refused, Withheld
 from serving.marking.evidence import find_reader
@@ -57,21 +55,21 @@ class Engine:
         self.woken = Event()
         self.adapters = Adapters(base, spec, fetch, self.woken)
         # no forward and no decoding has more cells than a full one at the base's own size, but for a single larger row
-        self._row_cells = base.facts.latent_side**2
-        self.scheduler = Scheduler[Sample](spec.max_rows, spec.queue, spec.max_rows * self._row_cells)
+        row_cells = base.facts.latent_side**2
+        self.scheduler = Scheduler[Sample](spec.max_rows, spec.queue, spec.max_rows * row_cells)
         self.jobs: dict[Job, None] = {}
-        self._prompts = PromptCache(
+        self.prompts = PromptCache(
             base,
             self.adapters.bank,
             empty=self.adapters.empty,
             capacity=spec.prompt_cache,
             longest=spec.prompt_tokens,
         )
-        self._forwards: dict[tuple[Hashable, ...], Forward] = {}
-        self._finished: deque[Sample] = deque()
+        self.starter = Starter(base, self.adapters, self.prompts, mark)
+        self.stepper = Stepper(base, spec, self.adapters, self.scheduler, self.stats)
+        self.finisher = Finisher(base, spec.decode_rows * row_cells)
         self._outcomes: list[JobEvent] = []
         self._withheld: frozenset[str] = frozenset()
-        self._preview: PreviewMap | None = None
         self._image_s = 0.0  # between two images, smoothed
         self._last_image_s = 0.0
 
@@ -139,7 +137,7 @@ class Engine:
     @property
     def idle(self) -> bool:
         """Whether a step would do nothing until a load ends, a request comes or a deadline passes."""
-        if self._finished or self.scheduler.running:
+        if self.finisher or self.scheduler.running:
             return False
         return not any(sample.ready for job in self.jobs for sample in job.samples)
 
@@ -165,8 +163,8 @@ class Engine:
             "host_loads": host.loads,
             "host_evictions": host.evictions,
             "host_failures": host.failures,
-            "prompt_hits": self._prompts.hits,
-            "prompt_misses": self._prompts.misses,
+            "prompt_hits": self.prompts.hits,
+            "prompt_misses": self.prompts.misses,
         }
         seconds = {**self.stats.seconds, "swap": self.adapters.swap_seconds}
         return replace(self.stats, gauges=gauges, adapters=adapters, seconds=seconds)
@@ -180,10 +178,10 @@ class Engine:
         self.scheduler.admit(self._start)
         self._begin()
         batch = self.scheduler.batch()
-        self._guarded(batch, self._denoise)
+        self._guarded(batch, self.stepper.step)
         for sample in batch:
             self._guarded([sample], self._stepped)
-        self._decode()
+        self._guarded(self.finisher.take(self.scheduler.service), self._decode)
         self.check_integrity()
         outcomes, self._outcomes = self._outcomes, []
         return outcomes
@@ -228,107 +226,13 @@ class Engine:
     def _begin(self) -> None:
         """Prompts, pictures and first latents of the samples that have just started."""
         fresh = [sample for sample in self.scheduler.running if sample.generator is None]
-        self._guarded([sample for sample in fresh if sample.job.conds is None], self._encode_prompts)
+        self._guarded([sample for sample in fresh if sample.job.conds is None], self._encode)
         for sample in fresh:
-            self._guarded([sample], self._first_latents)
+            self._guarded([sample], self.starter.first_latents)
 
-    def _encode_prompts(self, samples: Sequence[Sample]) -> None:
-        wearing = {sample.job: sample for sample in samples}
-        with self._timed("text"):
-            conds = self._prompts.encode([self._texts(job, sample) for job, sample in wearing.items()])
-        for job, (prompt, *negative) in zip(wearing, conds, strict=True):
-            job.conds = prompt, negative[0] if job.guided else None
-            job.together = self.base.family.together(job.samples[0].size, prompt)
-
-    def _texts(self, job: Job, sample: Sample) -> list[Text]:
-        """The prompt and, with guidance, the negative prompt, under those adapters of a job that change the text."""
-        worn = [
-            (key, weight, slot)
-            for key, weight, slot in zip(job.keys, job.weights, sample.slots or (), strict=True)
-            if self.adapters.changes_text(key)
-        ]
-        mix = tuple((key, weight) for key, weight, _ in worn)
-        slots = tuple(slot for _, _, slot in worn)
-        prompts = [job.request.prompt, job.request.negative_prompt] if job.guided else [job.request.prompt]
-        return [Text(prompt, mix, slots) for prompt in prompts]
-
-    def _first_latents(self, samples: Sequence[Sample]) -> None:
-        channels = self.base.facts.channels
-        for sample in samples:
-            job = sample.job
-            sample.generator = torch.Generator().manual_seed(sample.seed)
-            latents = torch.zeros(channels, *sample.size)
-            if job.pixels_CHW is not None:
-                if job.image is None:
-                    pixels_NCHW = job.pixels_CHW[None].float() / 127.5 - 1
-                    mean_NCHW, std_NCHW = self.base.to_latents(pixels_NCHW)
-                    job.image = mean_NCHW[0].float(), std_NCHW[0].float()
-                spread = 0.0 if job.request.reading else sample.draw(channels)
-                latents = (job.image[0] + job.image[1] * spread) * job.schedule.signal
-            if not job.request.reading:
-                latents = latents + self._first_noise(sample) * job.schedule.noise
-            sample.latents = latents.to(self.base.device)
-            sample.clean = torch.zeros_like(sample.latents)
-
-    def _first_noise(self, sample: Sample) -> Tensor:
-        noise = sample.draw(self.base.facts.channels)
-        return noise if self.mark is None else self.mark.put(noise, self.mark.serial(sample.tenant, sample.seed))
-
-    def _denoise(self, batch: Sequence[Sample]) -> None:
-        """One forward of the batch, and its step; if it raises, no sample has changed."""
-        forward = self._forward(batch)
-        order = forward.order
-        began = time.perf_counter()
-        with self._timed("denoise"):
-            lines = ScheduleLines.gather([s.job.schedule for s in order], [s.step for s in order], self.base.device)
-            latents_NCHW = torch.stack([_tensor(sample.latents) for sample in order])
-            output_NCHW = forward(self.base, self.adapters.bank, latents_NCHW, lines)
-            first = order[0]  # if it is wide, it is alone
-            if first.wide and first.plain is None:
-                first.plain = output_NCHW[0]
-            else:
-                self._advance(order, lines, latents_NCHW, output_NCHW)
-            if self.base.device.type == "cuda":  # waits for the device: else many steps would be queued on it
-                torch.cuda.synchronize(self.base.device)
-        rows = sum(sample.rows for sample in order)
-        self.scheduler.pace.saw(batch[0].kind, rows, time.perf_counter() - began)
-        self.stats.steps += 1
-        self.stats.rows += forward.rows
-
-    def _advance(
-        self, order: Sequence[Sample], lines: ScheduleLines, latents_NCHW: Tensor, output_NCHW: Tensor
-    ) -> None:
-        """Takes the samples' steps by their predictions; those of a wide one are guided here."""
-        plain_CHW = order[0].plain
-        if plain_CHW is not None:
-            output_NCHW = plain_CHW + order[0].job.request.guidance_scale * (output_NCHW - plain_CHW)
-        before_NCHW = torch.stack([_tensor(sample.clean) for sample in order])
-        latents_NCHW, clean_NCHW = lines.step(latents_NCHW, output_NCHW, before_NCHW, self._fresh_noise(order))
-        for sample, latents, clean in zip(order, latents_NCHW, clean_NCHW, strict=True):
-            sample.latents, sample.clean, sample.plain = latents, clean, None
-            sample.step += 1
-
-    def _forward(self, batch: Sequence[Sample]) -> Forward:
-        """The forward of these samples: the last one of their kind, if it is of the same samples and bank's layers."""
-        kind, layout = batch[0].kind, self.adapters.bank.layout
-        forward = self._forwards.get(kind)
-        same = forward is not None and forward.layout is layout and set(forward.order) == set(batch)
-        if forward is None or not same or batch[0].wide:  # a wide image's forwards alternate between its prompts
-            fixed_rows = self.scheduler.step_rows(batch[0].cells) if self.spec.fixed_rows else None
-            forward = Forward.make(
-                batch, self.adapters.bank, self.base, empty=self.adapters.empty, fixed_rows=fixed_rows
-            )
-            self._forwards[kind] = forward
-        return forward
-
-    def _fresh_noise(self, samples: Sequence[Sample]) -> Tensor | None:
-        """What ancestral samplers add, [N, C, h, w]; zero for rows of the others, None if nobody draws."""
-        if not any(sample.job.schedule.draws for sample in samples):
-            return None
-        channels = self.base.facts.channels
-        blank = torch.zeros(channels, *samples[0].size)
-        noise = [sample.draw(channels) if sample.job.schedule.draws else blank for sample in samples]
-        return torch.stack(noise).to(self.base.device)
+    def _encode(self, samples: Sequence[Sample]) -> None:
+        with self.stats.timed("text"):
+            self.starter.encode_prompts(samples)
 
     def _stepped(self, samples: Sequence[Sample]) -> None:
         for sample in samples:
@@ -337,17 +241,15 @@ class Engine:
                 if sample.job.request.reading:
                     self._recovered(sample)
                 else:
-                    self._finished.append(sample)
+                    self.finisher.add(sample)
             elif sample.preview_due:
-                if self._preview is None:
-                    self._preview = fit_preview(self.base)
-                pixels = self._preview(_tensor(sample.clean))
+                pixels = self.finisher.preview(sample)
                 self._outcomes.append(Guess(sample.job, sample.index, sample.previews, sample.step, pixels))
                 sample.previews += 1
 
     def _recovered(self, sample: Sample) -> None:
         assert sample.job.image is not None
-        self._outcomes.append(Recovered(sample.job, sample.index, _tensor(sample.latents).cpu(), sample.job.image[0]))
+        self._outcomes.append(Recovered(sample.job, sample.index, sample.at.cpu(), sample.job.image[0]))
         self._one_less(sample)
 
     def _one_less(self, sample: Sample) -> None:
@@ -356,29 +258,15 @@ class Engine:
         if not sample.job.samples:
             self._end(sample.job)
 
-    def _decode(self) -> None:
-        """Decodes up to `decode_rows` finished samples of one size, of the tenants served least; fewer large ones."""
-        if not self._finished:
-            return
-        first, *others = sorted(self._finished, key=lambda sample: self.scheduler.service(sample.tenant))
-        room = max(1, self.spec.decode_rows * self._row_cells // first.cells)
-        ready = [first, *(sample for sample in others if sample.size == first.size)][:room]
-        for sample in ready:
-            self._finished.remove(sample)
-        self._guarded(ready, self._decode_batch)
-
-    def _decode_batch(self, samples: Sequence[Sample]) -> None:
-        with self._timed("decode"):
-            latents_NCHW = torch.stack([_tensor(sample.latents) for sample in samples])
-            images_NCHW = self.base.to_pixels(latents_NCHW).float()
-            finite = torch.isfinite(images_NCHW).flatten(1).all(dim=1).tolist()
-            pixels_NCHW = ((images_NCHW / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).cpu()
-        for sample, pixels_CHW, good in zip(samples, pixels_NCHW, finite, strict=True):
+    def _decode(self, samples: Sequence[Sample]) -> None:
+        with self.stats.timed("decode"):
+            pictures = self.finisher.decode(samples)
+        for sample, pixels in zip(samples, pictures, strict=True):
             job = sample.job
-            if not good:
+            if pixels is None:
                 self._fail(job, GenerationFailed("The image came out as not-a-number; lower the adapters' weights."))
             elif not job.over:
-                self._outcomes.append(Done(job, sample.index, sample.seed, pixels_CHW.permute(1, 2, 0)))
+                self._outcomes.append(Done(job, sample.index, sample.seed, pixels))
                 self._image_done()
                 self._one_less(sample)
 
@@ -414,21 +302,14 @@ class Engine:
         del self.jobs[job]
         for sample in job.samples:
             self._leave(sample)
-            if sample in self._finished:
-                self._finished.remove(sample)
+            self.finisher.drop(sample)
         self.adapters.settle(job.loads)
 
     def _leave(self, sample: Sample) -> None:
         """Takes a sample out of the scheduler and releases its adapters."""
         if self.scheduler.remove(sample):
             self.adapters.release(sample.job.keys)
-        self._forwards.pop(sample.kind, None)
-
-    @contextmanager
-    def _timed(self, stage: str) -> Iterator[None]:
-        began = time.perf_counter()
-        yield
-        self.stats.seconds[stage] += time.perf_counter() - began
+        self.stepper.forget(sample.kind)
 
     def _image_done(self) -> None:
         now = time.monotonic()
@@ -440,8 +321,3 @@ class Engine:
     def _retry_after_s(self) -> float:
         """Seconds until about half of the images that wait have started; 1 to 60."""
         return min(60.0, max(1.0, 0.5 * self.scheduler.waiting * self._image_s))
-
-
-def _tensor(value: Tensor | None) -> Tensor:
-    assert value is not None
-    return value

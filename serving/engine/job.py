@@ -1,9 +1,11 @@
 """A request inside the engine: the job, its samples (one image being made each), and what the engine tells about them.
 
-State only. Who steps when is in `scheduler.py`, what a step does in `engine.py`.
+State only. Who steps when is in `scheduler.py`, what a step does in `stepping.py`.
 """
 
-from collections.abc import Hashable, Mapping
+import time
+from collections.abc import Hashable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -105,6 +107,18 @@ class Sample:
         return [negative, prompt]
 
     @property
+    def at(self) -> Tensor:
+        """`latents` of a sample that runs."""
+        assert self.latents is not None
+        return self.latents
+
+    @property
+    def guess(self) -> Tensor:
+        """`clean` of a sample that runs."""
+        assert self.clean is not None
+        return self.clean
+
+    @property
     def ready(self) -> bool:
         """Whether all loads that it waits for have ended, well or not."""
         return all(load.done() for load in self.job.loads.values())
@@ -185,3 +199,10 @@ class EngineStats:
     queue_seconds: float = 0.0
     adapters: Mapping[str, int] = field(default_factory=dict)
     gauges: Mapping[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        """Adds the seconds spent inside to `seconds[stage]`."""
+        began = time.perf_counter()
+        yield
+        self.seconds[stage] += time.perf_counter() - began

@@ -137,5 +137,9 @@ def _give_way(pack: Pack, waiting: deque[Subject]) -> tuple[int, list[Ended], st
     return 1, [Ended(ids[0], reason, "out of memory")], f"{ids[0]} does not fit"
 
 
+# what the allocator of the CPU, oneDNN (whose scratch memory it cannot have) and cuBLAS say; each a RuntimeError
+_NO_MEMORY = ("can't allocate memory", "could not create a primitive", "CUBLAS_STATUS_ALLOC_FAILED")
+
+
 def _is_out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in _NO_MEMORY)

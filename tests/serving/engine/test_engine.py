@@ -155,7 +155,7 @@ def test_large_images_step_and_are_decoded_in_small_batches(
     engine = Engine(tiny, small(max_rows=16, decode_rows=4), shelf)
     decoded: list[torch.Size] = []
     stepped: list[int] = []
-    decode, denoise = Base.to_pixels, engine._denoise
+    decode, denoise = Base.to_pixels, engine.stepper.step
 
     def seen(base: Base, latents_NCHW: Tensor) -> Tensor:
         decoded.append(latents_NCHW.shape)
@@ -166,7 +166,7 @@ def test_large_images_step_and_are_decoded_in_small_batches(
         denoise(batch)
 
     monkeypatch.setattr(Base, "to_pixels", seen)
-    monkeypatch.setattr(engine, "_denoise", counted)
+    monkeypatch.setattr(engine.stepper, "step", counted)
     run(engine, [engine.submit(ask(count=6, width=32, height=32, steps=2))])
     assert stepped == [2] * 6  # an image is 2 rows of 4 times the cells; a step is at most 16 rows
     run(engine, [engine.submit(ask(count=6, steps=2))])
@@ -449,13 +449,13 @@ def test_a_fault_fails_only_the_request_that_causes_it(
             lambda ids, **rest: _fail_if((ids == tokens).all(1).any()) or whole(ids, **rest),
         )
     elif stage == "step":
-        forward = engine._forward
+        forward = engine.stepper.forward
         monkeypatch.setattr(
-            engine, "_forward", lambda batch: _fail_if(culprit in batch and culprit.step == 2) or forward(batch)
+            engine.stepper, "forward", lambda batch: _fail_if(culprit in batch and culprit.step == 2) or forward(batch)
         )
     else:
-        decode = engine._decode_batch
-        monkeypatch.setattr(engine, "_decode_batch", lambda batch: _fail_if(culprit in batch) or decode(batch))
+        decode = engine._decode
+        monkeypatch.setattr(engine, "_decode", lambda batch: _fail_if(culprit in batch) or decode(batch))
     ends = run(engine, [*jobs.values(), bad])
     assert isinstance(ends[bad], GenerationFailed) and "injected" in str(ends[bad])
     for name, group in samples.items():

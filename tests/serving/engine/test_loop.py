@@ -209,14 +209,14 @@ def test_stats_do_not_wait_for_a_step(tiny: Base, shelf: Shelf, monkeypatch: pyt
     async def story() -> None:
         engine = Engine(tiny, small(), shelf)
         begun, go = threading.Event(), threading.Event()
-        denoise = engine._denoise
+        denoise = engine.stepper.step
 
         def held(batch: Sequence[Sample]) -> None:
             begun.set()
             assert go.wait(30)
             denoise(batch)
 
-        monkeypatch.setattr(engine, "_denoise", held)
+        monkeypatch.setattr(engine.stepper, "step", held)
         loop = EngineLoop(engine)
         task = asyncio.create_task(loop.generate(ask(steps=1)))
         assert await asyncio.to_thread(begun.wait, 30)
