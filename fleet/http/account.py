@@ -5,6 +5,7 @@ from typing import Literal
 from pydantic import BaseModel, Field
 
 from fleet.http.bodies import QuotaBody
+from serving.http.paging import Listed
 from training.manifest.consent import Policy
 
 
@@ -79,11 +80,8 @@ class TenantInfo(BaseModel):
     device_seconds: float = Field(description="of this calendar month")
 
 
-class TenantPage(BaseModel):
+class TenantPage(Listed[TenantInfo]):
     """All tenants that have a key, a quota, or have used anything."""
-
-    object: Literal["list"] = "list"
-    data: list[TenantInfo]
 
 
 class KeyInfo(BaseModel):
@@ -99,8 +97,5 @@ class KeyInfo(BaseModel):
     key: str | None = None
 
 
-class KeyPage(BaseModel):
+class KeyPage(Listed[KeyInfo]):
     """All keys."""
-
-    object: Literal["list"] = "list"
-    data: list[KeyInfo]

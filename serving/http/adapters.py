@@ -77,12 +77,8 @@ async def list_adapters(
     """The caller's adapters, then public ones of others, for this server's base, page by page."""
     service = service_of(request)
     found, more = await asyncio.to_thread(service.intake.library.page, service.tenant(request), after, limit)
-    return AdapterPage(
-        data=[AdapterInfo.model_validate(_fields(resolved)) for resolved in found],
-        first_id=found[0].name if found else None,
-        last_id=found[-1].name if found else None,
-        has_more=more,
-    )
+    data = [AdapterInfo.model_validate(_fields(resolved)) for resolved in found]
+    return AdapterPage.of(data, more, lambda one: f"{one.tenant}/{one.id}")
 
 
 @router.post("/v1/adapters", status_code=201, responses=ERRORS)

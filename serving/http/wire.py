@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from serving.engine.request import MAX_SEED, ImageFormat
 from serving.http.defaults import ImageDefaults
+from serving.http.paging import Listed, Page
 from training.base.facts import SamplerName
 from training.storage.closed import Closed
 
@@ -181,11 +182,9 @@ class ModelInfo(BaseModel):
     defaults: ImageDefaults | None = Field(default=None, description="of a base")
 
 
-class ModelPage(BaseModel):
+class ModelPage(Listed[ModelInfo]):
     """A page of a list of models; the next one begins after the last id."""
 
-    object: Literal["list"] = "list"
-    data: list[ModelInfo]
     has_more: bool = False
 
 
@@ -222,14 +221,8 @@ class AdapterChange(Closed):
     )
 
 
-class AdapterPage(BaseModel):
-    """A page of a list: the next one begins `after` its `last_id`."""
-
-    object: Literal["list"] = "list"
-    data: list[AdapterInfo]
-    first_id: str | None = None
-    last_id: str | None = Field(None, description="`<tenant>/<id>` of the last")
-    has_more: bool = False
+class AdapterPage(Page[AdapterInfo]):
+    """A page of adapters: the next one begins `after` its `last_id`, a `<tenant>/<id>`."""
 
 
 class AdapterVersion(BaseModel):
@@ -244,11 +237,8 @@ class AdapterVersion(BaseModel):
     current: bool = Field(description="whether it is the one that is served")
 
 
-class AdapterVersions(BaseModel):
+class AdapterVersions(Listed[AdapterVersion]):
     """All versions of an adapter, newest first."""
-
-    object: Literal["list"] = "list"
-    data: list[AdapterVersion]
 
 
 class AdapterFile(BaseModel):
@@ -259,12 +249,10 @@ class AdapterFile(BaseModel):
     bytes: int
 
 
-class AdapterFiles(BaseModel):
+class AdapterFiles(Listed[AdapterFile]):
     """The files of a version."""
 
-    object: Literal["list"] = "list"
     version: str
-    data: list[AdapterFile]
 
 
 class Deleted(BaseModel):

@@ -48,11 +48,27 @@ def test_from_photos_to_a_picture_with_openais_client(house: House) -> None:
     assert list(client.fine_tuning.jobs.list(metadata={"who": "you"})) == []
 
     (other,) = [one for one in checkpoints if not one.model_dump()["current"]]
+    served = house.registry.resolve("default/rusty").version
+    path = f"/fine_tuning/jobs/{job.id}/checkpoints/{other.id}"
+    shown: Any = client.post(f"{path}/publish", cast_to=object)
+    assert shown["kept"] and not shown["current"] and house.registry.resolve("default/rusty").version == served
+    same: dict[str, Any] = {"prompt": "a photo of sks dog", "extra_body": {"steps": 2, "seed": 1}}
+    assert client.images.generate(model=shown["fine_tuned_model_checkpoint"], **same).data != image.data
+    key = f"runs/{job.id}/subjects/rusty/checkpoints/{other.step_number:08d}.safetensors"
+    weights = house.storage.get(key)
+    house.storage.delete(key)
+    house.registry.remove_version("default", "rusty", shown["version"])
+    with pytest.raises(openai.ConflictError, match=r"step 3 .* not kept.*keep_checkpoints.*Kept are: 6"):
+        client.post(f"{path}/publish", cast_to=object)
+    lost: Any = client.fine_tuning.jobs.checkpoints.list(job.id).data[1].model_dump()
+    assert not lost["kept"] and lost["version"] is None and lost["metrics"]["likeness"] is not None
+    house.storage.put(key, weights)
     client.post(f"/fine_tuning/jobs/{job.id}/checkpoints/{other.id}/current", cast_to=object)
     now = {one.id: one.model_dump() for one in client.fine_tuning.jobs.checkpoints.list(job.id)}
     assert now[other.id]["current"] and now[other.id]["fine_tuned_model_checkpoint"]
     again = client.post(f"/fine_tuning/jobs/{job.id}/checkpoints/{checkpoints[0].id}/current", cast_to=object)
     assert dict(again)["current"] is True  # type: ignore[call-overload]
+    assert house.registry.resolve("default/rusty").version == served  # the same step is the same version
 
 
 def test_an_upload_is_checked_at_once(house: House) -> None:

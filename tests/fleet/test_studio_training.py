@@ -72,8 +72,15 @@ def test_photos_are_checked_train_together_and_are_drawn(browser: Browser, house
         expect(page.get_by_role("region", name="Loss").locator("circle").first).to_be_visible()
         expect(page.get_by_role("region", name="What happened")).to_contain_text("published")
         before = house.registry.resolve("default/buddy").version
+        for step in (3, 6):
+            page.get_by_label(f"Compare step {step}").check()
+        page.get_by_role("button", name="Compare the chosen steps").click()
+        expect(page.get_by_role("heading", name="Compare", exact=True)).to_be_visible()
+        assert len(house.registry.versions("default", "buddy")) == 2
+        assert house.registry.resolve("default/buddy").version == before  # only compared
+        page.go_back()
         page.get_by_role("button", name="Make current").first.click()
-        expect(page.get_by_role("link", name="Compare those that are published")).to_be_visible()
+        expect(page.get_by_text("is served now")).to_be_visible()
         assert house.registry.resolve("default/buddy").version != before
         page.get_by_role("link", name="Draw with it").click()
         expect(page.get_by_label("Prompt")).to_have_value(re.compile("a photo of a sks dog"))

@@ -62,14 +62,19 @@ export async function* follow(base, { signal }) {
   for await (const { data } of eventsOf(response)) yield data;
 }
 
-/** The checkpoints of a job, the latest first. */
-export async function listCheckpoints(job, options) {
-  return (await get(`${path("v1", "fine_tuning", "jobs", job, "checkpoints")}?limit=200`, options)).data;
+/** The checkpoints of a job or of a run's subject, the latest first; `base` is its path. */
+export async function listCheckpoints(base, options) {
+  return (await get(`${base}/checkpoints?limit=200`, options)).data;
 }
 
 /** Makes a checkpoint the version that is served. */
-export function serveCheckpoint(job, checkpoint) {
-  return call("POST", path("v1", "fine_tuning", "jobs", job, "checkpoints", checkpoint, "current"), undefined);
+export function serveCheckpoint(base, checkpoint) {
+  return call("POST", `${base}/checkpoints/${checkpoint}/current`, undefined);
+}
+
+/** Makes a checkpoint a version beside the one that is served; returns it. */
+export function publishCheckpoint(base, checkpoint) {
+  return call("POST", `${base}/checkpoints/${checkpoint}/publish`, undefined);
 }
 
 /** The lanes and the queue, as the caller may see them. */
