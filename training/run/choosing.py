@@ -32,6 +32,9 @@ class Item:
     pause: bool = False
     device_s: float = 0.0  # device-seconds since this queue was made
     told_s: float = 0.0  # of them, those that `spent` has told
+    trained: int = 0  # steps since this queue was made, also those that are made again after a lane was lost
+    told_steps: int = 0
+    counted: dict[int, int] = field(default_factory=dict)  # lane -> of its steps since the lease, those in `trained`
     losses: int = 0  # counted attempts since this queue was made
     seq: int = 0
 

@@ -51,6 +51,13 @@ class Note(NamedTuple):
     text: str
 
 
+class Spent(NamedTuple):
+    """What a subject has used: device-seconds, and training steps."""
+
+    device_s: float
+    steps: int
+
+
 class SubjectQueue:
     """See the module. Not thread-safe: one caller at a time. `clock` is monotonic, in seconds.
 
@@ -130,6 +137,7 @@ class SubjectQueue:
             item = self._items[id]
             self._waiting[item.profile].remove(id)
             item.holder, item.until, item.since = lane, self._clock() + self._lease_s, time.time()
+            item.counted[lane] = 0
             here.held.add(id)
             self._change(id, state="preparing", pack=lane)
         return [self._lease_of(id) for id in chosen]
@@ -145,7 +153,7 @@ class SubjectQueue:
             self._items[id].until = self._clock() + self._lease_s
         drop = {id for id in beat.phase if not self._hold(lane, id)}
         for id in set(beat.phase) - drop:
-            self._take_in(id, beat)
+            self._take_in(id, lane, beat)
         self.expire()
         return Orders(
             cancel=frozenset(drop | {id for id in here.held if self._items[id].cancel}),
@@ -166,6 +174,7 @@ class SubjectQueue:
         seconds = item.record.seconds + outcome.seconds
         if item.holder in self._lanes:
             self._charge(self._lanes[item.holder])
+        self._count(outcome.id, lane, outcome.trained)
         self._let_go(outcome.id)
         state = _STATES.get(outcome.kind)
         news = {"step": max(outcome.step, item.record.step), "seconds": seconds, "warnings": outcome.warnings}
@@ -312,12 +321,13 @@ class SubjectQueue:
         """How many subjects of a tenant wait."""
         return sum(self._items[key].tenant == tenant for keys in self._waiting.values() for key in keys)
 
-    def spent(self) -> dict[str, float]:
-        """Device-seconds of each subject since the last call."""
+    def spent(self) -> dict[str, Spent]:
+        """What each subject has used since the last call."""
         found = {}
         for key, item in self._items.items():
-            if item.device_s > item.told_s:
-                found[key], item.told_s = item.device_s - item.told_s, item.device_s
+            if item.device_s > item.told_s or item.trained > item.told_steps:
+                found[key] = Spent(item.device_s - item.told_s, item.trained - item.told_steps)
+                item.told_s, item.told_steps = item.device_s, item.trained
         return found
 
     # -- pieces --
@@ -365,10 +375,11 @@ class SubjectQueue:
         item.until = self._clock() + self._lease_s
         return True
 
-    def _take_in(self, id: str, beat: Beat) -> None:
+    def _take_in(self, id: str, lane: int, beat: Beat) -> None:
         news: dict[str, object] = {"state": _STATE_IN[beat.phase[id].phase]}
         if id in beat.steps:
             news |= {"step": beat.steps[id], "loss": beat.losses[id]}
+        self._count(id, lane, beat.trained.get(id, 0))
         self._change(id, **news)
 
     def _again(self, id: str, reason: str, kind: Kind | Release) -> None:
@@ -406,6 +417,12 @@ class SubjectQueue:
             self._waiting[self._items[other].profile].remove(other)
             step = self._items[other].record.max_steps
             self._change(other, state="reused", version=item.record.version, step=step)
+
+    def _count(self, id: str, lane: int, trained: int) -> None:
+        """Takes in how many steps a lane has made of a subject since it was leased."""
+        item = self._items[id]
+        item.trained += max(0, trained - item.counted.get(lane, 0))
+        item.counted[lane] = trained
 
     def _let_go(self, id: str) -> None:
         item = self._items[id]
