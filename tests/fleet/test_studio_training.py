@@ -47,6 +47,17 @@ def fill(page: Page, subject: str, kind: str) -> None:
     card.get_by_label("Checkpoint every").fill("3")
 
 
+def drop(page: Page, target: str, *paths: Path) -> None:
+    """Drops files or folders of this machine on an element, as a person does with the mouse."""
+    box = page.locator(target).bounding_box()
+    assert box is not None
+    session = page.context.new_cdp_session(page)
+    at = {"x": box["x"] + box["width"] / 2, "y": box["y"] + box["height"] / 2}
+    data = {"items": [], "files": [str(path) for path in paths], "dragOperationsMask": 1}
+    for kind in ("dragEnter", "dragOver", "drop"):
+        session.send("Input.dispatchDragEvent", {"type": kind, **at, "data": data})
+
+
 def test_photos_are_checked_train_together_and_are_drawn(browser: Browser, house: House, folders: Path) -> None:
     with open_page(browser, house.url) as page:
         page.goto("/#/training")
@@ -114,14 +125,14 @@ def test_a_person_is_trained_with_a_consent_and_captions_are_proposed(
     try:
         with open_page(browser, house.url) as page:
             page.goto("/#/subjects")
-            page.get_by_label("Photos of a subject").set_input_files(sorted((tmp_path / "photos").iterdir()))
-            card = page.get_by_role("form")
+            drop(page, ".big-drop", tmp_path / "photos")
+            card = page.get_by_role("form", name="Subject photos")
             expect(card.get_by_text("5 good photos")).to_be_visible()
             card.get_by_label("Caption of 0.png").fill("mine")
             card.get_by_label("Id", exact=True).fill("ada")
             card.get_by_label("Class", exact=True).fill("dog")
             expect(card.get_by_label("Who agreed")).to_be_hidden()
-            fill(page, "subject", "woman")
+            fill(page, "photos", "woman")
             expect(card.get_by_text("Consent: needed")).to_be_visible()
             card.get_by_role("button", name="Propose captions").click()  # the browser asks for the consent first
             expect(card.get_by_label("Who agreed")).to_be_focused()

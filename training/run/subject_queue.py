@@ -174,7 +174,7 @@ class SubjectQueue:
         seconds = item.record.seconds + outcome.seconds
         if item.holder in self._lanes:
             self._charge(self._lanes[item.holder])
-        self._count(outcome.id, lane, outcome.trained)
+        self._count(outcome.id, lane, outcome.step, outcome.trained)
         self._let_go(outcome.id)
         state = _STATES.get(outcome.kind)
         news = {"step": max(outcome.step, item.record.step), "seconds": seconds, "warnings": outcome.warnings}
@@ -378,8 +378,8 @@ class SubjectQueue:
     def _take_in(self, id: str, lane: int, beat: Beat) -> None:
         news: dict[str, object] = {"state": _STATE_IN[beat.phase[id].phase]}
         if id in beat.steps:
+            self._count(id, lane, beat.steps[id], beat.trained.get(id, 0))
             news |= {"step": beat.steps[id], "loss": beat.losses[id]}
-        self._count(id, lane, beat.trained.get(id, 0))
         self._change(id, **news)
 
     def _again(self, id: str, reason: str, kind: Kind | Release) -> None:
@@ -418,10 +418,13 @@ class SubjectQueue:
             step = self._items[other].record.max_steps
             self._change(other, state="reused", version=item.record.version, step=step)
 
-    def _count(self, id: str, lane: int, trained: int) -> None:
-        """Takes in how many steps a lane has made of a subject since it was leased."""
+    def _count(self, id: str, lane: int, step: int, trained: int) -> None:
+        """Takes in how many steps a lane has made of a subject since it was leased, and at which step it stands."""
         item = self._items[id]
-        item.trained += max(0, trained - item.counted.get(lane, 0))
+        before = item.counted.get(lane, 0)
+        if not before:  # it may have begun at a checkpoint that was written after the last beat of a lane that died
+            item.trained += max(0, step - trained - item.record.step)
+        item.trained += max(0, trained - before)
         item.counted[lane] = trained
 
     def _let_go(self, id: str) -> None:
