@@ -30,7 +30,7 @@ from serving.local import LocalEngines
 from serving.marking.code import BITS
 from serving.marking.noise import NoiseMark
 from serving.marking.serials import Issued, Serials
-from serving.marking.views import View, looked_at
+from serving.marking.views import Supposition, looked_at
 from training.adapters.adapter import Adapter, LowRank
 from training.adapters.layout import find_sites
 from training.base.base import Base, load_base
@@ -110,7 +110,7 @@ async def _detect(detector: Detector, images: dict[int, Image.Image], thorough: 
 
     async def one(image: Image.Image) -> Any:
         async with waiting:
-            view = View(image.size, image.size)
+            view = Supposition(image.size, image.size)
             return await detector.detect(looked_at(image, view), "picture", thorough=thorough)
 
     found = await asyncio.gather(*(one(image) for image in images.values()))
@@ -121,7 +121,7 @@ async def _bits(loop: EngineLoop, images: dict[int, Image.Image]) -> float:
     """The share of the serials' bits that are right, each picture read alone and without its record."""
     right: list[float] = []
     for seed, image in list(images.items())[:24]:
-        data = looked_at(image, View(image.size, image.size))
+        data = looked_at(image, Supposition(image.size, image.size))
         reading = await loop.read(reading_request(data, *image.size, deadline_s=600))
         width = BITS * reading.words
         wrong = (reading.serial ^ MARK.serial("default", seed)) & (1 << width) - 1

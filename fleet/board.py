@@ -9,7 +9,7 @@ from serving.http.paging import following
 from serving.http.problems import ApiError
 from training.errors import UserError
 from training.run import accepted
-from training.run.accepted import Ask, Kind, Order, Verb
+from training.run.accepted import Ask, Order, RunKind, Verb
 from training.run.run import ENDED, RunRecord, RunStore, SubjectRecord
 from training.run.standing import OLD_SECONDS, Standing, read_standing
 from training.storage.interface import Storage
@@ -17,7 +17,7 @@ from training.storage.interface import Storage
 HEED_SECONDS = 3.0  # how long a call waits for the driver to heed what it asks
 _LOOK = 0.05
 _RUN = re.compile(r"[a-z0-9][a-z0-9._-]{0,150}")
-_NAMES: dict[Kind, str] = {"job": "fine-tuning job", "run": "run"}
+_NAMES: dict[RunKind, str] = {"job": "fine-tuning job", "run": "run"}
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Board:
         self.wake = wake
         self._standing: tuple[float, Standing] | None = None
 
-    def look(self, tenant: str, run: str, kind: Kind) -> Submitted:
+    def look(self, tenant: str, run: str, kind: RunKind) -> Submitted:
         """A tenant's run. Raises ApiError 404 for what is not there, or another's."""
         order = accepted.read_order(self.storage, run) if _RUN.fullmatch(run) else None
         if order is None or order.tenant != tenant or order.kind != kind:
@@ -69,7 +69,7 @@ class Board:
     def page(
         self,
         tenant: str,
-        kind: Kind,
+        kind: RunKind,
         after: str | None,
         limit: int,
         keep: Callable[[Order], bool] = lambda order: True,

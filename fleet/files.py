@@ -41,7 +41,7 @@ class BadFile(Closed):
     reason: str
 
 
-class Finding(Closed):
+class FileFinding(Closed):
     """What could be better: which photos, what was found, what to do."""
 
     kind: str
@@ -57,7 +57,7 @@ class Checked(Closed):
     photos: int
     captions: int
     problems: tuple[BadFile, ...] = ()
-    warnings: tuple[Finding, ...] = ()
+    warnings: tuple[FileFinding, ...] = ()
     error: str | None = None
 
 
@@ -228,7 +228,7 @@ def _checked(folder: str, captions: int, found: Photos, faces: Sequence[PhotoWar
         captions=captions,
         problems=tuple(BadFile(name=one.name, reason=one.reason) for one in found.rejected),
         warnings=tuple(
-            Finding(kind=one.kind, names=one.names, message=one.message, advice=one.advice)
+            FileFinding(kind=one.kind, names=one.names, message=one.message, advice=one.advice)
             for one in (*found.warnings, *faces)
         ),
     )

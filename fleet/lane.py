@@ -16,14 +16,14 @@ from training.trainer.worker.worker import work
 
 IDLE_S = 0.25  # how long an empty answer of the queue holds
 log = logging.getLogger(__name__)
-Published = Callable[[Task, str], None]
+OnPublished = Callable[[Task, str], None]
 
 
 class LaneSource:
     """What a worker asks: the driver's queue, for one lane. `warm_s`: how long an empty lane waits for subjects."""
 
     def __init__(
-        self, driver: FleetDriver, lane: int, profile: int, turns: DeviceTurns, warm_s: float, published: Published
+        self, driver: FleetDriver, lane: int, profile: int, turns: DeviceTurns, warm_s: float, published: OnPublished
     ) -> None:
         self._driver = driver
         self._lane = lane
@@ -76,7 +76,7 @@ class LaneThread:
     """Opens one lane after the other, for the profile whose turn it is, until it is stopped. Starts at once."""
 
     def __init__(
-        self, driver: FleetDriver, base: Base, turns: DeviceTurns, warm_s: float, published: Published
+        self, driver: FleetDriver, base: Base, turns: DeviceTurns, warm_s: float, published: OnPublished
     ) -> None:
         self._driver = driver
         self._base = with_borders(base, turns.border)

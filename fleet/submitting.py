@@ -30,7 +30,7 @@ from training.manifest.subject import SubjectSpec
 from training.photos.files import read_files
 from training.photos.intake import take_in
 from training.run import accepted
-from training.run.accepted import Hook, Kind, Order, new_id
+from training.run.accepted import Hook, Order, RunKind, new_id
 from training.run.run import RunRecord, digest_of
 from training.run.turns import read_quotas
 from training.storage.interface import Storage
@@ -144,7 +144,7 @@ class SubmissionDesk:
         self,
         run: str,
         tenant: str,
-        kind: Kind,
+        kind: RunKind,
         priority: int,
         files: Sequence[str],
         about: dict[str, Any],

@@ -17,7 +17,7 @@ from torch import Tensor
 from benchmarks.attacks import Attack, blurred, jpeg, noisy, resized, unchanged
 from serving.engine.reading import STEPS, backwards
 from serving.engine.samplers import ScheduleLines
-from serving.marking.code import Floats
+from serving.marking.code import Reals
 from serving.marking.evidence import FILE, neighbourhoods
 from training.base.base import Base, load_base
 from training.base.stream import stream
@@ -42,7 +42,7 @@ def main() -> None:
     np.savez_compressed((arguments.out or base.folder) / FILE, weights=weights_CF.astype(np.float16))
 
 
-def fit(base: Base, prompts: Sequence[str], pictures: int, attacks: int = 4) -> Floats:
+def fit(base: Base, prompts: Sequence[str], pictures: int, attacks: int = 4) -> Reals:
     """The weights [C, F] of a reader, from so many pictures under so many attacks each."""
     rng = np.random.default_rng(0)
     width = 2 * base.facts.channels * 9
@@ -62,10 +62,10 @@ def fit(base: Base, prompts: Sequence[str], pictures: int, attacks: int = 4) -> 
     return solve(gram_FF, goal_FC)
 
 
-def solve(gram_FF: np.ndarray, goal_FC: np.ndarray) -> Floats:
+def solve(gram_FF: np.ndarray, goal_FC: np.ndarray) -> Reals:
     """Ridge regression: the weights [C, F]."""
     size = len(gram_FF)
-    weights: Floats = np.linalg.solve(gram_FF + np.eye(size) * RIDGE * np.trace(gram_FF) / size, goal_FC).T
+    weights: Reals = np.linalg.solve(gram_FF + np.eye(size) * RIDGE * np.trace(gram_FF) / size, goal_FC).T
     return weights.astype(np.float32)
 
 

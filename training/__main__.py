@@ -21,7 +21,7 @@ from training.run.local import LocalRun
 from training.run.run import ENDED, end_run
 from training.run.source import Beat
 from training.run.submission import submit
-from training.run.view import View
+from training.run.view import RunView
 from training.storage.storage import open_storage
 
 
@@ -71,7 +71,7 @@ def train_pack(run: LocalRun, pack: PackPlan) -> None:
     work(base, pack, run, run.submission.store, tenant=record.tenant, root=root, training_adapter=worn)
 
 
-def show(view: View, beat: Beat | None) -> None:
+def show(view: RunView, beat: Beat | None) -> None:
     """Prints what is new: notes, subjects that have ended, and after a sign of life what is being done."""
     for note in view.notes:
         print(note)

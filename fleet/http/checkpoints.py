@@ -20,7 +20,7 @@ from training.storage.registry import Registry
 
 router = APIRouter(tags=["training"])
 JOB, RUN = "/v1/fine_tuning/jobs/{id}/checkpoints", "/v1/runs/{id}/subjects/{subject}/checkpoints"
-Checkpoint = Annotated[str, Path(pattern=r"^ftckpt-[0-9]{8}$", max_length=20)]
+CheckpointId = Annotated[str, Path(pattern=r"^ftckpt-[0-9]{8}$", max_length=20)]
 
 
 @router.get(JOB, responses=ERRORS)
@@ -31,14 +31,14 @@ async def list_checkpoints(request: Request, id: JobId, after: After = None, lim
 
 
 @router.post(f"{JOB}/{{checkpoint}}/publish", responses=ERRORS)
-async def publish_job_checkpoint(request: Request, id: JobId, checkpoint: Checkpoint) -> CheckpointInfo:
+async def publish_job_checkpoint(request: Request, id: JobId, checkpoint: CheckpointId) -> CheckpointInfo:
     """Makes a checkpoint of a job that has succeeded a version, beside the one that is served: it can be drawn with."""
     look = await look_at(request, "job", id)
     return await asyncio.to_thread(_publish, look, look.subjects[0], fleet_of(request).registry, checkpoint, True)
 
 
 @router.post(f"{JOB}/{{checkpoint}}/current", responses=ERRORS)
-async def choose_checkpoint(request: Request, id: JobId, checkpoint: Checkpoint) -> CheckpointInfo:
+async def choose_checkpoint(request: Request, id: JobId, checkpoint: CheckpointId) -> CheckpointInfo:
     """Makes a checkpoint of a job that has succeeded the version that is served."""
     look = await look_at(request, "job", id)
     return await asyncio.to_thread(_publish, look, look.subjects[0], fleet_of(request).registry, checkpoint, False)
@@ -55,7 +55,7 @@ async def list_subject_checkpoints(
 
 @router.post(f"{RUN}/{{checkpoint}}/publish", responses=ERRORS)
 async def publish_subject_checkpoint(
-    request: Request, id: RunId, subject: SubjectId, checkpoint: Checkpoint
+    request: Request, id: RunId, subject: SubjectId, checkpoint: CheckpointId
 ) -> CheckpointInfo:
     """Makes a checkpoint of a run's subject a version, beside the one that is served."""
     look = await look_at(request, "run", id)
@@ -65,7 +65,7 @@ async def publish_subject_checkpoint(
 
 @router.post(f"{RUN}/{{checkpoint}}/current", responses=ERRORS)
 async def choose_subject_checkpoint(
-    request: Request, id: RunId, subject: SubjectId, checkpoint: Checkpoint
+    request: Request, id: RunId, subject: SubjectId, checkpoint: CheckpointId
 ) -> CheckpointInfo:
     """Makes a checkpoint of a run's subject the version that is served."""
     look = await look_at(request, "run", id)

@@ -11,7 +11,7 @@ from fleet.config import FleetSpec
 from fleet.submitting import SubmissionDesk
 from serving.http.access.tenants import Key
 from serving.http.service import service_of
-from training.run.accepted import Kind
+from training.run.accepted import RunKind
 from training.run.usage import UsageBook
 from training.storage.registry import Registry
 
@@ -44,7 +44,7 @@ def check_admin(request: Request) -> None:
     service_of(request).tenant(request, "admin")
 
 
-async def look_at(request: Request, kind: Kind, id: str) -> Submitted:
+async def look_at(request: Request, kind: RunKind, id: str) -> Submitted:
     """A job or run of the caller. Raises ApiError 404."""
     fleet, tenant = fleet_of(request), service_of(request).tenant(request)
     return await asyncio.to_thread(fleet.board.look, tenant, id, kind)

@@ -14,7 +14,7 @@ from fleet.http.wire import EventInfo, EventPage
 from fleet.showing import events_of
 from serving.http.images import ERRORS, STREAM
 from serving.http.paging import following
-from training.run.accepted import Kind
+from training.run.accepted import RunKind
 
 router = APIRouter(tags=["training"])
 POLL_S = 0.5
@@ -39,7 +39,7 @@ async def list_run_events(
 
 
 async def _events(
-    request: Request, kind: Kind, id: str, after: str | None, limit: int, stream: bool
+    request: Request, kind: RunKind, id: str, after: str | None, limit: int, stream: bool
 ) -> EventPage | StreamingResponse:
     look = await look_at(request, kind, id)
     if stream or "text/event-stream" in request.headers.get("accept", ""):  # as a browser's EventSource asks

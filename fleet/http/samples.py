@@ -17,7 +17,7 @@ from training.run.run import SubjectRecord
 router = APIRouter(tags=["training"])
 JOB, RUN = "/v1/fine_tuning/jobs/{id}/samples", "/v1/runs/{id}/subjects/{subject}/samples"
 PICTURE = {200: {"content": {"image/png": {}}, "description": "the picture"}, **ERRORS}
-Name = Annotated[str, Path(max_length=60)]
+SampleName = Annotated[str, Path(max_length=60)]
 
 
 @router.get(JOB, responses=ERRORS)
@@ -28,7 +28,7 @@ async def list_samples(request: Request, id: JobId) -> SamplePage:
 
 
 @router.get(f"{JOB}/{{name}}", response_class=Response, responses=PICTURE)
-async def show_sample(request: Request, id: JobId, name: Name) -> Response:
+async def show_sample(request: Request, id: JobId, name: SampleName) -> Response:
     """One of these pictures."""
     look = await look_at(request, "job", id)
     return await _picture(look, look.subjects[0], name)
@@ -42,7 +42,7 @@ async def list_subject_samples(request: Request, id: RunId, subject: SubjectId) 
 
 
 @router.get(f"{RUN}/{{name}}", response_class=Response, responses=PICTURE)
-async def show_subject_sample(request: Request, id: RunId, subject: SubjectId, name: Name) -> Response:
+async def show_subject_sample(request: Request, id: RunId, subject: SubjectId, name: SampleName) -> Response:
     """One of these pictures."""
     look = await look_at(request, "run", id)
     return await _picture(look, look.subject(subject), name)

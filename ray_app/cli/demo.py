@@ -54,7 +54,7 @@ class Stages:
 
 
 @dataclass(frozen=True)
-class Ask:
+class DemoImage:
     """One image to ask for: by adapter id, by several, or of the base alone (`adapters` empty)."""
 
     prompt: str
@@ -103,8 +103,8 @@ def run_demo(out: Path, manifest: Path = MANIFEST) -> int:
 
 
 def _serve_and_draw(
-    storage: str, base: str, asks: Sequence[Ask], stages: Stages, console: Console
-) -> dict[Ask, DrawnImage]:
+    storage: str, base: str, asks: Sequence[DemoImage], stages: Stages, console: Console
+) -> dict[DemoImage, DrawnImage]:
     started = time.monotonic()
     server = start_server(storage=storage, address=LOCAL, base=base, port=0)
     try:
@@ -119,26 +119,26 @@ def _serve_and_draw(
     return {ask: DrawnImage(ask.prompt, image) for ask, image in zip(asks, images, strict=True)}
 
 
-def _asks(subjects: Sequence[SubjectSpec]) -> list[Ask]:
+def _asks(subjects: Sequence[SubjectSpec]) -> list[DemoImage]:
     """Every subject in every context with its adapter and without, and two adapters in one image."""
     asks = []
     for spec in subjects:
         for seed, context in enumerate(CONTEXTS):
             prompt = f"{spec.filled_instance_prompt} {context}"
-            asks += [Ask(prompt, seed, ((spec.id, 1.0),)), Ask(prompt, seed)]
+            asks += [DemoImage(prompt, seed, ((spec.id, 1.0),)), DemoImage(prompt, seed)]
     return asks + _mixed_asks(subjects)
 
 
-def _mixed_asks(subjects: Sequence[SubjectSpec]) -> list[Ask]:
+def _mixed_asks(subjects: Sequence[SubjectSpec]) -> list[DemoImage]:
     if len(subjects) < 2:
         return []
     first, second = subjects[0], subjects[1]
     prompt = f"{first.filled_instance_prompt} {CONTEXTS[1]}"
     weights = ((1.0, 0.0), (0.75, 0.25), (0.5, 0.5), (0.25, 0.75), (0.0, 1.0))
-    return [Ask(prompt, 7, ((first.id, one), (second.id, other))) for one, other in weights]
+    return [DemoImage(prompt, 7, ((first.id, one), (second.id, other))) for one, other in weights]
 
 
-async def _draw_all(url: str, base: str, asks: Sequence[Ask], console: Console) -> list[bytes]:
+async def _draw_all(url: str, base: str, asks: Sequence[DemoImage], console: Console) -> list[bytes]:
     """All requests at once; the images in the order of `asks`."""
     columns = (TextColumn("images"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     limits = httpx.Limits(max_connections=None)
@@ -146,7 +146,7 @@ async def _draw_all(url: str, base: str, asks: Sequence[Ask], console: Console) 
         with Progress(*columns, console=console) as progress:
             bar = progress.add_task("images", total=len(asks))
 
-            async def draw(ask: Ask) -> bytes:
+            async def draw(ask: DemoImage) -> bytes:
                 response = await client.post("/v1/images/generations", json=ask.body(base))
                 if response.status_code != 200:
                     raise UserError(f"The server returned {response.status_code}: {response.text[:500]}")
@@ -161,7 +161,7 @@ def _write(
     manifest: Path,
     submission: Submission,
     trained: Sequence[SubjectSpec],
-    shots: dict[Ask, DrawnImage],
+    shots: dict[DemoImage, DrawnImage],
     stages: Stages,
 ) -> None:
     registry = Registry(submission.store.storage)
@@ -186,7 +186,7 @@ def _write(
 
 
 def _story(
-    registry: Registry, spec: SubjectSpec, description: str, manifest: Manifest, shots: dict[Ask, DrawnImage]
+    registry: Registry, spec: SubjectSpec, description: str, manifest: Manifest, shots: dict[DemoImage, DrawnImage]
 ) -> SubjectStory:
     resolved = registry.resolve(f"{manifest.tenant}/{spec.id}")
     asks = [(f"{spec.filled_instance_prompt} {context}", seed) for seed, context in enumerate(CONTEXTS)]
@@ -200,8 +200,8 @@ def _story(
         loss=resolved.card.loss or 0.0,
         photos=tuple(file.data for file in files if file.name.endswith(".png")),
         loss_plot=_loss_plot(registry, resolved),
-        worn=tuple(shots[Ask(prompt, seed, ((spec.id, 1.0),))] for prompt, seed in asks),
-        bare=tuple(shots[Ask(prompt, seed)] for prompt, seed in asks),
+        worn=tuple(shots[DemoImage(prompt, seed, ((spec.id, 1.0),))] for prompt, seed in asks),
+        bare=tuple(shots[DemoImage(prompt, seed)] for prompt, seed in asks),
     )
 
 

@@ -95,7 +95,7 @@ class FleetClient:
     def follow(self, run: str, manifest: "Manifest", console: Console) -> "Whole":
         """Shows how a run goes on until it has ended. A fleet that is gone for a while is waited for."""
         from ray_app.train.console import RunConsole
-        from training.run.view import View
+        from training.run.view import RunView
 
         heard = time.monotonic()
         with RunConsole(console, run) as watcher:
@@ -108,7 +108,7 @@ class FleetClient:
                         raise UserError(f"{error} Run {run} goes on there; the same command follows it.") from None
                     time.sleep(LOOK_SECONDS)
                     continue
-                watcher.see(View.of_records(whole.subjects), {subject.id: subject for subject in whole.subjects})
+                watcher.see(RunView.of_records(whole.subjects), {subject.id: subject for subject in whole.subjects})
                 if whole.record.state != "running":
                     return whole
                 time.sleep(LOOK_SECONDS)

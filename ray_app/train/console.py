@@ -13,7 +13,7 @@ from rich.text import Text
 
 from training.run.run import ENDED, SubjectRecord
 from training.run.source import Doing, Phase
-from training.run.view import LaneView, View
+from training.run.view import LaneView, RunView
 
 LINE_SECONDS = 10.0  # plain output: how often a lane that only trains is mentioned
 MOST_SUBJECTS = 30  # lines shown at once in a terminal
@@ -48,7 +48,7 @@ class RunConsole:
         """Prints a line."""
         self._console.print(text, markup=False, highlight=False)
 
-    def see(self, view: View, records: Mapping[str, SubjectRecord]) -> None:
+    def see(self, view: RunView, records: Mapping[str, SubjectRecord]) -> None:
         """Shows how everything stands."""
         for note in view.notes:
             self.say(note)
@@ -59,7 +59,7 @@ class RunConsole:
 
     # -- plain --
 
-    def _lines(self, view: View, records: Mapping[str, SubjectRecord]) -> None:
+    def _lines(self, view: RunView, records: Mapping[str, SubjectRecord]) -> None:
         for record in view.changed:
             if self._states.get(record.id) != record.state:
                 self._states[record.id] = record.state
@@ -72,7 +72,7 @@ class RunConsole:
 
     # -- terminal --
 
-    def _picture(self, view: View, records: Mapping[str, SubjectRecord]) -> RenderableType:
+    def _picture(self, view: RunView, records: Mapping[str, SubjectRecord]) -> RenderableType:
         lines: list[RenderableType] = [Text(self._summary(view, records), style="bold")]
         if not view.lanes and view.unfinished:
             lines.append(Text("starting: Ray's worker, then the base", style="dim"))
@@ -98,7 +98,7 @@ class RunConsole:
         )
         return grid
 
-    def _summary(self, view: View, records: Mapping[str, SubjectRecord]) -> str:
+    def _summary(self, view: RunView, records: Mapping[str, SubjectRecord]) -> str:
         ended = sum(record.state in ENDED for record in records.values())
         failed = sum(record.state == "failed" for record in records.values())
         rate = sum(lane.images_per_second for lane in view.lanes)

@@ -21,7 +21,7 @@ from ray_app.train.metrics import RunMetrics
 from training.run.lead import Lead, Lost
 from training.run.run import ENDED, RunRecord, RunStore, SubjectRecord
 from training.run.submission import Submission, settle
-from training.run.view import View
+from training.run.view import RunView
 
 LOOK_SECONDS = 1.0
 
@@ -63,7 +63,7 @@ def look_on(store: RunStore, console: Console, until: Callable[[], bool] = lambd
     with RunConsole(console, store.run) as watcher:
         while True:
             whole = read_run(store)
-            watcher.see(View.of_records(whole.subjects), {subject.id: subject for subject in whole.subjects})
+            watcher.see(RunView.of_records(whole.subjects), {subject.id: subject for subject in whole.subjects})
             if whole.record.state != "running" or until():
                 return whole
             time.sleep(LOOK_SECONDS)
@@ -120,7 +120,7 @@ def _lead_run(
     submission = replace(submission, record=record)
     subjects = settle(submission, retry)
     for subject in subjects:
-        submission.files.pop(subject.id)  # lanes read for themselves
+        submission.files.take_out(subject.id)  # lanes read for themselves
     lead.renew()
     if all(subject.state in ENDED for subject in subjects):
         return Whole(finish(store, record, subjects), subjects)

@@ -26,7 +26,7 @@ from training.run.source import Beat, Outcome, Release
 from training.run.states import States
 from training.run.subject_queue import SubjectQueue
 from training.run.submission import Submission
-from training.run.view import View
+from training.run.view import RunView
 
 POLL_SECONDS = 0.5
 STOP_SECONDS = 30.0  # how long lanes may take to checkpoint when the run is stopped
@@ -39,7 +39,7 @@ _BEAT, _OUTCOME = TypeAdapter(Beat), TypeAdapter(Outcome)
 class Watcher(Protocol):
     """What follows a run: a terminal, metrics, a test."""
 
-    def see(self, view: View, records: Mapping[str, SubjectRecord]) -> None:
+    def see(self, view: RunView, records: Mapping[str, SubjectRecord]) -> None:
         """Is told how everything stands, about once a second."""
 
     def say(self, text: str) -> None:
@@ -194,10 +194,10 @@ class Driver:
             ray.get(self._queue.cancel.remote(wanted or None))
             cancel.forget(self.store)
 
-    def _look(self, since: int) -> View:
+    def _look(self, since: int) -> RunView:
         import ray
 
-        view = View.model_validate(ray.get(self._queue.view.remote(since), timeout=60))
+        view = RunView.model_validate(ray.get(self._queue.view.remote(since), timeout=60))
         self.states.take_in(view)
         for watcher in self.watchers:
             watcher.see(view, self.records)

@@ -1,8 +1,8 @@
 """A lane: one long-lived Ray Train run. Its base is loaded once; the subject queue keeps its pack filled.
 
 `run_lane` is the Ray task that holds the run; `lane_worker` is what each of the run's workers does: one on its one
-device, or a gang, of which the first alone talks to the queue. Both get an `Order` as the plain dict that crosses Ray's
-border.
+device, or a gang, of which the first alone talks to the queue. Both get a `LaneSetup` as the plain dict that crosses
+Ray's border.
 """
 
 import itertools
@@ -43,7 +43,7 @@ _ORDERS = TypeAdapter(Orders)
 log = logging.getLogger(__name__)
 
 
-class Order(Closed):
+class LaneSetup(Closed):
     """What a lane is told. `storage` is a whole URI; `threads`: compute threads, 0 for torch's own choice.
 
     `marks` are the times (seconds since the epoch) at which the lane was opened and its stages ended.
@@ -63,7 +63,7 @@ class Order(Closed):
     resources: dict[str, float]
     marks: dict[str, float] = {}
 
-    def marked(self, stage: str) -> "Order":
+    def marked(self, stage: str) -> "LaneSetup":
         """The same order, with the end of a stage."""
         return self.model_copy(update={"marks": {**self.marks, stage: time.time()}})
 
@@ -131,7 +131,7 @@ class QueueSource:
 def lane_worker(payload: dict[str, Any]) -> None:
     """Loads the base and works until the queue has nothing more for this lane. Runs in Ray Train's workers."""
     silence()
-    order = Order.model_validate(payload).marked("Ray Train's worker")
+    order = LaneSetup.model_validate(payload).marked("Ray Train's worker")
     import ray
     from ray.train import get_context
 
@@ -155,7 +155,7 @@ def lane_worker(payload: dict[str, Any]) -> None:
         source.leave("the run was stopped", "stopped")
 
 
-def _work(order: Order, source: QueueSource, first: bool) -> None:
+def _work(order: LaneSetup, source: QueueSource, first: bool) -> None:
     """What a worker does; all of a gang but its first follow that one."""
     import training.base.base  # noqa: F401  # here, so that what it takes can be told
 
@@ -188,7 +188,7 @@ def _work(order: Order, source: QueueSource, first: bool) -> None:
         follow_pack(base, order.plan)
 
 
-def _all_begin(order: Order, first_begins: bool) -> bool:
+def _all_begin(order: LaneSetup, first_begins: bool) -> bool:
     """Whether to begin: as the first worker of the gang says, for all of them."""
     if order.plan.workers == 1:
         return first_begins
@@ -202,7 +202,7 @@ def _unknown(lease: Lease) -> Task:
 
 
 def _base(
-    order: Order, name: str, wanted: str, root: str, quantization: Quantization = "none", offload: Offload = "none"
+    order: LaneSetup, name: str, wanted: str, root: str, quantization: Quantization = "none", offload: Offload = "none"
 ) -> "Base":
     """The base on this worker's device. Raises UserError if it is not the one of the hash `wanted`."""
     import torch
@@ -234,7 +234,7 @@ def in_words(error: BaseException) -> str:
 def run_lane(payload: dict[str, Any]) -> None:
     """One Ray Train run from start to end. A Ray task of its own, so that it can live on any node."""
     silence()
-    order = Order.model_validate(payload).marked("its task")
+    order = LaneSetup.model_validate(payload).marked("its task")
     payload = order.model_dump()
     import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig

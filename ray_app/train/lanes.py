@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from ray_app.train.cluster import Cluster, ClusterLimits, current
-from ray_app.train.lane import Order, in_words, run_lane
+from ray_app.train.lane import LaneSetup, in_words, run_lane
 from ray_app.train.sharing import Sharing
 from training.errors import UserError
 from training.manifest.plan import PackPlan, with_slots
-from training.run.view import View
+from training.run.view import RunView
 
 CLUSTER_SECONDS = 10.0  # how often the cluster's size is looked at
 LANE_FAILURES = 3
@@ -24,7 +24,7 @@ LANES_HERE = 8  # each takes about 0.7 GB of processes where its task lives
 
 
 class LaneOrder(NamedTuple):
-    """What all lanes of a run, or of a fleet, are told alike; see `Order`."""
+    """What all lanes of a run, or of a fleet, are told alike; see `LaneSetup`."""
 
     run: str
     storage: str
@@ -76,7 +76,7 @@ class Lanes:
         self._seats = cluster.seats
         self._looked = time.monotonic()
 
-    def open(self, view: View) -> None:
+    def open(self, view: RunView) -> None:
         """Opens lanes while there are subjects that no lane has room for, and seats: subjects are spread evenly over
         the seats. Pending lanes are the demand that an autoscaler sees."""
         self._watch_cluster()
@@ -98,7 +98,7 @@ class Lanes:
                 self._open(profile, with_slots(pack, slots))
                 coming, mine = coming + slots, mine - 1
 
-    def share(self, view: View) -> None:
+    def share(self, view: RunView) -> None:
         """Gives devices back that are other runs' share: lanes that only wait first, then the latest."""
         if self._sharing is None:
             return
@@ -148,7 +148,7 @@ class Lanes:
         import ray
 
         index = self._opened
-        order = Order(
+        order = LaneSetup(
             **self._order._asdict(),
             lane=index,
             profile=profile,

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import get_args
 
 from training.run.run import State, SubjectRecord
-from training.run.view import View
+from training.run.view import RunView
 
 WAIT_SECONDS = [1.0, 5.0, 15.0, 60.0, 300.0, 900.0, 3600.0, 4 * 3600.0, 24 * 3600.0]
 
@@ -36,7 +36,7 @@ class RunMetrics:
     def say(self, text: str) -> None:
         """Does nothing: text is no metric."""
 
-    def see(self, view: View, records: Mapping[str, SubjectRecord]) -> None:
+    def see(self, view: RunView, records: Mapping[str, SubjectRecord]) -> None:
         """Sets the gauges and counters to how everything stands."""
         states = Tally(record.state for record in records.values())
         for state in get_args(State):

@@ -14,12 +14,12 @@ from serving.engine.reading import reading_request
 from serving.engine.request import NoiseReading
 from serving.errors import Refused
 from serving.http.service import Engines
-from serving.marking.credentials import State, read_claim
+from serving.marking.credentials import CredentialState, read_claim
 from serving.marking.forms import form_of
 from serving.marking.noise import FOUND
 from serving.marking.pixels import PixelMark
 from serving.marking.serials import Issued, Serials
-from serving.marking.views import View, cut_views, looked_at, usual_views
+from serving.marking.views import Supposition, cut_views, looked_at, usual_views
 from training.base.facts import Facts
 from training.storage.image_file import ImageError, ImageLimits
 from training.storage.images import read_image
@@ -37,7 +37,7 @@ class Detected:
 
     made_here: bool
     false_positive: float
-    c2pa: State
+    c2pa: CredentialState
     signer: str | None = None
     reading: NoiseReading | None = None
     records: Sequence[Issued] = field(default=())
@@ -93,7 +93,7 @@ class Detector:
                     return best
         return best
 
-    def _suppositions(self, image: Image.Image, thorough: bool) -> Iterator[tuple[Sequence[View], float]]:
+    def _suppositions(self, image: Image.Image, thorough: bool) -> Iterator[tuple[Sequence[Supposition], float]]:
         """Views that are tried together, each group with its share of the false positives; the likeliest come first."""
         usual = usual_views(image.size, self.facts, self.most_px)
         for turn, view in enumerate(usual):
@@ -101,7 +101,7 @@ class Detector:
         if thorough:
             yield list(cut_views(image.size, self.facts, self.most_px)), 0.1
 
-    async def _look(self, image: Image.Image, view: View, expected: Sequence[int]) -> NoiseReading:
+    async def _look(self, image: Image.Image, view: Supposition, expected: Sequence[int]) -> NoiseReading:
         data = await asyncio.to_thread(looked_at, image, view)
         width, height = view.canvas
         return await self.engines.read(

@@ -22,7 +22,7 @@ TILE = 32  # cells a side that are drawn from the key at once
 WIDE = 8192  # values of latents that carry `MOST` words, and fewer than that one
 MOST = 3
 
-Floats = NDArray[np.float32]
+Reals = NDArray[np.float32]
 Ints = NDArray[np.int64]
 
 
@@ -31,7 +31,7 @@ class Places:
     """What the key says of every place of latents [C, H, W]: its parity mask (1 to 65535), hiding sign and word."""
 
     masks_CHW: Ints
-    signs_CHW: Floats
+    signs_CHW: Reals
     parts_CHW: Ints
 
 
@@ -52,7 +52,7 @@ def words_of(values: int) -> int:
     return MOST if values >= WIDE else 1
 
 
-def signs(place: Places, serial: int, words: int) -> Floats:
+def signs(place: Places, serial: int, words: int) -> Reals:
     """The signs [C, H, W] (1 or -1) that say the first `words` words of a serial."""
     part = place.parts_CHW % words
     word = np.array([serial >> BITS * index & 0xFFFF for index in range(words)])[part]
@@ -69,7 +69,7 @@ class Reading:
     z: float  # in standard deviations: of all words together for an expected serial, else of the weakest word
 
 
-def read(place: Places, evidence_CHW: Floats, words: int, expected: Sequence[int] = ()) -> Reading:
+def read(place: Places, evidence_CHW: Reals, words: int, expected: Sequence[int] = ()) -> Reading:
     """The best message. `evidence_CHW`: how sure each sign is, with that sign; zero where nothing is known.
 
     `expected` are serials that are likelier than others for a reason that the key knows nothing of: half of the false

@@ -16,7 +16,7 @@ from serving.marking.forms import ImageForm
 from serving.marking.xmp import SOURCE
 from training.errors import UserError
 
-State = Literal["valid", "invalid", "none"]
+CredentialState = Literal["valid", "invalid", "none"]
 LABEL = "org.dreamfleet.generation"  # the assertion with base, adapters and request
 _SETTINGS = {
     "builder": {"thumbnail": {"enabled": False}},
@@ -24,10 +24,10 @@ _SETTINGS = {
 }
 
 
-class Claim(NamedTuple):
+class CredentialCheck(NamedTuple):
     """What a file's manifest says: whether its signature holds for these bytes, who signed, and our facts if any."""
 
-    state: State
+    state: CredentialState
     signer: str | None = None
     facts: Mapping[str, Any] | None = None
 
@@ -76,22 +76,22 @@ class Credentials:
         return out.getvalue()
 
 
-def read_claim(data: bytes, form: ImageForm) -> Claim:
+def read_claim(data: bytes, form: ImageForm) -> CredentialCheck:
     """What the manifest in a file is worth. A signature can hold whoever signed: `signer` says who it was."""
     import c2pa
 
     try:
         reader = c2pa.Reader(f"image/{form}", io.BytesIO(data), context=c2pa.Context.from_dict(_SETTINGS))
     except c2pa.C2paError.ManifestNotFound:
-        return Claim("none")
+        return CredentialCheck("none")
     except c2pa.C2paError:
-        return Claim("invalid")
+        return CredentialCheck("invalid")
     with reader:
-        state: State = "invalid" if reader.get_validation_state() == "Invalid" else "valid"
+        state: CredentialState = "invalid" if reader.get_validation_state() == "Invalid" else "valid"
         active = reader.get_active_manifest() or {}
         signature = active.get("signature_info") or {}
         ours = [one.get("data") for one in active.get("assertions", []) if one.get("label") == LABEL]
-        return Claim(state, signature.get("issuer"), ours[0] if ours and isinstance(ours[0], dict) else None)
+        return CredentialCheck(state, signature.get("issuer"), ours[0] if ours and isinstance(ours[0], dict) else None)
 
 
 def _one_pixel() -> bytes:

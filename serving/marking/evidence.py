@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from serving.marking.code import Floats
+from serving.marking.code import Reals
 from training.errors import UserError
 
 FILE = "noise_reader.npz"
@@ -27,7 +27,7 @@ class NoiseReader:
 
     weights_CF: NDArray[np.float32] | None = None
 
-    def __call__(self, noise_CHW: Floats, latents_CHW: Floats) -> Floats:
+    def __call__(self, noise_CHW: Reals, latents_CHW: Reals) -> Reals:
         """The evidence [C, H, W] in recovered noise and the picture's latents, clipped at `CLIP` deviations."""
         if self.weights_CF is None:
             found = _decorrelated(_evened(_levelled(noise_CHW)))
@@ -52,7 +52,7 @@ def find_reader(folder: Path, channels: int) -> NoiseReader:
     return NoiseReader(weights_CF)
 
 
-def neighbourhoods(noise_CHW: Floats, latents_CHW: Floats) -> Floats:
+def neighbourhoods(noise_CHW: Reals, latents_CHW: Reals) -> Reals:
     """What a reader sees of each cell: 3 x 3 cells of levelled noise and latents, [2 C x 9, H W]."""
     both = np.concatenate([_levelled(noise_CHW), _levelled(latents_CHW)])
     height, width = both.shape[1:]
@@ -61,7 +61,7 @@ def neighbourhoods(noise_CHW: Floats, latents_CHW: Floats) -> Floats:
     return np.stack(parts, axis=1).reshape(len(both) * 9, -1)
 
 
-def _levelled(values_CHW: Floats) -> Floats:
+def _levelled(values_CHW: Reals) -> Reals:
     """Each value, divided by the size of the nine cells around it in all channels."""
     height, width = values_CHW.shape[1:]
     padded = np.pad(np.mean(values_CHW**2, axis=0), 1, mode="edge")
@@ -69,7 +69,7 @@ def _levelled(values_CHW: Floats) -> Floats:
     return (values_CHW / (np.sqrt(near_HW) + _TINY)).astype(np.float32)
 
 
-def _evened(values_CHW: Floats) -> Floats:
+def _evened(values_CHW: Reals) -> Reals:
     """Each channel's spatial frequencies, divided by the root of the amplitude that is usual at such a frequency."""
     height, width = values_CHW.shape[1:]
     spectrum = np.fft.fft2(values_CHW)
@@ -82,10 +82,10 @@ def _evened(values_CHW: Floats) -> Floats:
     return np.fft.ifft2(spectrum).real.astype(np.float32)
 
 
-def _decorrelated(values_CHW: Floats) -> Floats:
+def _decorrelated(values_CHW: Reals) -> Reals:
     flat = values_CHW.reshape(len(values_CHW), -1)
     flat = flat - flat.mean(axis=1, keepdims=True)
     shared = flat @ flat.T / flat.shape[1]
     shared += (0.05 * np.trace(shared) / len(shared) + _TINY) * np.eye(len(shared), dtype=np.float32)
-    found: Floats = np.linalg.solve(shared, flat).reshape(values_CHW.shape).astype(np.float32)
+    found: Reals = np.linalg.solve(shared, flat).reshape(values_CHW.shape).astype(np.float32)
     return found

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from serving.marking.code import BITS, MOST, Floats, Reading, places, read, signs, words_of
+from serving.marking.code import BITS, MOST, Reading, Reals, places, read, signs, words_of
 
 FOUND = -6.0  # log10 of the false-positive probability below which a picture counts as ours
 
@@ -38,7 +38,7 @@ class NoiseMark:
 
     def read(
         self,
-        evidence_CHW: Floats,
+        evidence_CHW: Reals,
         expected: Sequence[int] = (),
         *,
         words: int | None = None,

@@ -17,7 +17,7 @@ _SHIFTS = 4  # a side: places on the grid of cells that are tried
 _SCALES = 9
 
 
-class View(NamedTuple):
+class Supposition(NamedTuple):
     """One supposition: the picture scaled to `size`, its corner at `shift` pixels on a canvas of `canvas` pixels.
 
     `cut_cells`: up to so many cells of the whole picture may be missing above and left.
@@ -29,7 +29,7 @@ class View(NamedTuple):
     cut_cells: int = 0
 
 
-def usual_views(size: tuple[int, int], facts: Facts, most_px: int) -> list[View]:
+def usual_views(size: tuple[int, int], facts: Facts, most_px: int) -> list[Supposition]:
     """The sizes (width, height) that a whole picture of `size` may have been made in: as it is, and as it is usual."""
     width, height = size
     step = facts.multiple_px
@@ -39,11 +39,11 @@ def usual_views(size: tuple[int, int], facts: Facts, most_px: int) -> list[View]
         sides = (max(step, round(width * factor / step) * step), max(step, round(height * factor / step) * step))
         same_shape = abs(sides[0] / sides[1] / (width / height) - 1) < 0.1
         if same_shape and facts.resolution <= min(sides) and max(sides) <= most_px:
-            found.append(View(sides, sides))
+            found.append(Supposition(sides, sides))
     return list(dict.fromkeys(found))
 
 
-def cut_views(size: tuple[int, int], facts: Facts, most_px: int) -> Iterator[View]:
+def cut_views(size: tuple[int, int], facts: Facts, most_px: int) -> Iterator[Supposition]:
     """Suppositions that up to `MOST_CUT` of each side was cut off; what is left may have been scaled back to `size`."""
     cell, step = facts.cell_px, facts.multiple_px
     for scale in (1.0, *(1 - MOST_CUT * (turn + 1) / _SCALES for turn in range(_SCALES))):
@@ -54,10 +54,10 @@ def cut_views(size: tuple[int, int], facts: Facts, most_px: int) -> Iterator[Vie
         for down in range(0, cell, max(1, cell // _SHIFTS)):
             for across in range(0, cell, max(1, cell // _SHIFTS)):
                 canvas = (-(-(left[0] + across) // step) * step, -(-(left[1] + down) // step) * step)
-                yield View(left, canvas, (across, down), min(cut, 16))
+                yield Supposition(left, canvas, (across, down), min(cut, 16))
 
 
-def looked_at(image: Image.Image, view: View) -> bytes:
+def looked_at(image: Image.Image, view: Supposition) -> bytes:
     """The picture as a view supposes it, as a PNG file; the canvas beyond it continues its edges."""
     scaled = image if image.size == view.size else image.resize(view.size, Image.Resampling.BICUBIC)
     if view.canvas != view.size:

@@ -20,7 +20,7 @@ from training.run.run import RunStore, SubjectRecord, list_runs
 from training.run.subject_queue import CALMER
 from training.storage.registry import Registry
 from training.storage.storage import open_storage
-from training.trainer.member import Report
+from training.trainer.member import StepReport
 from training.trainer.pack import Pack
 
 
@@ -75,7 +75,7 @@ def on_step(monkeypatch: pytest.MonkeyPatch, deed: Callable[[Pack], None]) -> No
     """Does something with the pack before each of its steps."""
     step = Pack.step
 
-    def watched(pack: Pack) -> list[Report]:
+    def watched(pack: Pack) -> list[StepReport]:
         deed(pack)
         return step(pack)
 

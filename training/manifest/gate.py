@@ -78,24 +78,24 @@ def _checked(text: object) -> str:
     return str(text)
 
 
-Rule = Annotated[str, BeforeValidator(_checked)]
+GateRule = Annotated[str, BeforeValidator(_checked)]
 
 
 class GateSpec(Closed):
     """`publish_if`: conditions on the scores of the chosen step. All must hold, and each score must be there."""
 
-    likeness: Rule | None = None
-    likeness_training: Rule | None = None
-    fidelity: Rule | None = None
-    diversity: Rule | None = None
-    pres: Rule | None = None
-    class_drift: Rule | None = None
-    copying: Rule | None = None
-    identity: Rule | None = None
-    sharpness: Rule | None = None
-    saturation: Rule | None = None
-    language_drift: Rule | None = None
-    balance: Rule | None = None
+    likeness: GateRule | None = None
+    likeness_training: GateRule | None = None
+    fidelity: GateRule | None = None
+    diversity: GateRule | None = None
+    pres: GateRule | None = None
+    class_drift: GateRule | None = None
+    copying: GateRule | None = None
+    identity: GateRule | None = None
+    sharpness: GateRule | None = None
+    saturation: GateRule | None = None
+    language_drift: GateRule | None = None
+    balance: GateRule | None = None
 
     @property
     def conditions(self) -> dict[str, Condition]:

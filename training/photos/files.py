@@ -170,7 +170,7 @@ class FileCache:
                 self._kept[subject.id] = files
         return files
 
-    def pop(self, id: str) -> tuple[PhotoFile, ...] | None:
+    def take_out(self, id: str) -> tuple[PhotoFile, ...] | None:
         """Removes and returns a subject's files; None if they are not kept."""
         with self._lock:
             files = self._kept.pop(id, None)

@@ -16,8 +16,8 @@ from training.photos.files import PhotoFile
 from training.photos.photo_report import Rejected, Seen, TooFewPhotos, report
 from training.photos.variants import Crop
 from training.photos.warning import PhotoWarning, shown
-from training.storage.image_file import ImageError, ImageLimits, open_image
-from training.storage.images import decode_image, read_image, shrunk
+from training.storage.image_file import ImageError, ImageLimits
+from training.storage.images import read_masked, shrunk
 
 MAX_PHOTOS = 200
 # Photos are kept at twice the resolution at most: no crop needs more, and 200 camera originals would need 24 GB.
@@ -97,8 +97,7 @@ def photos(
         try:
             if file.problem:
                 raise ImageError(file.name, file.problem)
-            opened = open_image(file.data, file.name, limits)
-            read = decode_image(opened)
+            read = read_masked(file.data, file.name, limits)
             kept = shrunk(read, KEPT_RESOLUTIONS * resolution)
             mask = None if drawn is None else _drawn_mask(drawn, read.image.size, kept.image.size)
         except ImageError as error:
@@ -120,7 +119,7 @@ def _drawn_mask(file: PhotoFile, size: tuple[int, int], kept: tuple[int, int]) -
     """A mask file (white is the subject) at the size that its photo is kept at. It must have the photo's own shape."""
     if file.problem:
         raise ImageError(file.name, f"its mask {file.name}: {file.problem}")
-    mask = read_image(file.data, file.name, ImageLimits(min_side_px=1)).convert("L")
+    mask = read_masked(file.data, file.name, ImageLimits(min_side_px=1)).image.convert("L")
     if abs(mask.width * size[1] - mask.height * size[0]) > max(size):  # a px of rounding
         have = f"{mask.width} x {mask.height} px"
         raise ImageError(file.name, f"its mask {file.name} has {have}, and the photo {size[0]} x {size[1]}")

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-Finding = Literal[
+WarningKind = Literal[
     "few",
     "small",
     "blurry",
@@ -24,7 +24,7 @@ Finding = Literal[
 class PhotoWarning:
     """One finding, plain data (`dataclasses.asdict` is JSON): `names` of the photos, what was found, what to do."""
 
-    kind: Finding
+    kind: WarningKind
     names: tuple[str, ...]
     message: str
     advice: str

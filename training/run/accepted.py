@@ -18,7 +18,7 @@ from training.run.run import RunRecord, RunStore
 from training.storage.closed import Closed
 from training.storage.interface import NotFound, Storage
 
-Kind = Literal["job", "run"]
+RunKind = Literal["job", "run"]
 Verb = Literal["cancel", "pause", "resume", "retry"]
 _RUNS, _ASKS, _TENANTS = "fleet/runs", "fleet/asks", "fleet/tenants"
 
@@ -37,7 +37,7 @@ class Order(Closed):
 
     run: str
     tenant: str
-    kind: Kind
+    kind: RunKind
     created: float = Field(default_factory=time.time)
     priority: int = 0
     subjects: int = 1
@@ -86,7 +86,7 @@ def read_order(storage: Storage, run: str) -> Order | None:
         return None
 
 
-def orders_of(storage: Storage, tenant: str, kind: Kind) -> list[str]:
+def orders_of(storage: Storage, tenant: str, kind: RunKind) -> list[str]:
     """The ids of a tenant's runs of a kind, in the order of submission."""
     return [key.rsplit("/", 1)[1].partition("-")[2] for key in storage.list(f"{_TENANTS}/{tenant}/{kind}")]
 

@@ -15,7 +15,7 @@ SUSPECT_ATTEMPTS = 2  # after so many lost workers a subject trains alone: so th
 
 
 @dataclass
-class Item:
+class QueuedSubject:
     """A subject in the queue: its record, whose it is, who holds it until when, and what is asked of it."""
 
     record: SubjectRecord
@@ -58,7 +58,7 @@ class Choosing:
 
     def __init__(
         self,
-        items: Mapping[str, Item],
+        items: Mapping[str, QueuedSubject],
         lanes: Mapping[int, QueueLane],
         waiting: Mapping[int, Sequence[str]],
         turns: Turns,

@@ -8,24 +8,24 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, TypeVar
 
 from training.errors import GangBroken, SubjectFailed, TooLarge, UserError
-from training.run.source import Kind
+from training.run.source import EndKind
 from training.storage.interface import StorageError
 
 log = logging.getLogger(__name__)
-Made = TypeVar("Made")
+Produced = TypeVar("Produced")
 Failed = Callable[[str, Exception], None]
 
 
 class Failure(NamedTuple):
     """Why a subject ends without an adapter."""
 
-    kind: Kind
+    kind: EndKind
     reason: str
 
 
-def apart(ids: Sequence[str], work: Callable[[str], Made], failed: Failed) -> dict[str, Made]:
+def apart(ids: Sequence[str], work: Callable[[str], Produced], failed: Failed) -> dict[str, Produced]:
     """Does `work` for each subject; returns the results by id. `failed` is called with id and error of a failure."""
-    made: dict[str, Made] = {}
+    made: dict[str, Produced] = {}
     for id in ids:
         try:
             made[id] = work(id)
@@ -42,8 +42,8 @@ def apart(ids: Sequence[str], work: Callable[[str], Made], failed: Failed) -> di
 
 
 def together(
-    ids: Sequence[str], work: Callable[[Sequence[str]], Mapping[str, Made]], failed: Failed
-) -> dict[str, Made]:
+    ids: Sequence[str], work: Callable[[Sequence[str]], Mapping[str, Produced]], failed: Failed
+) -> dict[str, Produced]:
     """As `apart`, for work that is done for all subjects at once. Where that fails, it is done for each alone."""
     if len(ids) > 1:
         try:
@@ -61,7 +61,7 @@ def failure_of(error: Exception, what: str) -> Failure:
     return Failure(kind, f"{what}: {reason}" if kind == "unknown" else reason)
 
 
-def kind_of(error: Exception) -> Kind:
+def kind_of(error: Exception) -> EndKind:
     """How a subject that failed with `error` ends: "bad subject" where a second attempt would fail in the same way."""
     if isinstance(error, TooLarge):
         return "too large"

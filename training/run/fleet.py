@@ -24,7 +24,7 @@ from training.run.standing import OLD_SECONDS, STANDING, Finishes, LaneStanding,
 from training.run.subject_queue import SubjectQueue
 from training.run.turns import Turns, read_quotas
 from training.run.usage import FLUSH_SECONDS, UsageBook, What, month_used
-from training.run.view import View
+from training.run.view import RunView
 from training.storage.storage import Storage, StorageUnavailable
 
 QUOTA_SECONDS = 10.0  # how often quotas are read again
@@ -32,7 +32,7 @@ SHOW_SECONDS = 1.0  # how often the standing is written
 GONE = "its lane has ended"
 
 log = logging.getLogger(__name__)
-Ended = Callable[[Order, RunRecord, SubjectRecord], None]
+OnEnd = Callable[[Order, RunRecord, SubjectRecord], None]
 
 
 class Wanted(NamedTuple):
@@ -58,7 +58,7 @@ class FleetDriver:
         *,
         seats: int | None = 1,
         max_rows: int = MAX_ROWS,
-        ended: Ended = lambda order, record, subject: None,
+        ended: OnEnd = lambda order, record, subject: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.storage = storage
@@ -128,7 +128,7 @@ class FleetDriver:
                 counts[profile] = counts.get(profile, 0) + 1
             return [Wanted(profile, self._plans[profile], count) for profile, count in counts.items()]
 
-    def view(self) -> View:
+    def view(self) -> RunView:
         """How the queue stands."""
         with self._lock:
             return self._queue.view(self._seen)

@@ -66,7 +66,7 @@ def open_run(storage: Storage, run: str, base: Outline, base_hash: str) -> Fleet
         files = FileCache(storage, record.manifest.root)
         subjects = settle(Submission(store, record, record.manifest, base, True, files))
         for subject in subjects:
-            files.pop(subject.id)  # thousands may wait: lanes read for themselves
+            files.take_out(subject.id)  # thousands may wait: lanes read for themselves
     else:
         subjects = tuple(_foreign(store, record, base.name))
     states = States(store, subjects)

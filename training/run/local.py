@@ -15,7 +15,7 @@ from training.run.source import Beat, Orders, Outcome, Task
 from training.run.states import States
 from training.run.subject_queue import SubjectQueue
 from training.run.submission import Submission, settle
-from training.run.view import View
+from training.run.view import RunView
 
 STOPPED = "the run was stopped"
 
@@ -26,7 +26,7 @@ class LocalRun:
     `watch(view, beat)` sees what has changed and, after a sign of life, what the worker is doing.
     """
 
-    def __init__(self, submission: Submission, lead: Lead, watch: Callable[[View, Beat | None], None]) -> None:
+    def __init__(self, submission: Submission, lead: Lead, watch: Callable[[RunView, Beat | None], None]) -> None:
         self.submission = submission
         self._lead = lead
         self._watch = watch
@@ -72,7 +72,7 @@ class LocalRun:
         leases = self._queue.lease(self._lane, count)
         self._look()
         read = self.submission.files
-        return [replace(lease.task(self._specs[lease.id]), files=read.pop(lease.id)) for lease in leases]
+        return [replace(lease.task(self._specs[lease.id]), files=read.take_out(lease.id)) for lease in leases]
 
     def beat(self, beat: Beat) -> Orders:
         """Takes in a sign of life; returns what is to be dropped. All stop where another process has taken over."""

@@ -14,11 +14,11 @@ from training.photos.files import PhotoFile
 if TYPE_CHECKING:
     from training.run.home import Home
 
-Kind = Literal["done", "bad subject", "diverged", "out of memory", "too large", "cancelled", "paused", "unknown"]
+EndKind = Literal["done", "bad subject", "diverged", "out of memory", "too large", "cancelled", "paused", "unknown"]
 # how a worker lets go of a subject that has not ended
 Release = Literal["lost", "preempted", "stopped"]
 # why an attempt ended
-Why = Kind | Release | Literal["no lane"]
+Why = EndKind | Release | Literal["no lane"]
 
 
 class Phase(StrEnum):
@@ -108,7 +108,7 @@ class Outcome:
     `warnings` about its photos."""
 
     id: str
-    kind: Kind
+    kind: EndKind
     reason: str | None = None
     version: str | None = None
     step: int = 0

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from training.run.log import RunLog
 from training.run.run import ENDED, RunStore, SubjectRecord
-from training.run.view import View
+from training.run.view import RunView
 
 STEP_SAVE_SECONDS = 5.0  # how often steps are written; changes of state are written at once
 LOG_SECONDS = 1.0
@@ -21,7 +21,7 @@ class States:
         self._saved_at = dict.fromkeys(self.records, 0.0)
         self._log = RunLog(store)
 
-    def take_in(self, view: View) -> None:
+    def take_in(self, view: RunView) -> None:
         """Takes in what has changed. Changes of state are written at once, mere steps every `STEP_SAVE_SECONDS`."""
         for record in view.changed:
             self.change(record)

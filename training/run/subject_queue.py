@@ -12,12 +12,12 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
-from training.run.choosing import SUSPECT_ATTEMPTS, Choosing, Item, QueueLane
+from training.run.choosing import SUSPECT_ATTEMPTS, Choosing, QueuedSubject, QueueLane
 from training.run.lease import Entry, Lease
 from training.run.run import ENDED, Attempt, State, SubjectRecord
-from training.run.source import Beat, Kind, Orders, Outcome, Phase, Release, Why
+from training.run.source import Beat, EndKind, Orders, Outcome, Phase, Release, Why
 from training.run.turns import Turns
-from training.run.view import LaneView, View
+from training.run.view import LaneView, RunView
 
 LEASE_SECONDS = 300.0
 MAX_ATTEMPTS = 3
@@ -25,14 +25,14 @@ CALMER = 0.1  # what the learning rates of a subject are multiplied by after it 
 KEPT_NOTES = 1000
 
 # the state in which an outcome of a kind ends; kinds that are not here are tried again
-_STATES: dict[Kind, State] = {
+_STATES: dict[EndKind, State] = {
     "done": "published",
     "bad subject": "failed",
     "out of memory": "failed",
     "cancelled": "cancelled",
 }
 # one device was too small: where the entry has a reserve profile, a gang of devices tries it
-_TOO_SMALL: tuple[Kind, ...] = ("too large", "out of memory")
+_TOO_SMALL: tuple[EndKind, ...] = ("too large", "out of memory")
 _STATE_IN: dict[Phase, State] = {
     Phase.PREPARING: "preparing",
     Phase.READING: "preparing",
@@ -86,7 +86,7 @@ class SubjectQueue:
         self._barren: dict[int, int] = {}  # workers in a row that ended before they leased anything
         self._troubles: dict[int, str] = {}
         self._notes: list[Note] = []
-        self._items: dict[str, Item] = {}
+        self._items: dict[str, QueuedSubject] = {}
         self._waiting: dict[int, list[str]] = {}
         self._choosing = Choosing(self._items, self._lanes, self._waiting, self.turns, seats)
         self._added = 0
@@ -99,7 +99,7 @@ class SubjectQueue:
             if before is not None and before.record.state not in ENDED:
                 continue
             self._added += 1
-            self._items[entry.key] = Item(
+            self._items[entry.key] = QueuedSubject(
                 entry.record, entry.profile, entry.priority, self._added, entry.reserve, entry.run, entry.tenant
             )
             if entry.record.state not in ENDED and entry.record.state != "paused":
@@ -282,11 +282,11 @@ class SubjectQueue:
         """No more leases; every lane is told to checkpoint and end. Unfinished subjects stay unfinished."""
         self._stopped = True
 
-    def view(self, since: int = 0) -> View:
+    def view(self, since: int = 0) -> RunView:
         """How everything stands; the records and notes that changed after `since`."""
         self.expire()
         unfinished = [id for id, item in self._items.items() if item.record.state not in ENDED]
-        return View(
+        return RunView(
             seq=self._seq,
             changed=tuple(item.record for item in self._items.values() if item.seq > since),
             keys=tuple(key for key, item in self._items.items() if item.seq > since),
@@ -382,7 +382,7 @@ class SubjectQueue:
             news |= {"step": beat.steps[id], "loss": beat.losses[id]}
         self._change(id, **news)
 
-    def _again(self, id: str, reason: str, kind: Kind | Release) -> None:
+    def _again(self, id: str, reason: str, kind: EndKind | Release) -> None:
         """Back into the queue with one attempt more; fails where the counted attempts are used up."""
         if kind != "stopped":
             self._attempt(id, reason, kind)

@@ -125,7 +125,7 @@ def settle(submission: Submission, retry: bool = False) -> tuple[SubjectRecord, 
         if now != before:
             store.save_subject(now)
         if now.state in ENDED:
-            submission.files.pop(subject.id)
+            submission.files.take_out(subject.id)
         return now
 
     with ThreadPoolExecutor(READERS) as pool:

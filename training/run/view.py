@@ -17,7 +17,7 @@ class LaneView(Closed):
     images_per_second: float
 
 
-class View(Closed):
+class RunView(Closed):
     """What changed since `since`, and how everything stands. `notes` are what lanes had to say since then.
 
     `keys` are what the queue calls those that changed: their ids, after their runs where it serves several.
@@ -32,7 +32,7 @@ class View(Closed):
     notes: tuple[str, ...]
 
     @classmethod
-    def of_records(cls, records: Sequence[SubjectRecord]) -> "View":
+    def of_records(cls, records: Sequence[SubjectRecord]) -> "RunView":
         """A view made of records alone, without a queue: a lane for every pack that holds subjects."""
         packs: dict[int, list[SubjectRecord]] = {}
         for record in records:

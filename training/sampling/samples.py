@@ -12,7 +12,7 @@ from training.manifest.subject import SubjectSpec
 from training.sampling.render import Look, Shot, render
 
 
-class Worn(NamedTuple):
+class WornSubject(NamedTuple):
     """A subject, its slot and its scale."""
 
     spec: SubjectSpec
@@ -20,14 +20,14 @@ class Worn(NamedTuple):
     scale: float
 
 
-def draw_samples(base: Base, bank: Bank, subjects: Sequence[Worn]) -> list[list[Image.Image]]:
+def draw_samples(base: Base, bank: Bank, subjects: Sequence[WornSubject]) -> list[list[Image.Image]]:
     """The sample pictures of each subject, with fixed seeds: what is drawn for one depends on no other."""
     sheets = [_shots(one, base.facts) for one in subjects]
     drawn = render(base, bank, (shot for sheet in sheets for shot in sheet))
     return [[drawn[shot] for shot in sheet] for sheet in sheets]
 
 
-def _shots(one: Worn, facts: Facts) -> list[Shot]:
+def _shots(one: WornSubject, facts: Facts) -> list[Shot]:
     spec, asked = one.spec, one.spec.samples
     prompts = [spec.fill(prompt) for prompt in spec.sample_prompts] or [spec.filled_instance_prompt]
     guidance = facts.guidance_scale if asked.guidance_scale is None else asked.guidance_scale

@@ -7,16 +7,16 @@ from pydantic import AwareDatetime, Field, field_validator, model_validator
 
 from training.storage.closed import Closed
 
-Kind = Literal["person", "pet", "object"]
-Scope = Literal["train", "generate", "public"]
+SubjectKind = Literal["person", "pet", "object"]
+ConsentScope = Literal["train", "generate", "public"]
 
 
 class Consent(Closed):
     """Who allowed the use of photos, for what and until when."""
 
-    kind: Kind
+    kind: SubjectKind
     granted_by: str = Field(min_length=1, max_length=200, description="who agreed: the person, or who may speak for it")
-    scope: tuple[Scope, ...] = Field(("train", "generate"), min_length=1)
+    scope: tuple[ConsentScope, ...] = Field(("train", "generate"), min_length=1)
     evidence: str = Field(
         pattern=r"^([0-9a-f]{64}|[a-z][a-z0-9+.-]*:\S{1,500})$",
         description="of the agreement itself: the SHA-256 of a document, or a URI",
@@ -26,7 +26,7 @@ class Consent(Closed):
 
     @field_validator("scope")
     @classmethod
-    def _trains(cls, scope: tuple[Scope, ...]) -> tuple[Scope, ...]:
+    def _trains(cls, scope: tuple[ConsentScope, ...]) -> tuple[ConsentScope, ...]:
         if "train" not in scope:
             raise ValueError("`scope` lacks 'train': without it nothing may be trained")
         return scope

@@ -41,7 +41,14 @@ def read_image(
 ) -> Image.Image:
     """The image in a file's bytes as upright RGB, alpha laid on white; `about_px` as of `open_image`. Raises
     `ImageError`."""
-    return decode_image(open_image(data, name, limits, about_px)).image
+    return read_masked(data, name, limits, about_px).image
+
+
+def read_masked(
+    data: bytes, name: str, limits: ImageLimits = DEFAULT_LIMITS, about_px: int | None = None
+) -> MaskedImage:
+    """As `read_image`, with the mask of files that have transparency."""
+    return decode_image(open_image(data, name, limits, about_px))
 
 
 def decode_image(opened: OpenImage) -> MaskedImage:

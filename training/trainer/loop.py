@@ -12,8 +12,8 @@ from functools import partial
 import torch
 
 from training.run.fault import apart, kind_of, reason_of
-from training.run.source import Kind
-from training.trainer.member import Report, Subject
+from training.run.source import EndKind
+from training.trainer.member import StepReport, Subject
 from training.trainer.pack import Pack
 
 
@@ -26,7 +26,7 @@ class Ended:
 
     id: str
     reason: str | None = None
-    kind: Kind = "done"
+    kind: EndKind = "done"
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Progress:
     seconds: float = 0.0
     rows: int = 0
     joined: tuple[str, ...] = ()
-    reports: tuple[Report, ...] = ()
+    reports: tuple[StepReport, ...] = ()
     ended: tuple[Ended, ...] = ()
     notes: tuple[str, ...] = field(default=())
 
@@ -112,7 +112,7 @@ def _take_in(pack: Pack, subject: Subject, id: str) -> None:
     pack.join(subject)
 
 
-def _end(pack: Pack, report: Report) -> Ended | None:
+def _end(pack: Pack, report: StepReport) -> Ended | None:
     if report.failure is not None:
         return Ended(report.id, report.failure, "diverged")
     return Ended(report.id) if report.step >= pack.max_steps(report.id) else None

@@ -39,7 +39,7 @@ class Subject:
         return self.key or self.spec.id
 
 
-class Report(NamedTuple):
+class StepReport(NamedTuple):
     """One optimizer step of one subject. `failure` says why the subject cannot go on, if so."""
 
     id: str
@@ -121,7 +121,7 @@ class Member:
         """Forgets the micro-batches of the step under way."""
         self.micro, self.instance_loss, self.prior_loss = 0, 0.0, 0.0
 
-    def finish(self, norm: float) -> Report | None:
+    def finish(self, norm: float) -> StepReport | None:
         """The report of a step that is done or failed; None where an overflow has it repeated at a smaller scale."""
         if not math.isfinite(norm):
             if not self.fp16 or self.loss_scale <= 1:
@@ -138,16 +138,16 @@ class Member:
             self.loss_scale, self.good_steps = self.loss_scale * 2, 0
         return report
 
-    def failure(self, what: str) -> Report:
+    def failure(self, what: str) -> StepReport:
         """The report of a step whose loss or gradient is not finite."""
         report = self._report(math.nan)
         said = f"the {what} of step {report.step} is not finite (loss {report.loss}); try a lower learning_rate"
         return report._replace(failure=f"diverged: {said}")
 
-    def _report(self, norm: float) -> Report:
+    def _report(self, norm: float) -> StepReport:
         loss = self.instance_loss + self.spec.prior.weight * self.prior_loss
         rate = self.train.learning_rate * self.rate(self.step)
-        return Report(self.subject.id, self.step + 1, loss, self.instance_loss, self.prior_loss, rate, norm)
+        return StepReport(self.subject.id, self.step + 1, loss, self.instance_loss, self.prior_loss, rate, norm)
 
     @property
     def history_tensor(self) -> torch.Tensor:

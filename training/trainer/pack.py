@@ -21,7 +21,7 @@ from training.trainer.assistant import Assistant
 from training.trainer.batch import WHOLE, Turn, make_batch
 from training.trainer.checkpoint import SubjectState
 from training.trainer.learner import Learner, LocalLearner, Rates
-from training.trainer.member import Member, Report, Subject, initial_adapter
+from training.trainer.member import Member, StepReport, Subject, initial_adapter
 from training.trainer.optimizer import OptimizerState
 from training.trainer.step import Step
 
@@ -172,7 +172,7 @@ class Pack:
 
     # -- the fused step --
 
-    def step(self) -> list[Report]:
+    def step(self) -> list[StepReport]:
         """One micro-batch of every subject; returns those that completed an optimizer step, or failed, in it.
 
         A step whose gradient overflows in fp16 is not complete: it is repeated at half the loss scale.
@@ -203,7 +203,7 @@ class Pack:
         total = self._learner.total([*instance, *prior])
         return total[: len(members)], total[len(members) :]
 
-    def _optimize(self, due: Sequence[Member]) -> list[Report]:
+    def _optimize(self, due: Sequence[Member]) -> list[StepReport]:
         """Takes the optimizer steps that are due; those that overflowed are not reported."""
         norms = self._learner.step(due, {member.slot: self._rates(member) for member in due})
         finished = [member.finish(norm) for member, norm in zip(due, norms, strict=True)]

@@ -20,7 +20,9 @@ from training.trainer.batch import Batch
 from training.trainer.learner import Learner
 from training.trainer.member import Member
 
-Places = dict[tuple[int, str], int]  # (member, prompt) -> its place among the prompts that are encoded in each step
+PromptPlaces = dict[
+    tuple[int, str], int
+]  # (member, prompt) -> its place among the prompts that are encoded in each step
 
 
 class Step:
@@ -79,7 +81,7 @@ class Step:
         slots = torch.tensor([member.slot for member in wearers])[:, None]
         return self._bank.route(component, slots, weights, self._base.dtype)
 
-    def _text_routes(self, order: Places, members: Sequence[Member]) -> list[Route]:
+    def _text_routes(self, order: PromptPlaces, members: Sequence[Member]) -> list[Route]:
         """Of each text encoder that is trained, for the prompts in `order`."""
         wearers = [members[place] for place, _ in order]
         components = [name for name in self._base.facts.text_encoders if name in self._bank.sites] if order else []
@@ -87,15 +89,15 @@ class Step:
 
     # -- prompts --
 
-    def _trained_prompts(self, batch: Batch, members: Sequence[Member]) -> Places:
+    def _trained_prompts(self, batch: Batch, members: Sequence[Member]) -> PromptPlaces:
         """The prompts whose records change as their subjects learn, each once a member."""
-        order: Places = {}
+        order: PromptPlaces = {}
         for place, prompt in zip(batch.member, batch.prompts, strict=True):
             if members[place].trains(prompt):
                 order.setdefault((place, prompt), len(order))
         return order
 
-    def _conds(self, batch: Batch, members: Sequence[Member], order: Places) -> list[Cond]:
+    def _conds(self, batch: Batch, members: Sequence[Member], order: PromptPlaces) -> list[Cond]:
         """The prompt of every row: trained ones from the routed text encoders, the rest from the cache."""
         table: list[Cond] = []
         if order:

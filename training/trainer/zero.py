@@ -25,7 +25,7 @@ from training.base.base import Base
 from training.errors import GangBroken, SubjectFailed, UserError
 from training.manifest.subject import TrainSpec, ZeroSpec
 from training.trainer.learner import Rates
-from training.trainer.member import Member, Report, Subject
+from training.trainer.member import Member, StepReport, Subject
 from training.trainer.optimizer import OptimizerState
 from training.trainer.pack import Pack
 
@@ -117,9 +117,9 @@ class GangPack(Pack):
         left: Subject = self._all(_Order("leave", (id,)))
         return left
 
-    def step(self) -> list[Report]:
+    def step(self) -> list[StepReport]:
         """See `Pack`."""
-        reports: list[Report] = self._all(_Order("step"))
+        reports: list[StepReport] = self._all(_Order("step"))
         return reports
 
     def close(self) -> None:

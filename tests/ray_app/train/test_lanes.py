@@ -12,7 +12,7 @@ from training.manifest.plan import PackPlan, Profile
 from training.manifest.subject import ZeroSpec
 from training.run.lease import Lease
 from training.run.subject_queue import CALMER
-from training.run.view import View
+from training.run.view import RunView
 from training.storage.closed import Closed
 
 
@@ -41,7 +41,7 @@ class Counted(Lanes):
     def see(self, **waiting: int) -> list[tuple[int, int]]:
         """Profile and slots of every lane, after so many subjects of each profile have been seen waiting."""
         found = {int(name.removeprefix("p")): count for name, count in waiting.items()}
-        self.open(View(seq=0, changed=(), lanes=(), waiting=found, unfinished=1, notes=()))
+        self.open(RunView(seq=0, changed=(), lanes=(), waiting=found, unfinished=1, notes=()))
         return [(lane.profile, lane.plan.slots) for lane in self._lanes.values()]
 
 

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image, ImageEnhance, ImageFilter
 
 from training.photos.photo_report import Seen, report, sharpness
-from training.photos.warning import Finding, PhotoWarning, listed, shown
+from training.photos.warning import PhotoWarning, WarningKind, listed, shown
 
 RESOLUTIONS = [64, 256]
 
@@ -34,7 +34,7 @@ def good(side: int, count: int = 6) -> list[Image.Image]:
     return [scene(seed, side) for seed in range(count)]
 
 
-def only(warnings: tuple[PhotoWarning, ...], kind: Finding) -> PhotoWarning:
+def only(warnings: tuple[PhotoWarning, ...], kind: WarningKind) -> PhotoWarning:
     (found,) = warnings
     assert found.kind == kind
     assert found.message.endswith(".")

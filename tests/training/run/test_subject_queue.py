@@ -4,9 +4,9 @@ import pytest
 
 from training.run.lease import Entry
 from training.run.run import State, SubjectRecord
-from training.run.source import Beat, Doing, Kind, Outcome, Phase
+from training.run.source import Beat, Doing, EndKind, Outcome, Phase
 from training.run.subject_queue import CALMER, LEASE_SECONDS, SubjectQueue
-from training.run.view import View
+from training.run.view import RunView
 
 
 class Clock:
@@ -146,7 +146,7 @@ def test_publication_counts_whoever_did_it() -> None:
 
 
 @pytest.mark.parametrize("kind", ["bad subject", "out of memory"])
-def test_what_trying_again_does_not_mend_fails_with_its_reason(kind: Kind) -> None:
+def test_what_trying_again_does_not_mend_fails_with_its_reason(kind: EndKind) -> None:
     made = queue(entry("a"), entry("b"))
     ids(made)
     made.ended(0, Outcome("a", kind, reason="why"))
@@ -156,7 +156,7 @@ def test_what_trying_again_does_not_mend_fails_with_its_reason(kind: Kind) -> No
 
 
 @pytest.mark.parametrize("kind", ["too large", "out of memory"])
-def test_what_one_device_cannot_hold_goes_to_a_gang_once(kind: Kind) -> None:
+def test_what_one_device_cannot_hold_goes_to_a_gang_once(kind: EndKind) -> None:
     made = queue(entry("a").model_copy(update={"reserve": 1}), entry("b"))
     assert [lease.may_spread for lease in made.lease(0, 2)] == [True, False]
     made.ended(0, Outcome("a", kind, reason="it takes 8 rows"))
@@ -321,13 +321,13 @@ def test_a_phase_decides_the_state_and_is_read_in_words(doing: Doing, state: Sta
     ids(made)
     made.beat(0, Beat(phase={"a": doing}))
     assert record(made, "a").state == state
-    view = View.model_validate(made.view().model_dump())  # as it crosses Ray's border
+    view = RunView.model_validate(made.view().model_dump())  # as it crosses Ray's border
     assert view.lanes[0].phases == {"a": doing} and str(doing) == words
 
 
 def test_what_the_records_tell_is_a_phase_too() -> None:
     records = [SubjectRecord(id="a", state="training", pack=1), SubjectRecord(id="b", state="queued")]
-    (lane,) = View.of_records(records).lanes
+    (lane,) = RunView.of_records(records).lanes
     assert (lane.lane, lane.held, lane.phases) == (1, ("a",), {"a": Doing(Phase.TRAINING)})
 
 

@@ -54,8 +54,8 @@ def test_a_cache_keeps_what_it_has_room_for(tmp_path: Path, reads: list[str]) ->
     cache = FileCache(open_storage(str(tmp_path / "storage")), str(tmp_path), room=size)
     assert cache.read(a) == cache.read(a) and len(reads) == 5
     assert cache.read(b) == cache.read(b) and len(reads) == 15, "there is no room for both"
-    assert cache.pop("b") is None and len(cache.pop("a") or ()) == 5
+    assert cache.take_out("b") is None and len(cache.take_out("a") or ()) == 5
     assert cache.read(b) == cache.read(b) and len(reads) == 20, "what was taken makes room"
-    assert cache.pop("a") is None
+    assert cache.take_out("a") is None
     with pytest.raises(UserError, match="No folder"):
         cache.read(a.model_copy(update={"id": "c", "images": "nowhere"}))

@@ -19,7 +19,7 @@ from training.base.words import tokenise
 from training.trainer.batch import Batch
 from training.trainer.checkpoint import SubjectState, dump_state, load_state
 from training.trainer.loop import train
-from training.trainer.member import Member, Report, Subject
+from training.trainer.member import Member, StepReport, Subject
 from training.trainer.pack import Pack, training_bank
 from training.trainer.step import Step
 
@@ -37,7 +37,7 @@ class Outcome:
         self.adapters: dict[str, Adapter] = {}
         self.states: dict[str, SubjectState] = {}
         self.reasons: dict[str, str | None] = {}
-        self.reports: dict[str, list[Report]] = {}
+        self.reports: dict[str, list[StepReport]] = {}
 
 
 def run(
@@ -283,7 +283,7 @@ def test_a_pack_that_does_not_fit_is_halved_and_loses_nothing(tiny64: Base, monk
     subjects = [subject(id, seed=seed) for seed, id in enumerate("abcd")]
     step = Pack.step
 
-    def too_small(pack: Pack) -> list[Report]:
+    def too_small(pack: Pack) -> list[StepReport]:
         if len(pack.ids) > 2:
             raise torch.OutOfMemoryError("planted")
         return step(pack)

@@ -14,7 +14,7 @@ from training.adapters.formats.parts import ImportedFile
 
 RANK = 32  # of what is made, unless the user gives another
 _PART = re.compile(r"(?P<layer>.+)\.(?P<part>lokr_(?:w[12](?:_[ab])?|t2)|hada_(?:w[12]_[ab]|t[12])|alpha)")
-Parts = Mapping[str, torch.Tensor]
+LycorisParts = Mapping[str, torch.Tensor]
 
 
 def is_lycoris(keys: Sequence[str]) -> bool:
@@ -53,7 +53,7 @@ def nearest(change: torch.Tensor, rank: int) -> LowRank:
     return LowRank(down, (u[:, :kept] * root).reshape(change.shape[0], kept, *(1,) * (change.ndim - 2)))
 
 
-def _change(what: str, parts: Parts) -> torch.Tensor:
+def _change(what: str, parts: LycorisParts) -> torch.Tensor:
     """The change of a weight that a layer's parts stand for, scaled by alpha."""
     if any(name in parts for name in ("lokr_t2", "hada_t1", "hada_t2")):
         raise AdapterError(f"{what} is a Tucker-decomposed convolution, which is not read. Save it without.")
@@ -73,7 +73,7 @@ def _change(what: str, parts: Parts) -> torch.Tensor:
     return torch.kron(first, second) * (_scale(parts, rank) if rank else 1.0)
 
 
-def _factor(parts: Parts, name: str) -> tuple[torch.Tensor, int]:
+def _factor(parts: LycorisParts, name: str) -> tuple[torch.Tensor, int]:
     """A factor of LoKr, and its rank if it is decomposed itself, else 0."""
     if f"lokr_{name}" in parts:
         return parts[f"lokr_{name}"], 0
@@ -81,5 +81,5 @@ def _factor(parts: Parts, name: str) -> tuple[torch.Tensor, int]:
     return (left @ right.flatten(1)).reshape(left.shape[0], *right.shape[1:]), right.shape[0]
 
 
-def _scale(parts: Parts, rank: int) -> float:
+def _scale(parts: LycorisParts, rank: int) -> float:
     return float(parts["alpha"]) / rank if "alpha" in parts else 1.0

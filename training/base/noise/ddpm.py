@@ -32,7 +32,7 @@ from training.base.noise.process import (
     Levels,
     Schedule,
     Size,
-    Stepper,
+    Solved,
     X,
     empty_table,
     steps_left,
@@ -97,11 +97,11 @@ class Ddpm:
         weights = clipped / snr_N.clamp(min=floor) if self.prediction_type == "epsilon" else clipped / (snr_N + 1)
         return torch.where(gamma_N.isinf(), torch.ones_like(snr_N), weights)
 
-    def stepper(self, steps: int, size: Size) -> Stepper:
+    def stepper(self, steps: int, size: Size) -> Solved:
         """diffusers' DDIM, as the base's config sets it up."""
         scheduler = DDIMScheduler.from_config(self.config)
         scheduler.set_timesteps(steps)
-        return Stepper(scheduler, scheduler.timesteps, scheduler.init_noise_sigma)
+        return Solved(scheduler, scheduler.timesteps, scheduler.init_noise_sigma)
 
     def _schedule(
         self, sampler: SamplerName, steps: int, strength: float | None = None, size: Size = SMALLEST

@@ -28,7 +28,7 @@ from training.base.noise.process import (
     Levels,
     Schedule,
     Size,
-    Stepper,
+    Solved,
     X,
     empty_table,
     steps_left,
@@ -116,10 +116,10 @@ class Flow:
         """Raises ValueError: min-SNR weights the steps of a DDPM."""
         raise ValueError("min-SNR weights have no meaning under flow matching")
 
-    def stepper(self, steps: int, size: Size) -> Stepper:
+    def stepper(self, steps: int, size: Size) -> Solved:
         """diffusers' Euler steps, as the family's pipeline sets them up."""
         scheduler = self._scheduler(steps, size)
-        return Stepper(scheduler, scheduler.timesteps, 1.0)
+        return Solved(scheduler, scheduler.timesteps, 1.0)
 
     def _scheduler(self, steps: int, size: Size) -> Any:
         scheduler = FlowMatchEulerDiscreteScheduler.from_config(copy.deepcopy(self._config))

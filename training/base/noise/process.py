@@ -76,7 +76,7 @@ class Schedule:
         return self.table_TK.shape[0]
 
 
-class Stepper(NamedTuple):
+class Solved(NamedTuple):
     """A diffusers scheduler for rows that step together: `times` [T], and the size of the first noise."""
 
     scheduler: Any
@@ -110,7 +110,7 @@ class Process(Protocol):
         """The min-SNR weight of each row, [N]; rows whose gamma is infinite weigh 1. Raises ValueError if the process
         has no such weight."""
 
-    def stepper(self, steps: int, size: Size) -> Stepper:
+    def stepper(self, steps: int, size: Size) -> Solved:
         """The steps of rows that all begin and end together."""
 
     def schedule(

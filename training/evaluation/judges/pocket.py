@@ -32,7 +32,7 @@ class JudgeConfig:
     widths: tuple[int, ...] = (32, 64, 96, 160)
 
 
-class Reading(NamedTuple):
+class JudgeReading(NamedTuple):
     """What the judge sees in one picture; `colour` is the nearest colour word, meant where a colour was asked for."""
 
     noun: str
@@ -72,7 +72,7 @@ class JudgeNet(nn.Module):
         return self.noun(features), self.place(features), self.colour(features)
 
     @torch.no_grad()
-    def read(self, images: Sequence[Image.Image]) -> list[Reading]:
+    def read(self, images: Sequence[Image.Image]) -> list[JudgeReading]:
         """What each picture shows, with the probability of each word."""
         if not images:
             return []
@@ -80,7 +80,7 @@ class JudgeNet(nn.Module):
         nouns, places, colours = (x.softmax(1).max(1) for x in self(to_pixels(images).to(device)))
         words = self.config
         return [
-            Reading(words.classes[n], np_, words.places[p], pp, words.colours[c], cp)
+            JudgeReading(words.classes[n], np_, words.places[p], pp, words.colours[c], cp)
             for n, np_, p, pp, c, cp in zip(
                 nouns.indices.tolist(),
                 nouns.values.tolist(),

@@ -11,9 +11,9 @@ from training.manifest.subject import SubjectSpec
 from training.photos.intake import Taken
 from training.run.fault import apart, together
 from training.run.home import Home
-from training.sampling.samples import Worn, draw_samples
+from training.sampling.samples import WornSubject, draw_samples
 from training.trainer.checkpoint import dump_state
-from training.trainer.member import Report, Subject
+from training.trainer.member import StepReport, Subject
 from training.trainer.pack import Pack
 from training.trainer.worker.events import NAME as EVENTS, event_file
 from training.trainer.worker.publish import Finished, png_bytes
@@ -60,7 +60,7 @@ class Keeping:
         state = self._pack.state(id)
         return Finished(id, kept.spec, kept.home, kept.fingerprint, state, *kept.taken, kept.rates, kept.samples)
 
-    def follow(self, reports: Sequence[Report], images_per_second: float) -> None:
+    def follow(self, reports: Sequence[StepReport], images_per_second: float) -> None:
         """Keeps what is due after a step of these subjects: samples first, so that the events hold them."""
         sound = [report for report in reports if report.failure is None]
         self._sample([report for report in sound if self._samples_are_due(report)])
@@ -86,22 +86,22 @@ class Keeping:
         """Sample pictures of subjects as they are in their slots, drawn together; without those that fail."""
 
         def draw(ids: Sequence[str]) -> Mapping[str, list[Image.Image]]:
-            worn = [Worn(self._kept[id].spec, *self._pack.slot(id)) for id in ids]
+            worn = [WornSubject(self._kept[id].spec, *self._pack.slot(id)) for id in ids]
             return dict(zip(ids, draw_samples(self._base, self._pack.bank, worn), strict=True))
 
         return together(ids, draw, lambda id, error: self._missed("no sample pictures", id, error))
 
     # -- pieces --
 
-    def _samples_are_due(self, report: Report) -> bool:
+    def _samples_are_due(self, report: StepReport) -> bool:
         every = self._kept[report.id].spec.train.sample_every
         return every is not None and report.step % every == 0
 
-    def _checkpoint_is_due(self, report: Report) -> bool:
+    def _checkpoint_is_due(self, report: StepReport) -> bool:
         spec = self._kept[report.id].spec
         return report.step % spec.train.checkpoint_every == 0 or report.step in _spared_steps(spec)
 
-    def _sample(self, due: Sequence[Report]) -> None:
+    def _sample(self, due: Sequence[StepReport]) -> None:
         steps = {report.id: report.step for report in due}
         drawn = self.pictures(list(steps))
 

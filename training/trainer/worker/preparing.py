@@ -11,7 +11,7 @@ from training.photos.files import read_files
 from training.photos.intake import Taken, fingerprint, take_in
 from training.photos.photos import Photos
 from training.run.home import Home
-from training.run.personal import check_photos, note_latents
+from training.run.personal import note_latents
 from training.run.source import Doing, Phase, Say, Task
 from training.trainer.checkpoint import SubjectState, read_states
 from training.trainer.latents import LatentSet, photo_latents, photos_key
@@ -48,7 +48,6 @@ class Preparing:
         if fingerprint(task.spec, self._base.identity, files, home.root) != task.fingerprint:
             raise UserError(CHANGED)
         taken = take_in(spec, files, self._base.facts.resolution)
-        check_photos(home.run, home.tenant, spec, [*taken.photos.good, *taken.held_out])
         for refusal in taken.photos.refusals:
             self._note(f"{task.key}: {refusal}")
         return taken

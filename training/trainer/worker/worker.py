@@ -15,8 +15,9 @@ from training.base.base import Base
 from training.manifest.plan import PackPlan
 from training.run.fault import Failure, apart, failure_of, reason_of, together
 from training.run.home import Home
+from training.run.personal import check_photos
 from training.run.run import RunStore
-from training.run.source import Beat, Doing, Kind, Orders, Outcome, Phase, Source, Task
+from training.run.source import Beat, Doing, EndKind, Orders, Outcome, Phase, Source, Task
 from training.trainer.fitting import open_pack
 from training.trainer.loop import Ended, Progress, train
 from training.trainer.member import Subject
@@ -94,6 +95,7 @@ class Worker:
             self._opened.check(spec)
         self._finishing.check(spec)
         taken = self._preparing.photos(task, home)
+        check_photos(home.run, home.tenant, spec, [*taken.photos.good, *taken.held_out])
         self._held[id].warnings = taken.warnings
         subject = self._preparing.subject(task, home, taken.photos)
         if spec.evaluate.early_stop:
@@ -167,7 +169,7 @@ class Worker:
         """Notes what a subject goes on without."""
         self._beat.notes.append(f"{id}: {what}: {reason_of(error)}")
 
-    def _end(self, id: str, kind: Kind, reason: str | None = None, version: str | None = None) -> None:
+    def _end(self, id: str, kind: EndKind, reason: str | None = None, version: str | None = None) -> None:
         held, kept = self._held.pop(id), self._keeping.leave(id)
         self._watch.leave(id)
         outcome = Outcome(
