@@ -6,23 +6,25 @@ Starts `dreamfleet up` on the embedded base with two tenants, on this machine's 
 seconds, the tenants in turn. Looked at while they train:
 
 - packs: which subjects of whom train together, as the fleet tells it;
-- images/s: the pack's rate while all ten are in it, and of the whole, all images by the time from the first step to the
-  last; both against one manifest with the same ten subjects in `python -m training`, in the same run;
+- images a second, and a second of the process' CPU time, which others on the machine change less: while all ten are in
+  the pack, and of the whole; against one manifest with the same ten subjects in `python -m training`, in the same run;
 - law 2: each job's adapter against that of the same subject in the manifest, where its company came at other times, and
   of some subjects against the same trained alone: |difference| of the weights' change by its size, fp32.
 """
 
 import argparse
 import os
-import statistics
+import re
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
+import psutil
 import torch
 import yaml
 
@@ -34,15 +36,37 @@ from training.storage.storage import open_storage
 
 COUNT = 10
 NAMES = ("ann", "bob")
+STEP = re.compile(r"(\w+)=(\d+)\(")
+
+
+class Look(NamedTuple):
+    """A moment of a training: seconds, CPU-seconds of its process, images so far, and who is in the pack."""
+
+    at: float
+    cpu: float
+    images: int
+    pack: frozenset[str]
 
 
 @dataclass
 class Seen:
-    """What was seen of a training: the pack's rates while all were in it, the whole rate, and subjects of a pack."""
+    """What was seen of a training, from the first step to the last."""
 
-    full: list[float] = field(default_factory=list)
-    whole: float = 0.0
-    packs: list[frozenset[str]] = field(default_factory=list)
+    looks: list[Look] = field(default_factory=list)
+
+    def add(self, process: int, steps: dict[str, int], pack: Iterable[str]) -> None:
+        """Looks once more; `steps` are those that each subject has made."""
+        cpu = psutil.Process(process).cpu_times()
+        self.looks.append(Look(time.monotonic(), cpu.user + cpu.system, sum(steps.values()), frozenset(pack)))
+
+    def rates(self, full: bool) -> tuple[float, float]:
+        """Images a second, and a CPU-second; with `full` while all subjects were in the pack."""
+        looks = [one for one in self.looks if len(one.pack) == COUNT] if full else self.looks
+        if len(looks) < 2 or looks[-1].cpu == looks[0].cpu:
+            return float("nan"), float("nan")
+        first, last = looks[0], looks[-1]
+        images = last.images - first.images
+        return images / (last.at - first.at), images / (last.cpu - first.cpu)
 
 
 def subjects() -> list[tuple[str, Path]]:
@@ -68,23 +92,21 @@ def by_manifest(folder: Path, steps: int, only: Sequence[int] = range(COUNT)) ->
     path = folder / "manifest.yaml"
     path.write_text(yaml.safe_dump({"version": 1, "name": "ten", "base": "pocket", "subjects": listed}))
     command = [sys.executable, "-m", "training", str(path), "--storage", str(folder / "storage")]
-    seen, began = Seen(), 0.0
+    seen, made = Seen(), dict[str, int]()
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         for line in process.stdout:
-            if "=" in line and line.split()[0].replace(".", "").isdigit():
-                began = began or time.monotonic()
-                ended = time.monotonic()
-                if line.count("=") == len(listed):
-                    seen.full.append(float(line.split()[0]))
-    seen.whole = len(listed) * steps / (ended - began)
+            found = {id: int(step) for id, step in STEP.findall(line)} if "images/s" in line else {}
+            made |= found
+            if found:
+                seen.add(process.pid, made, found)
     return seen
 
 
-def by_jobs(url: str, tokens: Sequence[str], steps: int, over_s: float) -> Seen:
+def by_jobs(server: ServerProcess, tokens: Sequence[str], steps: int, over_s: float) -> Seen:
     """Jobs of the tenants in turn, spread over `over_s` seconds."""
-    tenants = [Tenant(url, token) for token in tokens]
-    seen, jobs, began = Seen(), {}, 0.0
+    tenants = [Tenant(server.url, token) for token in tokens]
+    seen, jobs = Seen(), dict[str, tuple[str, int]]()
     waiting = [(index, id, photos) for index, (id, photos) in enumerate(subjects())]
     start = time.monotonic()
     while True:
@@ -95,18 +117,13 @@ def by_jobs(url: str, tokens: Sequence[str], steps: int, over_s: float) -> Seen:
         shown = {name: tenants[who].call("GET", f"/v1/fine_tuning/jobs/{job}") for name, (job, who) in jobs.items()}
         assert not [one for one in shown.values() if one["status"] in ("failed", "cancelled")], shown
         progress = {name: one["progress"] for name, one in shown.items()}
-        if not began and any(one["step"] for one in progress.values()):
-            began = time.monotonic()
-        training = {name for name, one in progress.items() if one["state"] == "training" and one["lane"] is not None}
-        if training:
-            seen.packs.append(frozenset(training))
-        rate = next((one["images_per_second"] for one in progress.values() if one["images_per_second"]), None)
-        if len(training) == COUNT and rate:
-            seen.full.append(rate)
-        if not waiting and all(one["step"] == steps for one in progress.values()):
+        made = {name: one["step"] for name, one in progress.items()}
+        if any(made.values()):
+            pack = [name for name, one in progress.items() if 0 < one["step"] < steps and one["state"] == "training"]
+            seen.add(server.process.pid, made, pack)
+        if not waiting and all(step == steps for step in made.values()):
             break
         time.sleep(1.0)
-    seen.whole = COUNT * steps / (time.monotonic() - began)
     while not all(
         tenants[who].call("GET", f"/v1/fine_tuning/jobs/{job}")["status"] == "succeeded" for job, who in jobs.values()
     ):
@@ -135,7 +152,7 @@ def measure(folder: Path, steps: int, over_s: float, alone: int) -> dict[str, st
     up = [sys.executable, "-m", "ray_app.cli.main", "up", "--port", "0", "--storage", str(folder / "up")]
     server = ServerProcess([*up, "--keys", str(keys)], folder / "up.log")
     try:
-        jobs = by_jobs(server.url, tokens, steps, over_s)
+        jobs = by_jobs(server, tokens, steps, over_s)
     finally:
         server.stop()
     names = [(NAMES[index % 2], id) for index, (id, _) in enumerate(subjects())]
@@ -146,17 +163,19 @@ def measure(folder: Path, steps: int, over_s: float, alone: int) -> dict[str, st
     for index in range(alone):
         by_manifest(folder / f"alone-{index}", steps, [index])
         single.append(apart(mine[f"s{index}"], change(folder / f"alone-{index}" / "storage", "default", f"s{index}")))
-    shared = sum(len({name.partition("/")[0] for name in pack}) == 2 for pack in jobs.packs)
-    full = statistics.median(jobs.full) / statistics.median(manifest.full) if jobs.full else float("nan")
-    return {
-        "looks at the pack while it trained, of them with subjects of both tenants": f"{len(jobs.packs)}, {shared}",
-        "most subjects in one pack": f"{max(map(len, jobs.packs))}",
-        "images/s while all ten train: the manifest": f"{statistics.median(manifest.full):.1f}",
-        "images/s while all ten train: the jobs": f"{statistics.median(jobs.full):.1f}" if jobs.full else "never",
-        "... against the manifest": f"{full:.2f}",
-        "images/s from the first step to the last: the manifest": f"{manifest.whole:.1f}",
-        "images/s from the first step to the last: the jobs": f"{jobs.whole:.1f}",
-        "... against the manifest, ": f"{jobs.whole / manifest.whole:.2f}",
+    busy = [one.pack for one in jobs.looks if one.pack]
+    shared = sum(len({name.partition("/")[0] for name in pack}) == 2 for pack in busy)
+    found = {
+        "looks at the pack while it trained, of them with subjects of both tenants": f"{len(busy)}, {shared}",
+        "most subjects in one pack": f"{max(map(len, busy))}",
+    }
+    for full, when in ((True, "while all ten train"), (False, "from the first step to the last, the first alone")):
+        (theirs_s, theirs_cpu), (mine_s, mine_cpu) = manifest.rates(full), jobs.rates(full)
+        found |= {
+            f"images/s {when}: manifest, jobs, ratio": f"{theirs_s:.1f}, {mine_s:.1f}, {mine_s / theirs_s:.2f}",
+            f"images a CPU-second {when}": f"{theirs_cpu:.2f}, {mine_cpu:.2f}, {mine_cpu / theirs_cpu:.2f}",
+        }
+    return found | {
         "difference of an adapter to the manifest's, largest of ten": f"{max(differ):.1%}",
         f"difference of an adapter to the one trained alone, largest of {alone}": f"{max(single, default=0):.1%}",
     }
@@ -179,7 +198,7 @@ def main() -> None:
         "",
         "| what | measured |",
         "|---|---:|",
-        *(f"| {name.rstrip(', ')} | {value} |" for name, value in found.items()),
+        *(f"| {name} | {value} |" for name, value in found.items()),
     ]
     print("\n".join(table))
     if asked.write:

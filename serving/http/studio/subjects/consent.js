@@ -48,7 +48,8 @@ export function blankConsent() {
 /** The fields; they change `draft.consent`. `show(needed)` opens them and makes the browser ask for what is missing. */
 export function consentFields(draft) {
   const given = draft.consent;
-  const text = (name, more) => h("input", { value: given[name], oninput: (event) => (given[name] = event.target.value), ...more });
+  const text = (name, more) =>
+    h("input", { value: given[name], oninput: (event) => (given[name] = event.target.value), ...more });
   const who = text("granted_by", { maxlength: 200 });
   const evidence = text("evidence", { maxlength: 510, spellcheck: "false", placeholder: "SHA-256 or URI" });
   const since = text("granted_on", { type: "date" });
@@ -89,7 +90,7 @@ export function consentFields(draft) {
         field("Ends on", until, "Empty: not at all."),
       ),
       h("fieldset", { class: "row" }, h("legend", {}, "Agreed to"), scopes),
-      globalThis.crypto?.subtle && hashButton(evidence, given),
+      globalThis.crypto?.subtle && h("div", { class: "row" }, hashButton(evidence, given)),
     ),
   );
   const show = (needed) => {

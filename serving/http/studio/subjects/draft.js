@@ -90,7 +90,7 @@ export class Draft {
     if (before) deletePhotos(before).catch(() => {});
   }
 
-  /** Asks for captions of the photos that have none, and takes those that come; returns how many, and what went wrong. */
+  /** Asks for captions of the photos that have none, and takes those that come: {taken, errors}. */
   async propose() {
     if (!this.fresh) await this.check();
     if (this.problem) throw this.problem;

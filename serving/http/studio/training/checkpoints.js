@@ -1,4 +1,4 @@
-/** The steps of a subject that are kept, with their scores: which was chosen and why, which is served; any can be drawn. */
+/** The steps of a subject, with their scores: which was chosen and why, which is served; any that is kept can be drawn. */
 
 import { listCheckpoints, publishCheckpoint, serveCheckpoint } from "../api/training.js";
 import { h } from "../frame/dom.js";
