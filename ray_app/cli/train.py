@@ -252,6 +252,7 @@ def _plan_json(
         "packs": [pack.model_dump(mode="json") for pack in plan.packs],
         "adapter_mb": {id: round(size, 3) for id, size in plan.adapter_mb.items()},
         "problems": dict(problems),
+        "presets": {subject.id: subject.preset for subject in manifest.subjects if subject.preset},
         "warnings": {id: list(found) for id, found in warnings.items()},
     }
 
@@ -276,6 +277,11 @@ def _print_plan(
         f"{plan.steps:,} steps, {plan.images:,} images; an adapter is {min(sizes):.2f} to {max(sizes):.2f} MB; "
         f"{plan.disk_mb:,.0f} MB of disk at most"
     )
+    from training.manifest.presets import preset_in_words
+
+    for preset in dict.fromkeys(subject.preset for subject in manifest.subjects if subject.preset):
+        ids = [subject.id for subject in manifest.subjects if subject.preset == preset]
+        console.print(f"{preset_in_words(preset)} ({len(ids)} of {len(manifest.subjects)} subjects)")
     for id, found in warnings.items():
         for warning in found:
             console.print(f"warning: {id}: {warning}", style="yellow", markup=False)

@@ -14,6 +14,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from training.base.quantization import Offload, Quantization
 from training.errors import UserError
+from training.manifest.presets import merge, with_preset
 from training.manifest.subject import ID_PATTERN, Id, SubjectSettings, SubjectSpec
 from training.storage.closed import Closed
 
@@ -108,7 +109,7 @@ def parse_manifest(text: str, *, name: str = "manifest", root: str = ".") -> Man
 def parse_subject(settings: Mapping[str, Any]) -> SubjectSpec:
     """One subject from its settings, as a manifest names them. Raises ManifestError with every problem, a line each."""
     problems: Problems = []
-    subject = _validate(SubjectSpec, dict(settings), (), {(): 1}, problems)
+    subject = _validate(SubjectSpec, with_preset(settings), (), {(): 1}, problems)
     if subject is None:
         raise ManifestError("\n".join(message for _, message in sorted(set(problems))))
     return subject
@@ -125,22 +126,13 @@ def _subjects(raw: dict[str, Any], lines: Lines, problems: Problems) -> Iterator
         where: Path_ = ("subjects", index)
         if not isinstance(entry, dict):
             continue  # the header's own check names it
-        subject = _validate(SubjectSpec, _merge(defaults, entry), where, lines, problems)
+        subject = _validate(SubjectSpec, with_preset(merge(defaults, entry)), where, lines, problems)
         if subject is None:
             continue
         if subject.id in first_line:
             problems.append((lines[where], f"subject id '{subject.id}' is taken by line {first_line[subject.id]}"))
         first_line.setdefault(subject.id, lines[where])
         yield subject
-
-
-def _merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """`over` wins, key by key; nested mappings are merged likewise."""
-    merged = dict(under)
-    for key, value in over.items():
-        below = merged.get(key)
-        merged[key] = _merge(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
-    return merged
 
 
 def _validate(model: type[Model], raw: dict[str, Any], where: Path_, lines: Lines, problems: Problems) -> Model | None:

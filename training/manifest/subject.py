@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from training.manifest.gate import EvaluateSpec, GateSpec
+from training.manifest.presets import Preset
 from training.storage.closed import Closed
 from training.storage.consent import Consent
 
@@ -50,11 +51,16 @@ class PriorSpec(Closed):
     source: Literal["generate", "folder", "prediction"] = Field(
         "generate", description="class images made by the base; from `folder`; or the base's own prediction, no images"
     )
+    target: Literal["image", "prediction"] = Field(
+        "image",
+        exclude_if=lambda value: value == "image",
+        description="what class images teach: themselves, or to go on predicting of them what the base does",
+    )
     folder: str | None = Field(None, description="class images, relative to the manifest (source: folder)")
     images: int = Field(200, ge=1, le=10_000)
     captions: bool = Field(
         False,
-        description="class images under the photos' captions, too, without the subject's own words (source: generate)",
+        description="of the class in the photos' captions, too, without the subject's own words (not of a folder)",
     )
     weight: float = Field(1.0, ge=0, le=100)
     steps: int = Field(25, ge=1, le=1000, description="denoising steps of a generated class image")
@@ -65,8 +71,8 @@ class PriorSpec(Closed):
     def _folder_and_source(self) -> "PriorSpec":
         if (self.source == "folder") != (self.folder is not None):
             raise ValueError("`folder` and `source: folder` go together")
-        if self.captions and self.source != "generate":
-            raise ValueError("`captions` is for class images that are made: it goes with `source: generate` only")
+        if self.captions and self.source == "folder":
+            raise ValueError("`captions` is for class images that are made: a folder's are of the class prompt alone")
         return self
 
 
@@ -202,6 +208,9 @@ class SampleSpec(Closed):
 class SubjectSettings(Closed):
     """Everything `defaults` may set and a subject may override."""
 
+    preset: Preset | None = Field(
+        None, exclude_if=lambda value: value is None, description="chooses what is not said; see `presets.py`"
+    )
     class_: str | None = Field(
         None, alias="class", min_length=1, max_length=80, description="the class noun: dog, person"
     )

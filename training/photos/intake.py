@@ -25,6 +25,7 @@ _NO_EFFECT: dict[str, Any] = {
     "public": True,
     "consent": True,
     "keep_photos": True,
+    "preset": True,
     "train": {"keep_checkpoints", "sample_every", "gradient_checkpointing", "strategy", "zero"},
 }
 

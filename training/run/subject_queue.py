@@ -7,22 +7,20 @@ seconds that a lane works are charged to the tenants of what it holds. Nothing h
 after a restart the queue is made from the records there.
 """
 
-import bisect
 import time
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
 
-from training.run.choosing import SUSPECT_ATTEMPTS, Choosing, QueuedSubject, QueueLane
+from training.run.choosing import SUSPECT_ATTEMPTS, Choosing, QueueLane, Spent
 from training.run.lease import Entry, Lease
-from training.run.run import ENDED, Attempt, State, SubjectRecord
-from training.run.source import Beat, EndKind, Orders, Outcome, Phase, Release, Why
+from training.run.run import ENDED, State, SubjectRecord
+from training.run.source import Beat, EndKind, Orders, Outcome, Phase, Release
+from training.run.standings import CANCELLED, Standings
 from training.run.turns import Turns
 from training.run.view import LaneView, RunView
 
 LEASE_SECONDS = 300.0
 MAX_ATTEMPTS = 3
 CALMER = 0.1  # what the learning rates of a subject are multiplied by after it has diverged, once
-KEPT_NOTES = 1000
 
 # the state in which an outcome of a kind ends; kinds that are not here are tried again
 _STATES: dict[EndKind, State] = {
@@ -42,20 +40,6 @@ _STATE_IN: dict[Phase, State] = {
     Phase.EVALUATING: "evaluating",
     Phase.PUBLISHING: "evaluating",
 }
-
-
-class Note(NamedTuple):
-    """Something a lane had to say, and the number of the change it came with."""
-
-    seq: int
-    text: str
-
-
-class Spent(NamedTuple):
-    """What a subject has used: device-seconds, and training steps."""
-
-    device_s: float
-    steps: int
 
 
 class SubjectQueue:
@@ -79,36 +63,24 @@ class SubjectQueue:
         self._lease_s = lease_s
         self._max_attempts = max_attempts
         self._clock = clock
-        self._seq = 0
         self._stopped = False
         self._dismissed: set[int] = set()
         self._lanes: dict[int, QueueLane] = {}
         self._barren: dict[int, int] = {}  # workers in a row that ended before they leased anything
         self._troubles: dict[int, str] = {}
-        self._notes: list[Note] = []
-        self._items: dict[str, QueuedSubject] = {}
-        self._waiting: dict[int, list[str]] = {}
-        self._choosing = Choosing(self._items, self._lanes, self._waiting, self.turns, seats)
-        self._added = 0
+        self._standings = Standings(max_attempts)
+        self._items = self._standings.items
+        self._choosing = Choosing(self._items, self._lanes, self._standings.waiting, self.turns, seats)
         self.add(entries)
 
     def add(self, entries: Iterable[Entry]) -> None:
         """Subjects come in; those that wait already, or train, stay as they are."""
         for entry in entries:
-            before = self._items.get(entry.key)
-            if before is not None and before.record.state not in ENDED:
-                continue
-            self._added += 1
-            self._items[entry.key] = QueuedSubject(
-                entry.record, entry.profile, entry.priority, self._added, entry.reserve, entry.run, entry.tenant
-            )
-            if entry.record.state not in ENDED and entry.record.state != "paused":
-                self._wait(entry.key)
+            self._standings.add(entry)
 
     def remove(self, run: str) -> None:
         """Forgets the subjects of a run, all of which have ended."""
-        for key in [key for key, item in self._items.items() if item.run == run]:
-            del self._items[key]
+        self._standings.remove(run)
 
     # -- lanes --
 
@@ -135,11 +107,11 @@ class SubjectQueue:
         chosen = [] if self._choosing.outranked(here) else self._choosing.choose(here, count)
         for id in chosen:
             item = self._items[id]
-            self._waiting[item.profile].remove(id)
+            self._standings.leave(id)
             item.holder, item.until, item.since = lane, self._clock() + self._lease_s, time.time()
             item.counted[lane] = 0
             here.held.add(id)
-            self._change(id, state="preparing", pack=lane)
+            self._standings.change(id, state="preparing", pack=lane)
         return [self._lease_of(id) for id in chosen]
 
     def beat(self, lane: int, beat: Beat) -> Orders:
@@ -148,7 +120,7 @@ class SubjectQueue:
         self._charge(here)
         here.phases, here.images_per_second = dict(beat.phase), beat.images_per_second
         for note in beat.notes:
-            self._note(note)
+            self._standings.note(note)
         for id in here.held:  # also those that wait for their turn: their lane lives
             self._items[id].until = self._clock() + self._lease_s
         drop = {id for id in beat.phase if not self._hold(lane, id)}
@@ -168,38 +140,40 @@ class SubjectQueue:
 
     def ended(self, lane: int, outcome: Outcome) -> None:
         """A subject's end, as its lane saw it. A lane that lost the subject is heard only if it has published it."""
-        item = self._items.get(outcome.id)
-        if item is None or item.record.state in ENDED or (item.holder != lane and outcome.kind != "done"):
+        item = self._standings.open(outcome.id)
+        if item is None or (item.holder != lane and outcome.kind != "done"):
             return
         seconds = item.record.seconds + outcome.seconds
         if item.holder in self._lanes:
             self._charge(self._lanes[item.holder])
-        self._count(outcome.id, lane, outcome.step, outcome.trained)
+        item.count(lane, outcome.step, outcome.trained)
         self._let_go(outcome.id)
         state = _STATES.get(outcome.kind)
         news = {"step": max(outcome.step, item.record.step), "seconds": seconds, "warnings": outcome.warnings}
         if outcome.loss is not None:
             news["loss"] = outcome.loss
-        self._change(outcome.id, **news)
+        self._standings.change(outcome.id, **news)
         if outcome.kind in _TOO_SMALL and item.reserve is not None:
             item.profile, item.reserve = item.reserve, None
-            self._again(outcome.id, f"{outcome.reason}; it goes on over several devices", "too large")
+            self._standings.again(outcome.id, f"{outcome.reason}; it goes on over several devices", "too large")
         elif outcome.kind == "diverged" and not _divergences(item.record):
-            self._again(
+            self._standings.again(
                 outcome.id, f"{outcome.reason}; once more from its checkpoint with {CALMER} x the rate", "diverged"
             )
         elif outcome.kind == "diverged":
-            self._attempt(outcome.id, outcome.reason or "diverged", "diverged")
-            self._end(outcome.id, "failed", reason=outcome.reason)
+            self._standings.attempt(outcome.id, outcome.reason or "diverged", "diverged")
+            self._standings.end(outcome.id, "failed", reason=outcome.reason)
         elif outcome.kind == "paused":
-            self._again(outcome.id, outcome.reason or "paused", "stopped")
+            self._standings.again(outcome.id, outcome.reason or "paused", "stopped")
         elif state is None:
-            self._again(outcome.id, outcome.reason or "unknown failure", "unknown")
+            self._standings.again(outcome.id, outcome.reason or "unknown failure", "unknown")
         elif state == "failed":
-            self._attempt(outcome.id, outcome.reason or outcome.kind, outcome.kind)
-            self._end(outcome.id, state, reason=outcome.reason or outcome.kind)
+            self._standings.attempt(outcome.id, outcome.reason or outcome.kind, outcome.kind)
+            self._standings.end(outcome.id, state, reason=outcome.reason or outcome.kind)
         else:
-            self._end(outcome.id, state, reason=outcome.reason, version=outcome.version)
+            self._standings.end(outcome.id, state, reason=outcome.reason, version=outcome.version)
+            if state == "published" and item.run:
+                self._reuse(outcome.id)
             self.turns.ended(item.device_s)
 
     def release(self, lane: int, reason: str, kind: Release = "lost") -> None:
@@ -214,10 +188,10 @@ class SubjectQueue:
         if kind != "stopped":
             self._troubles[lane] = reason
             if not gone.held:
-                self._note(f"pack {lane}: {reason}")
-        for id in sorted(gone.held, key=lambda id: self._items[id].order):
+                self._standings.note(f"pack {lane}: {reason}")
+        for id in self._standings.in_order(gone.held):
             self._let_go(id)
-            self._again(id, reason, kind)
+            self._standings.again(id, reason, kind)
 
     def trouble(self, lane: int) -> str | None:
         """Why the lane cannot work, if it cannot."""
@@ -228,33 +202,33 @@ class SubjectQueue:
         now = self._clock()
         for id in [id for lane in self._lanes.values() for id in lane.held if self._items[id].until < now]:
             self._let_go(id)
-            self._again(id, f"no sign of life for {self._lease_s:.0f} s", "lost")
+            self._standings.again(id, f"no sign of life for {self._lease_s:.0f} s", "lost")
 
     # -- the driver --
 
     def cancel(self, ids: Sequence[str] | None = None) -> None:
         """Cancels subjects, all by default: waiting ones now, leased ones when their lane beats next."""
         for id in list(self._items) if ids is None else ids:
-            item = self._items.get(id)
-            if item is None or item.record.state in ENDED:
+            item = self._standings.open(id)
+            if item is None:
                 continue
             if item.holder is not None:
                 item.cancel = True
                 continue
             if item.record.state != "paused":
-                self._waiting[item.profile].remove(id)
-            self._end(id, "cancelled", reason="cancelled by the user")
+                self._standings.leave(id)
+            self._standings.end(id, "cancelled", reason=CANCELLED)
 
     def pause(self, ids: Sequence[str]) -> None:
         """Pauses subjects: waiting ones now, leased ones with a checkpoint when their lane beats next."""
         for id in ids:
-            item = self._items.get(id)
-            if item is None or item.record.state in ENDED or item.record.state == "paused":
+            item = self._standings.open(id)
+            if item is None or item.record.state == "paused":
                 continue
             item.pause = True
             if item.holder is None:
-                self._waiting[item.profile].remove(id)
-                self._change(id, state="paused")
+                self._standings.leave(id)
+                self._standings.change(id, state="paused")
 
     def resume(self, ids: Sequence[str]) -> None:
         """Lets paused subjects wait for their turn again."""
@@ -264,15 +238,15 @@ class SubjectQueue:
                 continue
             item.pause = False
             if item.record.state == "paused":
-                self._change(id, state="queued")
-                self._wait(id)
+                self._standings.change(id, state="queued")
+                self._standings.wait(id)
 
     def give_up(self, profile: int, reason: str) -> None:
         """Fails what waits for a profile that no lane can serve."""
-        for id in list(self._waiting.get(profile, [])):
-            self._waiting[profile].remove(id)
-            self._attempt(id, reason, "no lane")
-            self._end(id, "failed", reason=reason)
+        for id in list(self._standings.waiting.get(profile, [])):
+            self._standings.leave(id)
+            self._standings.attempt(id, reason, "no lane")
+            self._standings.end(id, "failed", reason=reason)
 
     def dismiss(self, lane: int) -> None:
         """Tells one lane to checkpoint and end. Its subjects go back; no attempt is counted."""
@@ -287,22 +261,22 @@ class SubjectQueue:
         self.expire()
         unfinished = [id for id, item in self._items.items() if item.record.state not in ENDED]
         return RunView(
-            seq=self._seq,
+            seq=self._standings.seq,
             changed=tuple(item.record for item in self._items.values() if item.seq > since),
             keys=tuple(key for key, item in self._items.items() if item.seq > since),
             lanes=tuple(
                 LaneView(
                     lane=name,
                     profile=lane.profile,
-                    held=tuple(sorted(lane.held, key=lambda id: self._items[id].order)),
+                    held=tuple(self._standings.in_order(lane.held)),
                     phases=lane.phases,
                     images_per_second=lane.images_per_second,
                 )
                 for name, lane in self._lanes.items()
             ),
-            waiting={profile: len(ids) for profile, ids in self._waiting.items() if ids},
+            waiting={profile: len(ids) for profile, ids in self._standings.waiting.items() if ids},
             unfinished=len(unfinished),
-            notes=tuple(note.text for note in self._notes if note.seq > since),
+            notes=self._standings.notes(since),
         )
 
     def order(self, profile: int | None = None) -> list[str]:
@@ -319,16 +293,11 @@ class SubjectQueue:
 
     def standing(self, tenant: str) -> int:
         """How many subjects of a tenant wait."""
-        return sum(self._items[key].tenant == tenant for keys in self._waiting.values() for key in keys)
+        return sum(self._items[key].tenant == tenant for key in self._standings.waiting_keys())
 
     def spent(self) -> dict[str, Spent]:
         """What each subject has used since the last call."""
-        found = {}
-        for key, item in self._items.items():
-            if item.device_s > item.told_s or item.trained > item.told_steps:
-                found[key] = Spent(item.device_s - item.told_s, item.trained - item.told_steps)
-                item.told_s, item.told_steps = item.device_s, item.trained
-        return found
+        return {key: used for key, item in self._items.items() if (used := item.spend()) is not None}
 
     # -- pieces --
 
@@ -363,11 +332,11 @@ class SubjectQueue:
 
     def _hold(self, lane: int, id: str) -> bool:
         """Renews the lane's lease of a subject, or takes it up if nobody holds the subject; False if it may not."""
-        item = self._items.get(id)
-        if item is None or item.record.state in ENDED or item.holder not in (None, lane):
+        item = self._standings.open(id)
+        if item is None or item.holder not in (None, lane):
             return False
         if item.holder is None:
-            self._waiting[item.profile].remove(id)
+            self._standings.leave(id)
             item.holder, item.since = lane, time.time()
             here = self._lane(lane)
             here.profile = item.profile
@@ -378,79 +347,25 @@ class SubjectQueue:
     def _take_in(self, id: str, lane: int, beat: Beat) -> None:
         news: dict[str, object] = {"state": _STATE_IN[beat.phase[id].phase]}
         if id in beat.steps:
-            self._count(id, lane, beat.steps[id], beat.trained.get(id, 0))
+            self._items[id].count(lane, beat.steps[id], beat.trained.get(id, 0))
             news |= {"step": beat.steps[id], "loss": beat.losses[id]}
-        self._change(id, **news)
-
-    def _again(self, id: str, reason: str, kind: EndKind | Release) -> None:
-        """Back into the queue with one attempt more; fails where the counted attempts are used up."""
-        if kind != "stopped":
-            self._attempt(id, reason, kind)
-        item = self._items[id]
-        if item.cancel:
-            self._end(id, "cancelled", reason="cancelled by the user")
-        elif item.pause:
-            self._change(id, state="paused")
-        elif item.losses >= self._max_attempts:
-            self._end(id, "failed", reason=f"{reason} (attempt {item.losses} of {self._max_attempts})")
-        else:
-            self._change(id, state="queued")
-            self._wait(id)
-
-    def _attempt(self, id: str, reason: str, kind: Why) -> None:
-        item = self._items[id]
-        attempt = Attempt(started=item.since, ended=time.time(), reason=reason, kind=kind)
-        item.losses += kind in ("lost", "unknown")
-        self._change(id, attempts=(*item.record.attempts, attempt))
-        self._note(f"{id}: {reason}")
-
-    def _end(self, id: str, state: State, *, reason: str | None = None, version: str | None = None) -> None:
-        self._change(id, state=state, reason=reason, version=version or self._items[id].record.version)
-        if state == "published" and self._items[id].run:
-            self._reuse(id)
+        self._standings.change(id, **news)
 
     def _reuse(self, id: str) -> None:
         """What waits to become the same adapter for another run has it now."""
         item, same = self._items[id], self._choosing.print_of(id)
-        waiting = [key for keys in self._waiting.values() for key in keys]
-        for other in [key for key in waiting if self._choosing.print_of(key) == same]:
-            self._waiting[self._items[other].profile].remove(other)
+        for other in [key for key in self._standings.waiting_keys() if self._choosing.print_of(key) == same]:
+            self._standings.leave(other)
             step = self._items[other].record.max_steps
-            self._change(other, state="reused", version=item.record.version, step=step)
-
-    def _count(self, id: str, lane: int, step: int, trained: int) -> None:
-        """Takes in how many steps a lane has made of a subject since it was leased, and at which step it stands."""
-        item = self._items[id]
-        before = item.counted.get(lane, 0)
-        if not before:  # it may have begun at a checkpoint that was written after the last beat of a lane that died
-            item.trained += max(0, step - trained - item.record.step)
-        item.trained += max(0, trained - before)
-        item.counted[lane] = trained
+            self._standings.change(other, state="reused", version=item.record.version, step=step)
 
     def _let_go(self, id: str) -> None:
         item = self._items[id]
         if item.holder in self._lanes:
             self._lanes[item.holder].held.discard(id)
-        elif item.record.state not in ENDED and id in self._waiting.get(item.profile, []):
-            self._waiting[item.profile].remove(id)
+        elif item.record.state not in ENDED and id in self._standings.waiting.get(item.profile, []):
+            self._standings.leave(id)
         item.holder = None
-
-    def _wait(self, id: str) -> None:
-        """Queued by priority, then in manifest order: a subject that comes back does not go to the end."""
-        item = self._items[id]
-        waiting = self._waiting.setdefault(item.profile, [])
-        bisect.insort(waiting, id, key=lambda other: (-self._items[other].priority, self._items[other].order))
-
-    def _change(self, id: str, **news: object) -> None:
-        item = self._items[id]
-        if any(getattr(item.record, name) != value for name, value in news.items()):
-            self._seq += 1
-            item.record = item.record.model_copy(update={**news, "updated": time.time()})
-            item.seq = self._seq
-
-    def _note(self, text: str) -> None:
-        self._seq += 1
-        self._notes = [*self._notes[-KEPT_NOTES:], Note(self._seq, text)]
 
 
 def _divergences(record: SubjectRecord) -> int:

@@ -15,6 +15,7 @@ from training.base.noise.process import Density, Process
 from training.base.stream import shuffled, stream
 from training.manifest.subject import SubjectSpec
 from training.trainer.latents import LatentSet
+from training.trainer.prior import class_prompts
 
 
 @dataclass(frozen=True)
@@ -98,16 +99,24 @@ def _add_rows(
     batch.noise += noise[part]
     sizes = [(latent.shape[1], latent.shape[2]) for latent in latents]
     batch.places += process.draw(generator, sizes, _density(turn))[part]
-    class_prompt = turn.spec.filled_class_prompt
     mine = picked[part]
-    batch.prompts += [class_prompt if kind == "prediction" else images.prompts[index] for index in mine]
+    batch.prompts += (
+        _class_prompts(turn, start, count) if kind == "prediction" else [images.prompts[index] for index in picked]
+    )[part]
     batch.rows += [images.images[index].row for index in mine]
     batch.member += [place] * len(mine)
     batch.share += [1 / count] * len(mine)
     batch.is_prior += [kind != "instance"] * len(mine)
-    batch.from_base += [kind == "prediction"] * len(mine)
+    from_base = kind == "prediction" or (kind == "prior" and turn.spec.prior.target == "prediction")
+    batch.from_base += [from_base] * len(mine)
     behind = train.background_weight if kind == "instance" else None
     batch.weights += [_cell_weights(images.images[index].subject_HW, behind) for index in mine]
+
+
+def _class_prompts(turn: Turn, start: int, count: int) -> list[str]:
+    """What the base is asked of a subject's own photos: the class prompt, and their captions in turn if wanted."""
+    prompts = class_prompts(turn.spec, turn.instance.prompts if turn.spec.prior.captions else ())
+    return [prompts[(start + row) % len(prompts)] for row in range(count)]
 
 
 def _cell_weights(subject_HW: Tensor | None, background: float | None) -> Tensor | None:

@@ -5,18 +5,28 @@ Shape suffixes: M members that are due, S slots, P parameters of a slot.
 """
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Protocol
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from training.adapters.bank import Bank
+from training.base.transfer import constant
 from training.manifest.subject import TrainSpec
 from training.trainer.member import Member
-from training.trainer.optimizer import OptimizerState, SlotOptimizer, make_optimizers
+from training.trainer.optimizer import OptimizerState, Rates, SlotOptimizer, make_optimizers
 
-Rates = Sequence[tuple[slice, float]]  # learning rates by column range
+
+class Outcome(NamedTuple):
+    """What the host learns of a step: both losses of every member, over all processes, and the norms of those due.
+
+    Norms are of gradients before clipping.
+    """
+
+    instance: list[float]
+    prior: list[float]
+    norms: list[float]
 
 
 class Learner(Protocol):
@@ -34,13 +44,20 @@ class Learner(Protocol):
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Adds the gradients of a loss; `last` of the optimizer step's micro-batches."""
 
-    def total(self, values: Sequence[float]) -> list[float]:
-        """The sum of each value over all processes."""
+    def numbers(self, due: Sequence[Member], rates: Rates) -> list[Tensor]:
+        """What the members' next step takes beside gradients, on the CPU: it travels with the batch."""
 
-    def step(self, due: Sequence[Member], rates: Mapping[int, Rates]) -> list[float]:
-        """Clips and applies the gradients of the members and forgets them; returns each one's norm before clipping.
+    def step(
+        self,
+        losses_2M: Tensor,
+        due: Mapping[int, Member],
+        rates: Rates,
+        numbers: Sequence[Tensor],
+    ) -> Outcome:
+        """Clips and applies the gradients of the members that are due, by their place among all M, and forgets them.
 
-        Where a norm is not finite nothing is applied.
+        `losses_2M` are the losses of all in this process. Where a member's loss or norm is not finite nothing is
+        applied. The host waits here for the device, once.
         """
 
     def restart(self) -> None:
@@ -80,26 +97,52 @@ class LocalLearner:
         """See `Learner`."""
         loss.backward()
 
-    def total(self, values: Sequence[float]) -> list[float]:
-        """See `Learner`."""
-        return list(values)
+    def numbers(self, due: Sequence[Member], rates: Rates) -> list[Tensor]:
+        """See `Learner`: a tensor for each optimizer that is due, by name."""
+        return [
+            self._optimizers[name].numbers([m.slot for m in these], rates) for name, these in _by_optimizer(due).items()
+        ]
 
-    def step(self, due: Sequence[Member], rates: Mapping[int, Rates]) -> list[float]:
+    @torch.no_grad()
+    def step(
+        self,
+        losses_2M: Tensor,
+        due: Mapping[int, Member],
+        rates: Rates,
+        numbers: Sequence[Tensor],
+    ) -> Outcome:
         """See `Learner`."""
+        if not due:
+            instance, prior = losses_2M.tolist()
+            return Outcome(instance, prior, [])
         gradient_SP = self._gradient()
-        slots = torch.tensor([member.slot for member in due], device=gradient_SP.device)
-        unscale = gradient_SP.new_tensor([1 / member.loss_scale for member in due])
-        norms_M = gradient_SP[slots].norm(dim=1) * unscale
-        limits = gradient_SP.new_tensor([member.train.max_grad_norm or math.inf for member in due])
-        clip = (limits / (norms_M + 1e-6)).clamp(max=1.0)
-        gradient_SP[slots] *= (clip * unscale)[:, None]
-        norms = norms_M.tolist()
-        ready = [member for member, norm in zip(due, norms, strict=True) if math.isfinite(norm)]
-        for name in {member.train.optimizer for member in ready}:
-            these = [member for member in ready if member.train.optimizer == name]
-            self._optimizers[name].step([m.slot for m in these], {m.slot: rates[m.slot] for m in these})
-        gradient_SP[slots] = 0
-        return norms
+        members = list(due.values())
+        slots = constant(tuple(member.slot for member in members), torch.long, gradient_SP.device)
+        every = len(members) == gradient_SP.shape[0]  # members are in the order of their slots: no copy
+        gradient_DP = gradient_SP if every else gradient_SP[slots]
+        unscale = _like(gradient_SP, [1 / member.loss_scale for member in members])
+        norms_D = gradient_DP.norm(dim=1) * unscale
+        places = constant(tuple(due), torch.long, losses_2M.device)
+        sound_D = norms_D.isfinite() & losses_2M.sum(0)[places].isfinite()
+        limits = _like(gradient_SP, [member.train.max_grad_norm or math.inf for member in members])
+        clip = (limits / (norms_D + 1e-6)).clamp(max=1.0)
+        scale_D = torch.where(sound_D, clip * unscale, 0.0)
+        gradient_DP.masked_fill_(~sound_D[:, None], 0.0).mul_(scale_D[:, None])
+        if not every:
+            gradient_SP[slots] = gradient_DP
+        for (name, these), values in zip(_by_optimizer(members).items(), numbers, strict=True):
+            sound_E = sound_D
+            if len(these) < len(members):
+                sound_E = sound_D[constant(tuple(map(members.index, these)), torch.long, sound_D.device)]
+            self._optimizers[name].step([m.slot for m in these], rates, values, sound_E)
+        gradient_SP.zero_() if every else gradient_SP.index_fill_(0, slots, 0.0)
+        count = losses_2M.shape[1]
+        read = torch.cat([losses_2M.flatten().double(), norms_D.double()]).tolist()
+        instance, prior, norms = read[:count], read[count : 2 * count], read[2 * count :]
+        for (place, member), norm in zip(due.items(), norms, strict=True):
+            if not math.isfinite(instance[place] + prior[place] + norm):
+                self._optimizer(member.train).retract(member.slot)
+        return Outcome(instance, prior, norms)
 
     def restart(self) -> None:
         """See `Learner`."""
@@ -120,3 +163,14 @@ class LocalLearner:
     def _gradient(self) -> Tensor:
         assert self._bank.weights_SP.grad is not None
         return self._bank.weights_SP.grad
+
+
+def _by_optimizer(members: Iterable[Member]) -> dict[str, list[Member]]:
+    found: dict[str, list[Member]] = {}
+    for member in members:
+        found.setdefault(member.train.optimizer, []).append(member)
+    return found
+
+
+def _like(tensor: Tensor, values: Sequence[float]) -> Tensor:
+    return constant(tuple(values), tensor.dtype, tensor.device)

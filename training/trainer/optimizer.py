@@ -5,6 +5,7 @@ runs an ordinary optimizer per slot, for those that cannot be vectorised (8-bit,
 Shape suffixes: S slots, P parameters of a slot, D slots that are due.
 """
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -12,8 +13,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from training.base.transfer import constant
 from training.errors import SubjectFailed
 from training.manifest.subject import TrainSpec
+
+SlotRates = Sequence[tuple[slice, float]]  # learning rates by column range
+Rates = Mapping[int, SlotRates]
 
 
 @dataclass(slots=True)
@@ -26,7 +31,7 @@ class OptimizerState:
 
 
 class SlotOptimizer(Protocol):
-    """What a pack asks of an optimizer. `rates_P` of `step` are learning rates by column range."""
+    """What a pack asks of an optimizer."""
 
     def join(self, slot: int, spec: TrainSpec, state: OptimizerState | None) -> None:
         """Starts a slot; `state` is its saved state, None at the first step."""
@@ -34,8 +39,14 @@ class SlotOptimizer(Protocol):
     def state(self, slot: int) -> OptimizerState:
         """What is remembered of a slot, on the CPU."""
 
-    def step(self, slots: Sequence[int], rates: Mapping[int, Sequence[tuple[slice, float]]]) -> None:
-        """One step of the given slots; `rates[slot]` are learning rates by column range."""
+    def numbers(self, slots: Sequence[int], rates: Rates) -> Tensor:
+        """What the next step of the slots takes from the host, on the CPU; `rates[slot]` by column range."""
+
+    def step(self, slots: Sequence[int], rates: Rates, numbers: Tensor, sound_D: Tensor) -> None:
+        """One step of the given slots, but for those whose gradient is not sound. `numbers` are on the device."""
+
+    def retract(self, slot: int) -> None:
+        """A slot was not sound in the last step: it counts as not taken."""
 
     def leave(self, slot: int) -> None:
         """Forgets a slot."""
@@ -73,38 +84,50 @@ class SlotAdamW:
         rows = {"exp_avg": self.average_SP[slot].cpu().clone(), "exp_avg_sq": self.square_SP[slot].cpu().clone()}
         return OptimizerState(rows, numbers={"step": float(self._steps[slot])})
 
-    @torch.no_grad()
-    def step(self, slots: Sequence[int], rates: Mapping[int, Sequence[tuple[slice, float]]]) -> None:
-        """One step of the given slots; the rows of the others stay as they are."""
-        every = list(slots) == list(range(self.weights_SP.shape[0]))
-        index = slice(None) if every else torch.tensor(slots, device=self.weights_SP.device)
-        assert self.weights_SP.grad is not None
-        weights_DP, gradient_DP = self.weights_SP.detach()[index], self.weights_SP.grad[index]
-        average_DP, square_DP = self.average_SP[index], self.square_SP[index]
+    def numbers(self, slots: Sequence[int], rates: Rates) -> Tensor:
+        """[5 + 2 C, D]: 1 - beta1, beta2, 1 - beta2, epsilon, the root of the second moment's correction, and for each
+        of C column ranges the decay and the size of the step."""
         specs = [spec for slot in slots if (spec := self._specs[slot]) is not None]
-        for slot in slots:
-            self._steps[slot] += 1
-        steps = [self._steps[slot] for slot in slots]
-        beta1, beta2 = self._column([s.adam_beta1 for s in specs]), self._column([s.adam_beta2 for s in specs])
-        average_DP.lerp_(gradient_DP, 1 - beta1)
-        square_DP.mul_(beta2).addcmul_(gradient_DP * (1 - beta2), gradient_DP)
-        root = [(1 - spec.adam_beta2**step) ** 0.5 for spec, step in zip(specs, steps, strict=True)]
-        update_DP = average_DP / (
-            (square_DP.sqrt() / self._column(root)).add_(self._column([s.adam_epsilon for s in specs]))
-        )
+        steps = [self._steps[slot] + 1 for slot in slots]
+        beta1, beta2 = self._line([s.adam_beta1 for s in specs]), self._line([s.adam_beta2 for s in specs])
+        lines = [1 - beta1, beta2, 1 - beta2, self._line([spec.adam_epsilon for spec in specs])]
+        lines.append(self._line([(1 - spec.adam_beta2**step) ** 0.5 for spec, step in zip(specs, steps, strict=True)]))
         correction = [1 - spec.adam_beta1**step for spec, step in zip(specs, steps, strict=True)]
         for part in range(len(rates[slots[0]])):
-            columns = rates[slots[0]][part][0]
             rate = [rates[slot][part][1] for slot in slots]
             decay = [1 - lr * spec.adam_weight_decay for lr, spec in zip(rate, specs, strict=True)]
             size = [lr / by for lr, by in zip(rate, correction, strict=True)]
-            weights_DP[:, columns].mul_(self._column(decay)).sub_(update_DP[:, columns] * self._column(size))
+            lines += [self._line(decay), self._line(size)]
+        return torch.stack(lines)
+
+    @torch.no_grad()
+    def step(self, slots: Sequence[int], rates: Rates, numbers: Tensor, sound_D: Tensor) -> None:
+        """See `SlotOptimizer`; the rows of other slots stay as they are, and of unsound ones too."""
+        every = list(slots) == list(range(self.weights_SP.shape[0]))
+        index = slice(None) if every else constant(tuple(slots), torch.long, self.weights_SP.device)
+        assert self.weights_SP.grad is not None
+        weights_DP, gradient_DP = self.weights_SP.detach()[index], self.weights_SP.grad[index]
+        average_DP, square_DP = self.average_SP[index], self.square_SP[index]
+        for slot in slots:
+            self._steps[slot] += 1
+        nothing = constant((0, 1, 0, 1, 1, *(1, 0) * len(rates[slots[0]])), numbers.dtype, numbers.device)
+        numbers = torch.where(sound_D, numbers, nothing[:, None])
+        fresh1, beta2, fresh2, epsilon, root, *ranges = numbers.unsqueeze(2)
+        average_DP.lerp_(gradient_DP, fresh1)  # an unsound gradient is zero
+        square_DP.mul_(beta2).addcmul_(gradient_DP * fresh2, gradient_DP)
+        update_DP = average_DP / ((square_DP.sqrt() / root).add_(epsilon))
+        for (columns, _), decay, size in zip(rates[slots[0]], ranges[::2], ranges[1::2], strict=True):
+            weights_DP[:, columns].mul_(decay).sub_(update_DP[:, columns] * size)
         if not every:
             self.weights_SP.detach()[index] = weights_DP
             self.average_SP[index], self.square_SP[index] = average_DP, square_DP
 
-    def _column(self, values: Sequence[float]) -> Tensor:
-        return torch.tensor(values, dtype=torch.float64).to(self.weights_SP)[:, None]
+    def retract(self, slot: int) -> None:
+        """See `SlotOptimizer`."""
+        self._steps[slot] -= 1
+
+    def _line(self, values: Sequence[float]) -> Tensor:
+        return torch.tensor(values, dtype=torch.float64).to(self.weights_SP.dtype)
 
 
 class PerSlot:
@@ -155,10 +178,17 @@ class PerSlot:
                 found.numbers[f"group.{name}"] = float(value)
         return found
 
-    def step(self, slots: Sequence[int], rates: Mapping[int, Sequence[tuple[slice, float]]]) -> None:
-        """See `SlotOptimizer`."""
+    def numbers(self, slots: Sequence[int], rates: Rates) -> Tensor:
+        """See `SlotOptimizer`: none."""
+        return torch.empty(0)
+
+    def retract(self, slot: int) -> None:
+        """See `SlotOptimizer`: it is not called where it is not sound."""
+
+    def step(self, slots: Sequence[int], rates: Rates, numbers: Tensor, sound_D: Tensor) -> None:
+        """See `SlotOptimizer`. The host waits for the device here."""
         assert self.weights_SP.grad is not None
-        for slot in slots:
+        for slot in itertools.compress(slots, sound_D.tolist()):
             optimizer, row_P = self._optimizers[slot], self._rows[slot]
             before = row_P.detach().clone()
             row_P.grad = self.weights_SP.grad[slot]

@@ -20,9 +20,9 @@ from training.base.base import Base
 from training.trainer.assistant import Assistant
 from training.trainer.batch import WHOLE, Turn, make_batch
 from training.trainer.checkpoint import SubjectState
-from training.trainer.learner import Learner, LocalLearner, Rates
+from training.trainer.learner import Learner, LocalLearner
 from training.trainer.member import Member, StepReport, Subject, initial_adapter
-from training.trainer.optimizer import OptimizerState
+from training.trainer.optimizer import OptimizerState, SlotRates
 from training.trainer.step import Step
 
 
@@ -178,39 +178,35 @@ class Pack:
         A step whose gradient overflows in fp16 is not complete: it is repeated at half the loss scale.
         """
         members = self._in_order()
-        instance_M, prior_M = self._forward_backward(members)
-        failed = []
-        for member, instance, prior in zip(members, instance_M, prior_M, strict=True):
+        due = {place: member for place, member in enumerate(members) if member.ends_step}
+        rates = {member.slot: self._rates(member) for member in due.values()}
+        losses_2M, numbers = self._forward_backward(members, self._learner.numbers(list(due.values()), rates))
+        outcome = self._learner.step(losses_2M, due, rates, numbers)
+        norms = dict(zip(due, outcome.norms, strict=True))
+        failed, reports = list[StepReport](), list[StepReport]()
+        for place, (member, instance, prior) in enumerate(zip(members, outcome.instance, outcome.prior, strict=True)):
             member.add(instance, prior)
             if not math.isfinite(instance + prior):
-                failed.append(member)
-        due = [member for member in members if member.is_due and member not in failed]
-        reports = [member.failure("loss") for member in failed]
-        return reports + (self._optimize(due) if due else [])
+                failed.append(member.failure("loss"))
+            elif place in due and (report := member.finish(norms[place])) is not None:
+                reports.append(report)
+                if report.failure is None and member.slot in self._averages:
+                    self._follow(member)
+        return failed + reports
 
-    def _forward_backward(self, members: Sequence[Member]) -> tuple[list[float], list[float]]:
-        """Adds every member's gradient to its slot; returns instance and prior loss of each member."""
+    def _forward_backward(
+        self, members: Sequence[Member], numbers: Sequence[Tensor]
+    ) -> tuple[Tensor, Sequence[Tensor]]:
+        """Adds every member's gradient to its slot; returns both losses of each member, fp64 [2, M], and `numbers`,
+        which travel with the rows that go last, on the device."""
         turns = [Turn(m.spec, m.subject.instance, m.subject.prior, m.step, m.micro) for m in members]
         batch = make_batch(turns, self.base.process, self._part)
-        parts = batch.parts(self._step.kinds(batch), self.most_rows)
+        *parts, final = batch.parts(self._step.kinds(batch), self.most_rows)
+        losses = [self._step.run(part, members, self._step.send(part, members), last=False) for part in parts]
+        sent = self._step.send(final, members, numbers)
         last = all(member.ends_step for member in members)
-        losses = [
-            self._step.run(part, members, last=last and turn == len(parts)) for turn, part in enumerate(parts, start=1)
-        ]
-        instance, prior = (
-            torch.tensor(kind, dtype=torch.float64).sum(0).tolist() for kind in zip(*losses, strict=True)
-        )
-        total = self._learner.total([*instance, *prior])
-        return total[: len(members)], total[len(members) :]
-
-    def _optimize(self, due: Sequence[Member]) -> list[StepReport]:
-        """Takes the optimizer steps that are due; those that overflowed are not reported."""
-        norms = self._learner.step(due, {member.slot: self._rates(member) for member in due})
-        finished = [member.finish(norm) for member, norm in zip(due, norms, strict=True)]
-        for member, report in zip(due, finished, strict=True):
-            if report is not None and report.failure is None and member.slot in self._averages:
-                self._follow(member)
-        return [report for report in finished if report is not None]
+        losses.append(self._step.run(final, members, sent, last=last))
+        return torch.stack(losses).double().sum(0), sent.numbers
 
     @torch.no_grad()
     def _follow(self, member: Member) -> None:
@@ -225,7 +221,7 @@ class Pack:
             return None
         return self.bank.unpack(self.bank.row_of(average_P.cpu(), member.slot), member.spec.lora.rank)
 
-    def _rates(self, member: Member) -> Rates:
+    def _rates(self, member: Member) -> SlotRates:
         factor = member.rate(member.step)
         rates = []
         for component in self.bank.sites:

@@ -6,6 +6,7 @@ Shape suffixes: N rows of the batch, M members, C, H, W of a latent.
 import math
 from collections.abc import Hashable, Sequence
 from contextlib import nullcontext
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,15 +15,29 @@ from torch.utils.checkpoint import set_checkpoint_early_stop
 from training.adapters.bank import Bank, Route
 from training.base.base import Base
 from training.base.family import Cond
-from training.base.noise.process import row_losses
+from training.base.noise.process import Levels, row_losses
+from training.base.transfer import constant, send
 from training.trainer.assistant import Assistant
 from training.trainer.batch import Batch
 from training.trainer.learner import Learner
 from training.trainer.member import Member
 
-PromptPlaces = dict[
-    tuple[int, str], int
-]  # (member, prompt) -> its place among the prompts that are encoded in each step
+# (member, prompt) -> its place among the prompts that are encoded in each step
+PromptPlaces = dict[tuple[int, str], int]
+
+
+class Sent(NamedTuple):
+    """What a batch takes along to the device. `weights_N` are its rows', `cells` those of its cells if any has some.
+
+    `numbers` are what the optimizer's step takes.
+    """
+
+    latents: Tensor
+    noise: Tensor
+    weights_N: Tensor
+    levels: Levels
+    cells: Tensor | None
+    numbers: Sequence[Tensor]
 
 
 class Step:
@@ -35,17 +50,26 @@ class Step:
         self._assistant = assistant
         self._frozen: dict[str, Cond] = {}
 
-    def run(self, batch: Batch, members: Sequence[Member], *, last: bool) -> tuple[list[float], list[float]]:
-        """Adds every member's gradient to its slot; returns instance and prior loss of each member.
+    def send(self, batch: Batch, members: Sequence[Member], numbers: Sequence[Tensor] = ()) -> Sent:
+        """Brings a batch to the device, in one transfer; all of its rows are of one kind."""
+        wide = self._bank.weights_SP.dtype
+        levels = self._base.process.levels(batch.places, wide)
+        rows = [torch.stack(batch.latents).to(wide), torch.stack(batch.noise).to(wide)]
+        cells = _cell_weights(batch)
+        whole = [*rows, self._row_weights(batch, members, levels.snr_N), *levels, *([] if cells is None else [cells])]
+        sent = send(self._base.device, [*whole, *numbers])
+        own, numbers = sent[: len(whole)], sent[len(whole) :]
+        fields = 3 + len(levels)
+        return Sent(own[0], own[1], own[2], Levels(*own[3:fields]), next(iter(own[fields:]), None), numbers)
 
-        All rows of the batch are of one kind. `last`: whether this is the last of the optimizer step's forwards.
+    def run(self, batch: Batch, members: Sequence[Member], sent: Sent, *, last: bool) -> Tensor:
+        """Adds every member's gradient to its slot; returns instance and prior loss of each member, [2, M].
+
+        `sent` is the batch on the device. `last`: whether this is the last of the optimizer step's forwards.
         """
-        wide, device = self._bank.weights_SP.dtype, self._base.device
-        latents = torch.stack(batch.latents).to(device, wide)
-        noise = torch.stack(batch.noise).to(device, wide)
-        levels = self._base.process.levels(batch.places, device, wide)
-        noisy = levels.noisy(latents, noise).to(self._base.dtype)
-        goal = levels.target(latents, noise)
+        levels = sent.levels
+        noisy = levels.noisy(sent.latents, sent.noise).to(self._base.dtype)
+        goal = levels.target(sent.latents, sent.noise)
         with self._bank.reading(self._learner.weights()):
             order = self._trained_prompts(batch, members)
             route = self._route(self._base.facts.denoiser, [members[place] for place in batch.member])
@@ -56,13 +80,12 @@ class Step:
                 conds = self._conds(batch, members, order)
                 goal = self._base_predictions(batch, goal, noisy, levels.times_N)
                 prediction = self._base.predict(noisy, levels.times_N, conds, batch.rows)
-                losses_N = row_losses(prediction, goal, _cell_weights(batch))
-                losses_N = losses_N * self._row_weights(batch, members, levels.snr_N)
+                losses_N = row_losses(prediction, goal, sent.cells) * sent.weights_N
                 instance_M, prior_M = _by_member(losses_N, batch, len(members))
-                factor_M = losses_N.new_tensor([m.spec.prior.weight for m in members])
-                divide_M = losses_N.new_tensor([m.loss_scale / m.train.gradient_accumulation_steps for m in members])
+                factor_M = _like(losses_N, [m.spec.prior.weight for m in members])
+                divide_M = _like(losses_N, [m.loss_scale / m.train.gradient_accumulation_steps for m in members])
                 self._learner.backward(((instance_M + factor_M * prior_M) * divide_M).sum(), last=last)
-        return instance_M.tolist(), prior_M.tolist()
+        return torch.stack([instance_M.detach(), prior_M.detach()])
 
     def kinds(self, batch: Batch) -> list[Hashable]:
         """Of each row, its size and what its family says of its prompt: rows of one kind may share a forward."""
@@ -127,7 +150,8 @@ class Step:
         with torch.no_grad(), worn, self._bank.using():
             plain = [self._frozen_cond(batch.prompts[row]) for row in rows]
             sizes = [batch.rows[row] for row in rows]
-            goal[rows] = self._base.predict(noisy[rows], times_N[rows], plain, sizes).to(goal)
+            rows_R = constant(tuple(rows), torch.long, goal.device)
+            goal[rows_R] = self._base.predict(noisy[rows_R], times_N[rows_R], plain, sizes).to(goal)
         return goal
 
     def _row_weights(self, batch: Batch, members: Sequence[Member], snr_N: Tensor) -> Tensor:
@@ -156,9 +180,12 @@ def _by_member(losses_N: Tensor, batch: Batch, members: int) -> tuple[Tensor, Te
     kinds: list[Tensor] = []
     for is_prior in (False, True):
         # picked on the host: a mask on the device would have it wait for how many rows there are
-        rows = [row for row, prior in enumerate(batch.is_prior) if prior == is_prior]
-        places_R, rows_R = torch.tensor([[batch.member[row] for row in rows], rows], dtype=torch.long).to(
-            losses_N.device
-        )
+        rows = tuple(row for row, prior in enumerate(batch.is_prior) if prior == is_prior)
+        rows_R = constant(rows, torch.long, losses_N.device)
+        places_R = constant(tuple(batch.member[row] for row in rows), torch.long, losses_N.device)
         kinds.append(zeros.index_add(0, places_R, losses_N[rows_R]))
     return kinds[0], kinds[1]
+
+
+def _like(losses_N: Tensor, values_M: Sequence[float]) -> Tensor:
+    return constant(tuple(values_M), losses_N.dtype, losses_N.device)

@@ -10,6 +10,7 @@ Shape suffixes as in `training.trainer.pack`.
 """
 
 import logging
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,9 +25,9 @@ from training.adapters.bank import Bank
 from training.base.base import Base
 from training.errors import GangBroken, SubjectFailed, UserError
 from training.manifest.subject import TrainSpec, ZeroSpec
-from training.trainer.learner import Rates
+from training.trainer.learner import Outcome
 from training.trainer.member import Member, StepReport, Subject
-from training.trainer.optimizer import OptimizerState
+from training.trainer.optimizer import OptimizerState, Rates
 from training.trainer.pack import Pack
 
 # followers wait this long for the leader, which prepares, judges and publishes alone; a dead one is noticed by who
@@ -262,18 +263,21 @@ class ShardedLearner:
         if self._denoiser is not None:
             self._denoiser.empty_partition_cache()
 
-    def total(self, values: Sequence[float]) -> list[float]:
-        """See `Learner`."""
-        return self._gang.total(values)
+    def numbers(self, due: Sequence[Member], rates: Rates) -> list[Tensor]:
+        """See `Learner`: none."""
+        return []
 
-    def step(self, due: Sequence[Member], rates: Mapping[int, Rates]) -> list[float]:
+    def step(self, losses_2M: Tensor, due: Mapping[int, Member], rates: Rates, numbers: Sequence[Tensor]) -> Outcome:
         """See `Learner`."""
-        (member,) = due
+        instance, prior = self._gang.total(losses_2M.flatten().tolist())
+        if not due or not math.isfinite(instance + prior):
+            return Outcome([instance], [prior], [math.nan] * len(due))
+        (member,) = due.values()
         for group, (place, _) in zip(self._groups(), self._columns, strict=True):
             group["lr"] = rates[member.slot][place][1]
         self._engine.step()
         self._settled = False
-        return [float(self._engine.get_global_grad_norm())]
+        return Outcome([instance], [prior], [float(self._engine.get_global_grad_norm())])
 
     def restart(self) -> None:
         """See `Learner`."""

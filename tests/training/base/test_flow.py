@@ -85,7 +85,7 @@ def test_samplers_of_another_process_are_refused_in_words() -> None:
 
 def test_training_noises_towards_the_velocity() -> None:
     clean, noise = torch.randn(2, 2, 3, 4, 4).double().unbind()
-    levels = flow(STATIC).levels([0.25, 0.8], torch.device("cpu"), torch.float64)
+    levels = flow(STATIC).levels([0.25, 0.8], torch.float64)
     s = torch.tensor([0.25, 0.8]).double().view(2, 1, 1, 1)
     assert torch.allclose(levels.noisy(clean, noise), (1 - s) * clean + s * noise, atol=1e-7)
     assert torch.equal(levels.target(clean, noise), noise - clean)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from training.errors import UserError
-from training.manifest.manifest import ManifestError, load_manifest, parse_manifest
+from training.manifest.manifest import ManifestError, load_manifest, parse_manifest, parse_subject
 
 GOOD = """\
 version: 1
@@ -122,3 +122,17 @@ def test_aspect_buckets_need_a_resolution_of_whole_eighths(resolution: int, good
     else:
         with pytest.raises(ManifestError, match=f"multiple of 64, not {resolution}"):
             parse_manifest(text)
+
+
+def test_a_preset_chooses_what_is_not_said() -> None:
+    text = "{version: 1, name: t, defaults: {class: dog, preset: fast, train: {checkpoint_every: 7}}, subjects: "
+    text += "[{id: a, images: x}, {id: b, images: x, preset: best, train: {max_steps: 9}, prior: {target: image}}]}"
+    a, b = parse_manifest(text).subjects
+    assert (a.train.max_steps, a.prior.target, a.train.checkpoint_every) == (350, "prediction", 7)
+    assert (b.lora.rank, b.train.max_steps, b.prior.target, b.train.checkpoint_every) == (16, 9, "image", 7)
+    assert parse_subject({"id": "a", "class": "dog", "images": "x", "preset": "best"}).lora.rank == 16
+
+
+def test_an_unknown_preset_names_the_known_ones() -> None:
+    with pytest.raises(ManifestError, match="'fast', 'balanced' or 'best'"):
+        parse_manifest("{version: 1, name: t, subjects: [{id: a, images: x, class: dog, preset: quick}]}")

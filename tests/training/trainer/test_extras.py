@@ -170,7 +170,7 @@ def test_the_loss_is_weighted_by_the_mask(tiny: Base) -> None:
         assert cells is not None and float(cells.mean()) == pytest.approx(1.0, abs=1e-4)
         assert isinstance(tiny.process, Ddpm)
         with torch.no_grad():
-            levels = tiny.process.levels(batch.places, tiny.device, torch.float32)
+            levels = tiny.process.levels(batch.places, torch.float32)
             latents, noise = torch.stack(batch.latents), torch.stack(batch.noise)
             said = tiny.predict(levels.noisy(latents, noise), levels.times_N, tiny.encode(batch.prompts), batch.rows)
             expected = ((said - noise).square() * cells).mean()

@@ -8,6 +8,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 from peft import LoraConfig, inject_adapter_in_model
+from torch import Tensor
 
 from tests.tiny import clip, clip_tokenizer, ddpm
 from tests.training.subjects import subject
@@ -21,7 +22,7 @@ from training.trainer.checkpoint import SubjectState, dump_state, load_state
 from training.trainer.loop import train
 from training.trainer.member import Member, StepReport, Subject
 from training.trainer.pack import Pack, training_bank
-from training.trainer.step import Step
+from training.trainer.step import Sent, Step
 
 TARGETS: dict[str, Sequence[str]] = {
     "unet": ("to_q", "to_k", "to_v", "to_out.0", "proj_in", "conv1"),
@@ -88,6 +89,8 @@ VARIED: dict[str, dict[str, Any]] = {
     "accumulate": {"train": {"gradient_accumulation_steps": 3, "batch_size": 2}},
     "no-prior": {"prior": {"enabled": False}},
     "prediction": {"prior": {"source": "prediction", "weight": 0.5}},
+    "target": {"prior": {"target": "prediction"}},
+    "prediction-captions": {"prior": {"source": "prediction", "captions": True}},
     "min-snr": {"train": {"min_snr_gamma": 5.0, "noise_offset": 0.1}},
     "cosine": {"train": {"lr_scheduler": "cosine", "lr_warmup_steps": 2, "max_grad_norm": None}},
     "prodigy": {"train": {"optimizer": "prodigy", "learning_rate": 1.0}},
@@ -234,11 +237,11 @@ def with_room_for(
     """A device that has memory for so many rows at once; returns how many went through each forward."""
     run_step, seen = Step.run, list[int]()
 
-    def limited(step: Step, batch: Batch, members: Sequence[Member], *, last: bool) -> tuple[list[float], list[float]]:
+    def limited(step: Step, batch: Batch, members: Sequence[Member], sent: Sent, *, last: bool) -> Tensor:
         if len(batch.member) > rows:
             raise error(words)
         seen.append(len(batch.member))
-        return run_step(step, batch, members, last=last)
+        return run_step(step, batch, members, sent, last=last)
 
     monkeypatch.setattr(Step, "run", limited)
     return seen
@@ -309,3 +312,12 @@ def test_prior_weight_zero_equals_no_prior_at_all(tiny64: Base) -> None:
     assert distance(without, weightless) <= TIGHT
     with_prior = run(tiny64, [subject("a")]).adapters["a"]
     assert distance(without, with_prior) > 1e-4
+
+
+@pytest.mark.parametrize("prior", [{"target": "prediction"}, {"source": "prediction"}])
+def test_the_base_as_the_target_pulls_on_nothing_until_the_class_drifts(tiny64: Base, prior: dict[str, Any]) -> None:
+    pack = Pack(tiny64, training_bank(tiny64, slots=1, rank=8, targets=TARGETS))
+    pack.join(subject("a", prior=prior, train={"learning_rate": 1e-2}))
+    first, second = (pack.step()[0] for _ in range(2))
+    pack.close()
+    assert first.prior_loss < 1e-20 < first.instance_loss and second.prior_loss > 1e-12

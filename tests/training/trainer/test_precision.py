@@ -69,12 +69,12 @@ def test_targets_are_those_of_diffusers(tiny: Base) -> None:
     latents, noise = torch.randn(2, 6, 4, 8, 8, generator=generator, dtype=torch.float64)
     timesteps = torch.tensor([0, 1, 250, 500, 998, 999])
     scheduler = DDPMScheduler.from_config(ddpm(tiny).config)
-    levels = tiny.process.levels(timesteps.tolist(), tiny.device, torch.float64)
+    levels = tiny.process.levels(timesteps.tolist(), torch.float64)
     assert torch.allclose(levels.noisy(latents, noise), scheduler.add_noise(latents, noise, timesteps), atol=1e-6)
     assert torch.equal(levels.target(latents, noise), noise)
     config = {**ddpm(tiny).config, "prediction_type": "v_prediction"}
     velocity = scheduler.get_velocity(latents, noise, timesteps)
-    found = Ddpm(config).levels(timesteps.tolist(), tiny.device, torch.float64).target(latents, noise)
+    found = Ddpm(config).levels(timesteps.tolist(), torch.float64).target(latents, noise)
     assert torch.allclose(found, velocity, atol=1e-6)
     with pytest.raises(UserError, match="sample"):
         Ddpm({**config, "prediction_type": "sample"})
@@ -84,7 +84,7 @@ def test_targets_are_those_of_diffusers(tiny: Base) -> None:
 def test_min_snr_weights_are_those_of_the_paper(tiny: Base, kind: str) -> None:
     timesteps = torch.arange(0, 1000, 37)
     process = Ddpm({**ddpm(tiny).config, "prediction_type": kind})
-    found_snr = process.levels(timesteps.tolist(), tiny.device, torch.float64).snr_N
+    found_snr = process.levels(timesteps.tolist(), torch.float64).snr_N
     snr = compute_snr(DDPMScheduler.from_config(ddpm(tiny).config), timesteps).double()
     expected = snr.clamp(max=5.0) / (snr + 1 if kind == "v_prediction" else snr)
     found = process.snr_weights(found_snr, torch.full_like(found_snr, 5.0))

@@ -187,16 +187,19 @@ class Flux1:
         """See `Family`."""
         import torch
 
+        from training.base.transfer import constant, positions
+
         transformer: Any = parts.models["transformer"]
         n, c, height, width = x_NCHW.shape
         h, w = height // PATCH, width // PATCH
         packed_NTC = x_NCHW.view(n, c, h, PATCH, w, PATCH).permute(0, 2, 4, 1, 3, 5).reshape(n, h * w, c * PATCH**2)
         states_NLC = torch.stack([cond["states"] for cond in conds])
-        ids = torch.cartesian_prod(torch.arange(1), torch.arange(h), torch.arange(w)).to(x_NCHW)
+        ids = positions((1, h, w), x_NCHW.dtype, x_NCHW.device)
+        guidance = tuple(row.guidance for row in rows)
         velocity_NTC: Tensor = transformer(
             hidden_states=packed_NTC,
             timestep=times_N / 1000,
-            guidance=torch.tensor([row.guidance for row in rows], device=x_NCHW.device) if self._guided else None,
+            guidance=constant(guidance, torch.float32, x_NCHW.device) if self._guided else None,
             pooled_projections=torch.stack([cond["pooled"] for cond in conds]),
             encoder_hidden_states=states_NLC,
             txt_ids=ids.new_zeros(states_NLC.shape[1], 3),

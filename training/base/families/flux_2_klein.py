@@ -186,16 +186,19 @@ class Flux2Klein:
         """See `Family`."""
         import torch
 
+        from training.base.transfer import positions
+
         transformer: Any = parts.models["transformer"]
         states_NLC = torch.stack([cond["states"] for cond in conds])
         height, width = x_NCHW.shape[-2:]
+        # positions of tokens: time, row, column, place in the prompt
         velocity_NTC: Tensor = transformer(
             hidden_states=x_NCHW.flatten(2).transpose(1, 2),
             timestep=times_N / 1000,
             guidance=None,
             encoder_hidden_states=states_NLC,
-            txt_ids=_ids(1, 1, states_NLC.shape[1]).to(x_NCHW.device),
-            img_ids=_ids(height, width, 1).to(x_NCHW.device),
+            txt_ids=positions((1, 1, 1, states_NLC.shape[1]), torch.long, x_NCHW.device),
+            img_ids=positions((1, height, width, 1), torch.long, x_NCHW.device),
         ).sample
         return velocity_NTC.transpose(1, 2).unflatten(2, (height, width))
 
@@ -214,13 +217,6 @@ class Flux2Klein:
         _, held = output_of(block, lambda: self.predict(parts, x_NCHW, times_N, conds, rows))
         found: Tensor = held.transpose(1, 2).unflatten(2, x_NCHW.shape[-2:])
         return found
-
-
-def _ids(height: int, width: int, length: int) -> "Tensor":
-    """Positions [T, 4] of tokens: time, row, column, place in the prompt."""
-    import torch
-
-    return torch.cartesian_prod(torch.arange(1), torch.arange(height), torch.arange(width), torch.arange(length))
 
 
 def _statistics(vae: Any) -> tuple["Tensor", "Tensor"]:

@@ -191,12 +191,14 @@ class StableDiffusionXL:
         """See `Family`. A drawn picture is its own photo, uncropped."""
         import torch
 
+        from training.base.transfer import constant
+
         unet: Any = parts.models["unet"]
         size = (x_NCHW.shape[2] * self.facts.cell_px, x_NCHW.shape[3] * self.facts.cell_px)
-        ids = [[*(row.original_px or size), *(row.crop_px or (0, 0)), *size] for row in rows]
+        ids = tuple(side for row in rows for side in (*(row.original_px or size), *(row.crop_px or (0, 0)), *size))
         added = {
             "text_embeds": torch.stack([cond["pooled"] for cond in conds]),
-            "time_ids": torch.tensor(ids, dtype=torch.float32, device=x_NCHW.device),
+            "time_ids": constant(ids, torch.float32, x_NCHW.device).view(len(rows), -1),
         }
         states_NLC = torch.stack([cond["states"] for cond in conds])
         output_NCHW: Tensor = unet(x_NCHW, times_N, encoder_hidden_states=states_NLC, added_cond_kwargs=added).sample

@@ -80,15 +80,14 @@ class Ddpm:
         """The timestep at a share of the way from clean to noise."""
         return float(round(share * (len(self.alphas_cumprod) - 1)))
 
-    def levels(self, places: Sequence[float], device: torch.device, dtype: torch.dtype) -> Levels:
+    def levels(self, places: Sequence[float], dtype: torch.dtype) -> Levels:
         """See `Process`."""
         times_N = torch.tensor(places, dtype=torch.float32)
         alphas_N = self.alphas_cumprod[times_N.long()].to(dtype)
         signal_N, noise_N = alphas_N.sqrt(), (1 - alphas_N).sqrt()
         ones_N = torch.ones_like(alphas_N)
         goal = (ones_N, ones_N * 0) if self.prediction_type == "epsilon" else (signal_N, -noise_N)
-        coefficients = torch.stack([signal_N, noise_N, *goal, alphas_N / (1 - alphas_N)]).to(device)
-        return Levels(times_N.to(device), *coefficients.unbind())
+        return Levels(times_N, signal_N, noise_N, *goal, alphas_N / (1 - alphas_N))
 
     def snr_weights(self, snr_N: Tensor, gamma_N: Tensor) -> Tensor:
         """See `Process`."""

@@ -104,13 +104,13 @@ class Flow:
         """The sigma itself."""
         return share
 
-    def levels(self, places: Sequence[float], device: torch.device, dtype: torch.dtype) -> Levels:
+    def levels(self, places: Sequence[float], dtype: torch.dtype) -> Levels:
         """See `Process`."""
         sigma_N = torch.tensor(places, dtype=torch.float64)
         ones_N = torch.ones_like(sigma_N)
         snr_N = ((1 - sigma_N) / sigma_N) ** 2
-        coefficients = torch.stack([1 - sigma_N, sigma_N, ones_N, -ones_N, snr_N]).to(device, dtype)
-        return Levels((sigma_N * 1000).to(device, torch.float32), *coefficients.unbind())
+        coefficients = (1 - sigma_N, sigma_N, ones_N, -ones_N, snr_N)
+        return Levels((sigma_N * 1000).to(torch.float32), *(values.to(dtype) for values in coefficients))
 
     def snr_weights(self, snr_N: Tensor, gamma_N: Tensor) -> Tensor:
         """Raises ValueError: min-SNR weights the steps of a DDPM."""

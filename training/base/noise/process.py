@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from training.base.facts import SamplerName
+from training.base.transfer import send
 
 Size = tuple[int, int]  # of a latent: cells down, cells across
 
@@ -48,6 +49,10 @@ class Levels(NamedTuple):
     c_N: Tensor
     d_N: Tensor
     snr_N: Tensor
+
+    def on(self, device: torch.device) -> "Levels":
+        """The same, on a device."""
+        return Levels(*send(device, self))
 
     def noisy(self, latents_NCHW: Tensor, noise_NCHW: Tensor) -> Tensor:
         """The noised latents [N, C, H, W]."""
@@ -103,8 +108,8 @@ class Process(Protocol):
     def at(self, share: float) -> float:
         """The place at a share of the way from clean (0) to noise (1)."""
 
-    def levels(self, places: Sequence[float], device: torch.device, dtype: torch.dtype) -> Levels:
-        """The levels at `places`, on `device`; coefficients in `dtype`."""
+    def levels(self, places: Sequence[float], dtype: torch.dtype) -> Levels:
+        """The levels at `places`, on the CPU; coefficients in `dtype`."""
 
     def snr_weights(self, snr_N: Tensor, gamma_N: Tensor) -> Tensor:
         """The min-SNR weight of each row, [N]; rows whose gamma is infinite weigh 1. Raises ValueError if the process

@@ -193,7 +193,7 @@ class BaseFeatures:
         place = self._base.process.at(share)
         noise = torch.randn(latents.shape[1:], generator=stream(0, "judge", f"{place:g}"))
         noise = noise.to(latents).expand_as(latents)
-        levels = self._base.process.levels([place] * len(latents), latents.device, latents.dtype)
+        levels = self._base.process.levels([place] * len(latents), latents.dtype).on(latents.device)
         return levels.noisy(latents, noise), levels.times_N, levels.target(latents, noise)
 
 

@@ -92,7 +92,7 @@ class Watch:
         scales = torch.tensor([[scale] for (_, scale), _, _ in rows])
         latents = torch.stack([batch.latents[place] for _, batch, place in rows]).to(base.device, wide)
         noise = torch.stack([batch.noise[place] for _, batch, place in rows]).to(base.device, wide)
-        levels = base.process.levels([batch.places[place] for _, batch, place in rows], base.device, wide)
+        levels = base.process.levels([batch.places[place] for _, batch, place in rows], wide).on(base.device)
         goal = levels.target(latents, noise)
         with bank.using(*(bank.route(component, slots, scales, base.dtype) for component in bank.sites)):
             words = [bank.words(slot) for (slot, _), _, _ in rows]
