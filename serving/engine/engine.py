@@ -14,15 +14,19 @@ import torch
 from torch import Tensor
 
 from serving.config import EngineSpec
+from serving.engine.admission import make_job
 from serving.engine.finishing import Finisher
 from serving.engine.job import Done, EngineStats, Guess, Job, JobEvent, JobFailed, Recovered, Sample
+from serving.engine.pictures.decoding import Given
+from serving.engine.pictures.edit import Edit
+from serving.engine.pictures.vae import TiledVae
 from serving.engine.prompts import PromptCache
-from serving.engine.reading import backwards
 from serving.engine.request import AdapterRef, GenerateRequest
 from serving.engine.scheduler import Scheduler
 from serving.engine.starting import Starter
 from serving.engine.stepping import Stepper
 from serving.engine.tiers.adapters import Adapters, Fetch, explain_load
+from serving.engine.upscaling import Upscaler
 from serving.errors import DeadlineExceeded, GenerationFailed, QueueFull, Refused, Withheld
 from serving.marking.evidence import find_reader
 from serving.marking.noise import NoiseMark
@@ -65,9 +69,11 @@ class Engine:
             capacity=spec.prompt_cache,
             longest=spec.prompt_tokens,
         )
-        self.starter = Starter(base, self.adapters, self.prompts, mark)
+        vae = TiledVae(base, spec.vae_tile_px)
+        self.starter = Starter(base, self.adapters, self.prompts, mark, vae)
+        self.upscaler = Upscaler(base, vae, self.starter)
         self.stepper = Stepper(base, spec, self.adapters, self.scheduler, self.stats)
-        self.finisher = Finisher(base, spec.decode_rows * row_cells)
+        self.finisher = Finisher(base, spec.decode_rows * row_cells, vae)
         self._outcomes: list[JobEvent] = []
         self._withheld: frozenset[str] = frozenset()
         self._image_s = 0.0  # between two images, smoothed
@@ -79,10 +85,18 @@ class Engine:
 
     # -- requests in and out --
 
-    def submit(self, request: GenerateRequest, pixels_CHW: Tensor | None = None) -> Job:
+    def submit(
+        self,
+        request: GenerateRequest,
+        pixels_CHW: Tensor | None = None,
+        *,
+        edit: Edit | None = None,
+        references: Sequence[Tensor] = (),
+    ) -> Job:
         """Queues a request and returns its job; its adapters begin to load at once.
 
-        `pixels_CHW`: the picture that image-to-image starts from, uint8, of the request's size.
+        `pixels_CHW`: the picture that image-to-image starts from, uint8, of the request's size. `edit`: the one that is
+        edited, with its mask. `references`: those that the prompt refers to, uint8.
 
         Raises QueueFull, or UserError for what this engine cannot do.
         """
@@ -91,18 +105,8 @@ class Engine:
         for use in request.adapters:
             if f"{use.ref.tenant}/{use.ref.id}" in self._withheld:
                 raise Withheld(f"Adapter '{use.ref.tenant}/{use.ref.id}' is withdrawn.")
-        strength = None if pixels_CHW is None else request.strength
-        size = self.base.latent_size(request.height, request.width)
-        if request.reading:
-            if self.mark is None or pixels_CHW is None:
-                raise Refused("Nothing can be read: this server marks no pictures (`watermark: none`).")
-            schedule = backwards(self.base.process, request.steps, size)
-        else:
-            schedule = self.base.process.schedule(request.scheduler, request.steps, strength, size)
-        takes_negative = self.base.facts.guidance == "cfg"
-        job = Job(request, schedule, pixels_CHW, arrived_s=time.monotonic(), takes_negative=takes_negative)
-        wide = job.guided and 2 * size[0] * size[1] > self.scheduler.max_cells
-        job.samples = [Sample(job, index, size, wide) for index in range(request.count)]
+        given = Given(pixels_CHW, edit, tuple(references))
+        job = make_job(self.base, request, given, self.scheduler.max_cells, reads=self.mark is not None)
         try:
             self.scheduler.submit(job.samples, self._retry_after_s())
         except QueueFull:
@@ -236,7 +240,11 @@ class Engine:
 
     def _stepped(self, samples: Sequence[Sample]) -> None:
         for sample in samples:
-            if sample.step >= sample.job.schedule.steps:
+            if sample.step >= sample.schedule.steps and sample.job.second is not None and not sample.enlarged:
+                self.stepper.forget(sample.kind)
+                with self.stats.timed("decode"):
+                    self.upscaler.enlarge(sample)
+            elif sample.step >= sample.schedule.steps:
                 self._leave(sample)
                 if sample.job.request.reading:
                     self._recovered(sample)
@@ -244,7 +252,7 @@ class Engine:
                     self.finisher.add(sample)
             elif sample.preview_due:
                 pixels = self.finisher.preview(sample)
-                self._outcomes.append(Guess(sample.job, sample.index, sample.previews, sample.step, pixels))
+                self._outcomes.append(Guess(sample.job, sample.index, sample.previews, sample.taken, pixels))
                 sample.previews += 1
 
     def _recovered(self, sample: Sample) -> None:

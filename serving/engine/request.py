@@ -12,6 +12,7 @@ from training.base.facts import SamplerName
 from training.storage.closed import Closed
 
 ImageFormat = Literal["png", "jpeg", "webp"]
+PromptSyntax = Literal["plain", "a1111"]
 MAX_SEED = 2**53 - 1  # above it JavaScript numbers, and floats in an OpenAPI document, cannot hold every integer
 
 
@@ -36,6 +37,35 @@ class AdapterUse(Closed):
     weight: float = 1.0
 
 
+class EditMask(Closed):
+    """Which part of a request's picture is redrawn, and how it is put back."""
+
+    data: bytes | None = Field(default=None, description="an encoded mask, of the picture's size; none: its own alpha")
+    means: Literal["clear", "white"] = Field(
+        default="clear", description="what is redrawn: where it is transparent, or where it is white or opaque"
+    )
+    required: bool = Field(default=True, description="without it, all is redrawn where there is none")
+    inverted: bool = False
+    blur_px: float = Field(default=0.0, ge=0, le=256, description="a Gaussian over the mask's edge, to both sides")
+    feather_px: int = Field(default=0, ge=0, le=64, description="fades in from the mask's edge, only inside it")
+    fill: Literal["original", "fill", "noise", "nothing"] = Field(
+        default="original", description="what drawing starts from there: the picture, its surroundings, noise, zeros"
+    )
+    only_masked: bool = Field(default=False, description="the part around the mask is drawn at the request's size")
+    padding_px: int = Field(default=32, ge=0, le=1024, description="of the picture, around the mask in `only_masked`")
+    keep_size: bool = Field(default=False, description="what is finished has the picture's size, not the request's")
+
+
+class Hires(Closed):
+    """A second pass: what is drawn is enlarged and redrawn."""
+
+    width: int = Field(ge=1, description="pixels of the finished picture")
+    height: int = Field(ge=1)
+    steps: int = Field(ge=1, description="of a whole run: `strength` of them are taken")
+    strength: float = Field(gt=0, le=1)
+    upscaler: Literal["latent", "lanczos"] = "lanczos"
+
+
 class GenerateRequest(Closed):
     """`count` images of one prompt; image i has seed `seed + i`."""
 
@@ -43,6 +73,7 @@ class GenerateRequest(Closed):
     tenant: str = "default"
     prompt: str
     negative_prompt: str = ""
+    prompt_syntax: PromptSyntax = Field(default="plain", description="how both prompts are read")
     adapters: tuple[AdapterUse, ...] = ()
     width: int = Field(ge=1, description="pixels")
     height: int = Field(ge=1, description="pixels")
@@ -53,13 +84,23 @@ class GenerateRequest(Closed):
     scheduler: SamplerName = "ddim"
     image: bytes | None = Field(default=None, description="an encoded picture to start from (image-to-image)")
     strength: float = Field(default=0.8, gt=0, le=1, description="how much of the picture is redrawn: 1 is all of it")
+    mask: EditMask | None = Field(default=None, description="the part of `image` that is redrawn; all of it without")
+    references: tuple[bytes, ...] = Field(default=(), description="encoded pictures that the prompt refers to")
+    hires: Hires | None = None
     previews: int = Field(default=0, ge=0, description="previews of each image while it runs")
     output_format: ImageFormat = "png"
     output_quality: int = Field(default=95, ge=0, le=100, description="of jpeg and webp")
+    linked: bool = Field(default=False, description="its pictures are kept for links that lead to them")
     deadline_s: float = Field(default=600.0, gt=0)
     reading: bool = Field(default=False, description="makes nothing: reads the noise that `image` began as")
     expected: tuple[int, ...] = Field(default=(), description="of a reading: serials of pictures that look alike")
     cut_cells: int = Field(default=0, ge=0, le=16, description="of a reading: cells that may be missing above and left")
+
+    @property
+    def pixels(self) -> int:
+        """Pixels of a finished picture, where it does not take its size from `image`."""
+        last = self.hires or self
+        return last.width * last.height
 
 
 class Preview(Closed):
@@ -80,6 +121,12 @@ class FinishedPicture(Closed):
     index: int
     seed: int
     data: bytes
+    kept: str = Field(default="", description="`<shelf>/<id>` of the picture, where the server keeps it")
+
+    @property
+    def history_id(self) -> str | None:
+        """Its id in the history, where the server keeps one."""
+        return self.kept.removeprefix("history/") if self.kept.startswith("history/") else None
 
 
 Event = Annotated[Preview | FinishedPicture, Field(discriminator="kind")]

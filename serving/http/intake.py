@@ -11,8 +11,10 @@ from dataclasses import dataclass
 
 from serving.config import ServeSpec
 from serving.engine.pictures.codec import count
-from serving.engine.request import AdapterRef, AdapterUse, GenerateRequest
+from serving.engine.request import AdapterRef, AdapterUse, GenerateRequest, Hires
+from serving.engine.syntax import is_plain, read_negative, read_prompt
 from serving.errors import Refused
+from serving.http.hires import check_hires, second_pass
 from serving.http.library import Library
 from serving.http.problems import ApiError
 from serving.http.wire import ImagesBody, TokenDetails, TokenUsage, UsedAdapter, WornAdapter
@@ -53,6 +55,10 @@ class Intake:
         """The engine's request of an OpenAI images body. Raises ApiError."""
         if body.partial_images and not body.stream:
             raise ApiError(400, "'partial_images' needs 'stream': true.", param="partial_images")
+        if body.response_format == "url" and body.stream:
+            raise ApiError(
+                400, "'response_format' is 'url', but streams carry 'b64_json'. Leave one out.", param="response_format"
+            )
         if body.background == "transparent":
             raise ApiError(
                 400,
@@ -62,24 +68,28 @@ class Intake:
         self.library.load_tokenizer()  # on this thread, so that counting tokens later does not hold up the event loop
         width, height = self._size(body.size)
         worn = self.worn(tenant, body.model, body.adapters or ())
+        steps = body.steps or self.steps
         return self.checked(
             GenerateRequest(
                 request_id=request_id,
                 tenant=tenant,
                 prompt=self.told(self.prompt(body.prompt, "prompt"), worn),
                 negative_prompt=self.prompt(body.negative_prompt or "", "negative_prompt"),
+                prompt_syntax=body.prompt_syntax or "plain",
                 adapters=uses(worn),
                 width=width,
                 height=height,
                 count=body.n or 1,
                 seed=any_seed() if body.seed is None else body.seed,
-                steps=body.steps or self.steps,
+                steps=steps,
                 guidance_scale=self.guidance_scale if body.guidance_scale is None else body.guidance_scale,
                 scheduler=body.scheduler or self.scheduler,
                 image=None if body.image is None else read_picture_field(body.image, "image", width, height),
                 strength=body.strength or 0.8,
+                hires=None if body.hires is None else second_pass(body.hires, (width, height), steps, self.facts),
                 previews=body.partial_images or 0,
                 output_format=body.output_format or "png",
+                linked=body.response_format == "url",
                 output_quality=95 if body.output_compression is None else body.output_compression,
                 deadline_s=self.spec.limits.deadline_s,
             )
@@ -94,15 +104,12 @@ class Intake:
         _at_most(request.count, limits.images, "n")
         _at_most(request.steps, limits.steps, "steps")
         _at_most(len(request.adapters), limits.adapters, "adapters", "adapters in a request")
-        for side, name in ((request.width, "width"), (request.height, "height")):
-            if side % self.facts.multiple_px or side > limits.side_px:
-                raise ApiError(
-                    400,
-                    f"The {name} is {side}; on base '{self.library.base}' it must be a multiple of "
-                    f"{self.facts.multiple_px} up to {limits.side_px}.",
-                    param="size",
-                )
-        _at_most(request.width * request.height * request.count, limits.pixels, "size", "pixels in a request")
+        self._check_sides(request, "size")
+        if request.hires is not None:
+            _at_most(request.hires.steps, limits.steps, "hires.steps")
+            self._check_sides(request.hires, "hires")
+            check_hires(request.hires, (request.width, request.height), "hires")
+        _at_most(request.pixels * request.count, limits.pixels, "size", "pixels in a request")
         if request.scheduler not in self.facts.samplers:
             raise ApiError(
                 400,
@@ -117,6 +124,7 @@ class Intake:
                 "one. Leave it out.",
                 param="negative_prompt",
             )
+        self._check_syntax(request)
         for use in request.adapters:
             if abs(use.weight) > limits.weight:
                 raise ApiError(
@@ -125,6 +133,34 @@ class Intake:
                     param="adapters",
                 )
         return request if self.facts.guidance != "none" else request.model_copy(update={"guidance_scale": 1.0})
+
+    def _check_sides(self, picture: GenerateRequest | Hires, param: str) -> None:
+        """Raises ApiError for a size that the base cannot draw, or that is beyond the limits."""
+        most = min(self.spec.limits.side_px, self.facts.max_side_px or self.spec.limits.side_px)
+        for side, name in ((picture.width, "width"), (picture.height, "height")):
+            if side % self.facts.multiple_px or side > most:
+                where = " of the second pass" if isinstance(picture, Hires) else ""
+                raise ApiError(
+                    400,
+                    f"The {name}{where} is {side}; on base '{self.library.base}' it must be a multiple of "
+                    f"{self.facts.multiple_px} up to {most}.",
+                    param=param,
+                )
+
+    def _check_syntax(self, request: GenerateRequest) -> None:
+        """Raises ApiError for prompts that cannot be read, or ask for what the base has not."""
+        for field, read in (("prompt", read_prompt), ("negative_prompt", read_negative)):
+            try:
+                asks = not is_plain(read(getattr(request, field), request.prompt_syntax))
+            except Refused as error:
+                raise ApiError(400, str(error), param=field) from None
+            if asks and not self.facts.emphasis:
+                raise ApiError(
+                    400,
+                    f"'{field}' gives words weights or joins prompts, and base '{self.library.base}' encodes prompts "
+                    "by a language model, which has no such thing. Say it in words; write \\( and \\[ for brackets.",
+                    param=field,
+                )
 
     def model(self, tenant: str, model: str) -> Resolved | None:
         """The version that a model name means now; None if it is the base. Raises ApiError."""
@@ -196,10 +232,11 @@ def usage_of(request: GenerateRequest, library: Library, indices: Sequence[int])
 
     A token of text is one of the base's tokenizer, a token of an image one latent cell.
     """
-    cells = -(-request.width // library.outline.facts.cell_px) * -(-request.height // library.outline.facts.cell_px)
+    cells = -(-request.pixels // library.outline.facts.cell_px**2)
     first = 0 in indices
     text = library.count_tokens(request.prompt) + library.count_tokens(request.negative_prompt) if first else 0
-    start = cells if first and request.image is not None else 0
+    pictures = (request.image is not None) + len(request.references)
+    start = cells * pictures if first else 0
     made = cells * len(indices)
     return TokenUsage(
         input_tokens=text + start,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from training.base.facts import FLOW_SAMPLERS, Facts, check_class, check_files, read_config, with_defaults
 from training.base.families.blocks import DOUBLE_BLOCKS, FLUX_2_GROWTH, inner_growth
-from training.base.family import NOTHING, Cond, Parts, RowFacts, Words
+from training.base.family import NOTHING, Cond, Parts, RowFacts, Wording, Words
 from training.base.files.weights import load_model
 from training.base.footprint import PIXEL_BYTES
 from training.base.originals import Original, any_like, below, by_rules
@@ -148,12 +148,12 @@ class Flux1:
 
         return AutoTokenizer.from_pretrained(self.folder / "tokenizer_2")
 
-    def count_chunks(self, parts: Parts, prompt: str, words: Words) -> int:
+    def count_chunks(self, parts: Parts, prompt: Wording, words: Words) -> int:
         """See `Family`."""
-        return -(-len(parts.tokenizers["text_encoder_2"](prompt).input_ids) // PROMPT_TOKENS)
+        return -(-len(parts.tokenizers["text_encoder_2"](str(prompt)).input_ids) // PROMPT_TOKENS)
 
     def encode(
-        self, parts: Parts, prompts: Sequence[str], words: Sequence[Words] | None = None, chunks: int = 1
+        self, parts: Parts, prompts: Sequence[Wording], words: Sequence[Words] | None = None, chunks: int = 1
     ) -> list[Cond]:
         """`states` [512, C]: T5's last hidden states; `pooled` [P]: CLIP's pooled output."""
         import torch
@@ -161,7 +161,9 @@ class Flux1:
         clip, t5 = (parts.tokenizers[name] for name in ("text_encoder", "text_encoder_2"))
         encoder, encoder_2 = (parts.models[name] for name in ("text_encoder", "text_encoder_2"))
         short, long = (
-            tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+            tokenizer(
+                list(map(str, prompts)), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+            )
             for tokenizer, length in ((clip, clip.model_max_length), (t5, PROMPT_TOKENS))
         )
         with torch.no_grad():
