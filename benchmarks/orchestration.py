@@ -108,6 +108,32 @@ def through_ray(manifest: Path, storage: Path, lanes: int = 1) -> tuple[float, f
     return ended - first, first - began
 
 
+def cold_start(folder: Path, base: str) -> list[str]:
+    """Rows: how long each stage takes from a submission to the first step, with nothing warm."""
+    from training.run.log import read_log
+
+    manifest = write_manifest(folder / "cold", base, 1, max_steps=1, resolution=32)
+    began = time.time()
+    submission = submit(manifest, open_storage(str(manifest.parent / "ray")))
+    submitted = time.time()
+    with connect(LOCAL):
+        started = time.time()
+        drive_run(submission, LOCAL, ClusterLimits(1), Console(quiet=True))
+    lines = read_log(submission.store)
+    ready, told = next((when, text) for when, text in lines if " is ready " in text)
+    stages = [part.rsplit(" ", 1) for part in told.partition(": ")[2].split(", ")]
+    first = min(when for when, text in lines if ": training at step" in text or ": published" in text)
+    opened = ready - sum(float(seconds) for _, seconds in stages)
+    rows = [
+        ("the submission: files read, run written", submitted - began),
+        ("Ray itself", started - submitted),
+        ("the driver: queue, first look", opened - started),
+        *((f"the lane: {name}", float(seconds)) for name, seconds in stages),
+        ("the subject: photos, latents, to its first step", first - ready),
+    ]
+    return [f"| {name} | {seconds:.1f} |" for name, seconds in rows] + [f"| in all | {first - began:.1f} |"]
+
+
 def _first_lease(store: RunStore) -> float:
     from training.run.log import read_log
 
@@ -142,6 +168,7 @@ def main() -> None:
         folder = Path(name)
         first, rate = devices(folder, asked.base, 1, None)
         spread = [first, *(devices(folder, asked.base, lanes, rate)[0] for lanes in (2, 4))]
+        cold = cold_start(folder, asked.base)
         costs = []
         for count in asked.subjects:
             costs.append(overhead(folder, asked.base, count))
@@ -161,6 +188,12 @@ def main() -> None:
         "| lanes | first lease after, s | then, s | images/s with preparing and publishing | of one lane |",
         "|---:|---:|---:|---:|---:|",
         *spread,
+        "",
+        "One subject, nothing warm: what passes before its first step, by stage.",
+        "",
+        "| stage | s |",
+        "|---|---:|",
+        *cold,
     ]
     print("\n".join(lines))
     if asked.write:

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from serving.http.paging import following
 from serving.http.problems import ApiError
 from training.errors import UserError
 from training.run import accepted
@@ -74,11 +75,7 @@ class Board:
         keep: Callable[[Order], bool] = lambda order: True,
     ) -> tuple[list[Submitted], bool]:
         """At most `limit` of a tenant's runs that follow `after`, the latest first, and whether there are more."""
-        runs = accepted.orders_of(self.storage, tenant, kind)[::-1]
-        if after is not None:
-            if after not in runs:
-                raise ApiError(404, f"No {_NAMES[kind]} '{after[:80]}'.", param="after", code=f"{kind}_not_found")
-            runs = runs[runs.index(after) + 1 :]
+        runs = following(accepted.orders_of(self.storage, tenant, kind)[::-1], after, str, kind)
         found: list[Submitted] = []
         for run in runs:
             order = accepted.read_order(self.storage, run)

@@ -3,6 +3,7 @@
 from pydantic import Field
 
 from serving.config import ServeSpec
+from training.captioning.settings import CaptionSpec
 from training.manifest.plan import MAX_ROWS
 from training.storage.closed import Closed
 
@@ -26,6 +27,7 @@ class FleetSpec(Closed):
 
     server: ServeSpec = ServeSpec.model_construct()
     limits: TrainLimits = TrainLimits.model_construct()
+    captions: CaptionSpec = CaptionSpec.model_construct()
     train_share: float = Field(
         default=0.25, gt=0, lt=1, description="the part of the device that training gets while pictures are wanted"
     )

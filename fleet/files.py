@@ -10,19 +10,21 @@ import io
 import re
 import time
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Protocol
 
 from pydantic import Field
 
 from fleet.archive import Folders, unpack
 from fleet.config import TrainLimits
-from fleet.once import digest, id_once
 from serving.errors import QuotaExceeded
+from serving.http.once import digest, id_once
 from serving.http.problems import ApiError
 from training.errors import UserError
 from training.photos.files import UPLOADED, PhotoFile
 from training.photos.photo_report import TooFewPhotos
-from training.photos.photos import Photos, photos
+from training.photos.photos import Photo, Photos, photos
+from training.photos.warning import PhotoWarning
 from training.run.accepted import new_id, read_order, unfinished
 from training.run.run import ENDED, RunStore
 from training.storage.closed import Closed
@@ -60,7 +62,7 @@ class Checked(Closed):
 
 
 class StoredFile(Closed):
-    """An upload. `bytes` are the archive's."""
+    """An upload. `bytes` are the archive's; `unchecked` says what was not looked at, and why."""
 
     id: str
     tenant: str
@@ -69,15 +71,28 @@ class StoredFile(Closed):
     created: float = Field(default_factory=time.time)
     purpose: str = "fine-tune"
     subjects: tuple[Checked, ...]
+    unchecked: tuple[str, ...] = ()
+
+
+class FaceCheck(Protocol):
+    """Compares the faces on photos; `missing` says why it cannot."""
+
+    @property
+    def missing(self) -> str | None:
+        """Why faces are not compared, in words; None where they are."""
+
+    def findings(self, photos: Sequence[Photo]) -> tuple[PhotoWarning, ...]:
+        """Photos of another person than most."""
 
 
 class Files:
     """The uploads of one storage. `resolution` is the base's, in px."""
 
-    def __init__(self, storage: Storage, resolution: int, limits: TrainLimits) -> None:
+    def __init__(self, storage: Storage, resolution: int, limits: TrainLimits, faces: FaceCheck) -> None:
         self.storage = storage
         self._resolution = resolution
         self._limits = limits
+        self._faces = faces
 
     def add(self, tenant: str, filename: str, data: bytes, key: str | None = None) -> StoredFile:
         """Checks an archive and keeps its photos. Raises UserError if it is none, or holds nothing to train on."""
@@ -96,7 +111,10 @@ class Files:
                 param="file",
             )
         id = id_once(self.storage, tenant, key, digest(filename, data), new_id(PREFIX))
-        found = StoredFile(id=id, tenant=tenant, filename=filename, bytes=len(data), subjects=checked)
+        unchecked = () if self._faces.missing is None else (self._faces.missing,)
+        found = StoredFile(
+            id=id, tenant=tenant, filename=filename, bytes=len(data), subjects=checked, unchecked=unchecked
+        )
         for folder, files in folders.items():
             for name, content in files.items():
                 self.storage.put("/".join(filter(None, (self._folder(tenant, id), "photos", folder, name))), content)
@@ -139,6 +157,22 @@ class Files:
             for key in self.storage.list(prefix):
                 archive.writestr(key.removeprefix(f"{prefix}/"), self.storage.get(key))
         return buffer.getvalue()
+
+    def photos(self, tenant: str, id: str, folder: str, names: Sequence[str]) -> Sequence[Photo]:
+        """The good photos of a folder of a file; those of `names`, if any are given.
+
+        Raises ApiError 404 for a file, folder or photo that is not there.
+        """
+        found, images = self.images(tenant, f"{id}/{folder}" if folder else id)
+        prefix = images.removeprefix(UPLOADED)
+        keys = [key for key in self.storage.list(prefix) if "/" not in key.removeprefix(f"{prefix}/")]
+        files = [PhotoFile(key.removeprefix(f"{prefix}/"), self.storage.get(key)) for key in keys]
+        good = photos(files, resolution=self._resolution, min_photos=0, with_report=False).good
+        there = {photo.name: photo for photo in good}
+        if lost := next((name for name in names if name not in there), None):
+            known = ", ".join(list(there)[:20])
+            raise ApiError(404, f"File '{found.id}' has no usable photo '{lost[:80]}', only {known}.", param="names")
+        return [there[name] for name in names] if names else good
 
     def images(self, tenant: str, name: str) -> tuple[StoredFile, str]:
         """The file that `file-...` or `file-.../folder` means, and where its photos lie, as a subject's `images`.
@@ -184,10 +218,10 @@ class Files:
             return Checked(folder=folder, photos=0, captions=captions, problems=bad, error=str(error))
         except UserError as error:
             return Checked(folder=folder, photos=0, captions=captions, error=str(error))
-        return _checked(folder, captions, found)
+        return _checked(folder, captions, found, self._faces.findings(found.good))
 
 
-def _checked(folder: str, captions: int, found: Photos) -> Checked:
+def _checked(folder: str, captions: int, found: Photos, faces: Sequence[PhotoWarning]) -> Checked:
     return Checked(
         folder=folder,
         photos=len(found.good),
@@ -195,7 +229,7 @@ def _checked(folder: str, captions: int, found: Photos) -> Checked:
         problems=tuple(BadFile(name=one.name, reason=one.reason) for one in found.rejected),
         warnings=tuple(
             FileFinding(kind=one.kind, names=one.names, message=one.message, advice=one.advice)
-            for one in found.warnings
+            for one in (*found.warnings, *faces)
         ),
     )
 

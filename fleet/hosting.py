@@ -6,8 +6,9 @@ from fastapi import FastAPI
 from prometheus_client import CollectorRegistry, Gauge, generate_latest
 
 from fleet.board import Board
+from fleet.captions import CaptionDesk
 from fleet.config import FleetSpec
-from fleet.http import admin, demo, files, jobs, runs, usage
+from fleet.http import admin, captions, checkpoints, demo, events, files, jobs, runs, samples, usage
 from fleet.http.context import FleetContext
 from fleet.submitting import SubmissionDesk
 from serving.engine.request import Event, FinishedPicture, GenerateRequest
@@ -16,6 +17,8 @@ from serving.http.library import Library
 from serving.http.service import Engines, Generate
 from serving.marking.marks import Marks
 from training.run.usage import UsageBook, What
+
+ROOMS = (files, captions, jobs, runs, events, samples, checkpoints, demo, usage, admin)
 
 
 def make_fleet_app(
@@ -31,9 +34,9 @@ def make_fleet_app(
     storage = library.registry.storage
     board = Board(storage, wake)
     desk = SubmissionDesk(storage, library.outline, library.base_hash, spec, board)
-    fleet = FleetContext(desk, board, library.registry, book or UsageBook(storage), spec)
+    fleet = FleetContext(desk, board, library.registry, book or UsageBook(storage), spec, CaptionDesk(spec.captions))
     extension = Extension(
-        routers=(files.router, jobs.router, runs.router, demo.router, usage.router, admin.router),
+        routers=tuple(room.router for room in ROOMS),
         state={"fleet": fleet},
         uploads={"/v1/files": spec.limits.file_bytes, "/v1/runs": spec.limits.file_bytes},
         metrics=lambda: _gauges(board),

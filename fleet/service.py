@@ -1,6 +1,5 @@
 """A fleet in one process: one base, drawn from and trained on by turns, its driver, and its app."""
 
-import logging
 import threading
 
 import torch
@@ -9,6 +8,7 @@ from fastapi import FastAPI
 from fleet.board import Board
 from fleet.config import FleetSpec
 from fleet.device import DeviceTurns
+from fleet.driving import drive
 from fleet.hooks import Hooks
 from fleet.hosting import make_fleet_app
 from fleet.lane import LaneThread
@@ -18,16 +18,13 @@ from serving.engine.request import AdapterRef
 from serving.local import LocalEngines, make_engine, make_library
 from training.base.base import best_device
 from training.run.fleet import FleetDriver, fleet_lead
-from training.run.lead import Lost
 from training.run.source import Task
 from training.run.usage import UsageBook
-from training.storage.storage import LocalStorage, StorageError
+from training.storage.storage import LocalStorage
 
 TICK_S = 0.25
 FAR_TICK_S = 2.0  # an object store is asked less often; what is submitted here is looked at at once
-LEAD_S = 2.0  # between two tries to take the lead
 STOP_S = 60.0  # how long a lane may take to checkpoint
-log = logging.getLogger(__name__)
 
 
 class FleetService:
@@ -49,7 +46,9 @@ class FleetService:
         self.app: FastAPI = make_fleet_app(
             spec, self.loop.stream, LocalEngines(self.loop), self.library, wake=self._wake.set, book=self.book
         )
-        self._thread = threading.Thread(target=self._drive, name="driver", daemon=True)
+        self._thread = threading.Thread(
+            target=drive, args=(self._claim, self._lead, self._closing), name="driver", daemon=True
+        )
         self._thread.start()
 
     def close(self) -> None:
@@ -60,20 +59,8 @@ class FleetService:
         self.book.flush()
         self.loop.close()
 
-    def _drive(self) -> None:
-        while not self._closing.is_set():
-            try:
-                self._lead()
-            except StorageError as error:
-                log.error("the fleet's driver starts again: %s", error)
-            except Exception:
-                log.exception("the fleet's driver starts again")
-            self._closing.wait(LEAD_S)
-
     def _lead(self) -> None:
-        """Drives the fleet until it is closed or another process has taken the lead; returns at once if one has it."""
-        if self._claim.acquire() is not None:
-            return
+        """Drives the fleet until it is closed. Raises Lost if another process has taken the lead."""
         driver = FleetDriver(
             self.library.registry.storage,
             self.library.outline,
@@ -95,16 +82,10 @@ class FleetService:
                 self._wake.clear()
                 driver.tick()
                 self.book.flush(5.0)
-        except Lost:
-            log.warning("another process drives the fleet")
-            driver.stop()
-            if lane is not None:
-                lane.stop(STOP_S)
-            return
         finally:
             over.set()
+            driver.stop()
             if lane is not None:
-                driver.stop()
                 lane.stop(STOP_S)
         driver.close()
 

@@ -128,16 +128,16 @@ def progress_of(look: Submitted, subject: SubjectRecord, standing: Standing) -> 
     )
 
 
-def events_of(look: Submitted, subject: str | None = None) -> list[EventInfo]:
-    """What has happened, the earliest first; of one subject if given."""
-    lines = [line for line in read_lines(look.store) if subject is None or line.text.startswith(f"{subject}:")]
-    return [_event(line, look.order.kind) for line in lines]
+def events_of(look: Submitted) -> list[EventInfo]:
+    """What has happened, the earliest first."""
+    return [_event(line, look.order.kind) for line in read_lines(look.store)]
 
 
 def checkpoints_of(look: Submitted, subject: SubjectRecord, registry: Registry) -> list[CheckpointInfo]:
     """The steps of a subject that are kept, with the scores of those that were judged, the latest first."""
     record = load_record(look.store, subject.id)
-    steps = set(look.store.checkpoints(subject.id)) | set(record.steps if record else ())
+    kept = set(look.store.checkpoints(subject.id))
+    steps = kept | set(record.steps if record else ())
     published, current = _published(look, subject, registry)
     model = f"{public_name(look.record.base)}:{look.order.tenant}/{subject.id}"
     found = []
@@ -156,6 +156,7 @@ def checkpoints_of(look: Submitted, subject: SubjectRecord, registry: Registry) 
                 step_number=step,
                 metrics={"step": float(step), **scores},
                 version=version,
+                kept=step in kept,
                 current=version is not None and version == current,
                 chosen=record is not None and step == record.chosen,
                 reason=reason,

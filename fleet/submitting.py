@@ -15,14 +15,15 @@ from fleet.files import PREFIX, Files
 from fleet.hooks import check_hook
 from fleet.http.bodies import HookBody, JobBody, RunBody
 from fleet.manifests import check_depth, text_of
-from fleet.once import digest, id_once
 from fleet.settings import check_subject, default_id, subject_of
 from serving.errors import QueueFull
+from serving.http.once import digest, id_once
 from serving.http.problems import ApiError
 from training.base.files.check import check_trainable
 from training.base.files.folder import public_name
 from training.base.files.outline import Outline
 from training.errors import UserError
+from training.evaluation.one_person import PersonCheck
 from training.manifest.consent import consent_problems, require_consent
 from training.manifest.defaults import fill_subject, filled
 from training.manifest.manifest import Manifest, parse_manifest
@@ -48,7 +49,7 @@ class SubmissionDesk:
         self.base_hash = base_hash
         self.spec = spec
         self.board = board
-        self.files = Files(storage, base.facts.resolution, spec.limits)
+        self.files = Files(storage, base.facts.resolution, spec.limits, PersonCheck())
         self.name = public_name(base.name)
 
     def submit_job(self, tenant: str, body: JobBody, key: str | None) -> Submitted:
@@ -60,6 +61,10 @@ class SubmissionDesk:
         file, images = self.files.images(tenant, body.training_file)
         photos = sum(one.photos for one in file.subjects)
         method = body.method.dreambooth_lora.model_dump() if body.method else {}
+        if body.consent is not None:
+            if "consent" in method:
+                raise ApiError(400, "The consent is said twice: leave one of them out.", param="consent")
+            method["consent"] = body.consent.model_dump(mode="json")
         id = body.suffix or default_id(images if "/" in body.training_file else file.filename)
         asked = subject_of(id, images, method, body.hyperparameters or {}, body.seed, photos)
         subject = fill_subject(asked, self.base.facts)

@@ -5,6 +5,8 @@ from typing import Literal
 from pydantic import BaseModel, Field
 
 from fleet.http.bodies import QuotaBody
+from serving.http.paging import Listed
+from training.manifest.consent import Policy
 
 
 class UsageLine(BaseModel):
@@ -50,6 +52,14 @@ class FleetInfo(BaseModel):
     waiting_mine: int
 
 
+class ConsentRules(BaseModel):
+    """Which subjects need a consent, as the operator says: persons, all or none."""
+
+    object: Literal["consent.rules"] = "consent.rules"
+    policy: Policy
+    persons: list[str] = Field(description="nouns: a subject whose class has one of them is a person")
+
+
 class CallerInfo(BaseModel):
     """Who calls."""
 
@@ -70,11 +80,8 @@ class TenantInfo(BaseModel):
     device_seconds: float = Field(description="of this calendar month")
 
 
-class TenantPage(BaseModel):
+class TenantPage(Listed[TenantInfo]):
     """All tenants that have a key, a quota, or have used anything."""
-
-    object: Literal["list"] = "list"
-    data: list[TenantInfo]
 
 
 class KeyInfo(BaseModel):
@@ -90,8 +97,5 @@ class KeyInfo(BaseModel):
     key: str | None = None
 
 
-class KeyPage(BaseModel):
+class KeyPage(Listed[KeyInfo]):
     """All keys."""
-
-    object: Literal["list"] = "list"
-    data: list[KeyInfo]

@@ -1,6 +1,7 @@
 """`/v1/tenants` and `/v1/keys`: what an admin may see and set."""
 
 import asyncio
+import secrets
 from datetime import UTC, datetime
 from typing import Annotated
 
@@ -8,9 +9,10 @@ from fastapi import APIRouter, Path, Request
 
 from fleet.http.account import KeyInfo, KeyPage, TenantInfo, TenantPage
 from fleet.http.bodies import KeyBody, QuotaBody
-from fleet.http.context import FleetContext, check_admin, fleet_of
-from serving.http.access.tenants import Key, Keys
+from fleet.http.context import FleetContext, check_admin, fleet_of, key_of
+from serving.http.access.tenants import Key, Keys, derived
 from serving.http.images import ERRORS
+from serving.http.once import Once, digest, id_once
 from serving.http.problems import ApiError
 from serving.http.service import service_of
 from training.manifest.subject import ID_PATTERN
@@ -47,13 +49,15 @@ async def list_keys(request: Request) -> KeyPage:
 
 
 @router.post("/v1/keys", responses=ERRORS)
-async def make_key(request: Request, body: KeyBody) -> KeyInfo:
-    """Makes a key; its secret is in this answer only. For admins."""
+async def make_key(request: Request, body: KeyBody, idempotency_key: Once = None) -> KeyInfo:
+    """Makes a key; its secret is in this answer only, and in that to the same request again. For admins."""
     keys = _keys(request)
     expires = None if body.expires_at is None else datetime.fromtimestamp(body.expires_at, UTC)
     if expires is not None and expires <= datetime.now(UTC):
         raise ApiError(400, f"expires_at {body.expires_at} has passed.", param="expires_at")
-    key, token = await asyncio.to_thread(keys.make, body.tenant, tuple(dict.fromkeys(body.scopes)), expires)
+    secret = await asyncio.to_thread(_secret, request, body, idempotency_key)
+    scopes = tuple(dict.fromkeys(body.scopes))
+    key, token = await asyncio.to_thread(keys.make, body.tenant, scopes, expires, secret)
     return _shown(key).model_copy(update={"key": token})
 
 
@@ -64,6 +68,21 @@ async def revoke_key(request: Request, id: Annotated[str, Path(max_length=40)]) 
     if id not in {key.name for key in await asyncio.to_thread(keys.all)}:
         raise ApiError(404, f"No key '{id}'.", code="key_not_found")
     return _shown(await asyncio.to_thread(keys.revoke, id))
+
+
+def _secret(request: Request, body: KeyBody, idempotency_key: str | None) -> str | None:
+    """The token of a key that is made under an `Idempotency-Key`: the same request, sent again, has it again.
+
+    It is made of the caller's own token, which the server does not keep, and of a random part, which the caller does
+    not have: neither alone tells it. Raises KeyReused for another caller or another body.
+    """
+    if idempotency_key is None:
+        return None
+    service, caller = service_of(request), key_of(request)
+    assert caller is not None  # `_keys` has checked
+    asked = digest("key", caller.name, body.model_dump_json())
+    part = id_once(fleet_of(request).board.storage, caller.tenant, idempotency_key, asked, secrets.token_hex(32))
+    return derived(service.token(request), part)
 
 
 def _keys(request: Request) -> Keys:

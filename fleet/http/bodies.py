@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from serving.http.wire import Name
 from training.manifest.subject import ID_PATTERN
 from training.storage.closed import Closed
+from training.storage.consent import Consent
 
 Id = Annotated[str, Field(pattern=rf"^{ID_PATTERN}$", max_length=63)]
 Key = Annotated[str, Field(max_length=64)]
@@ -69,10 +70,22 @@ class JobBody(Closed):
         None, description="a subject's `train` settings, `rank`, `alpha`, or OpenAI's names", max_length=64
     )
     method: Method | None = None
+    consent: Consent | None = Field(None, description="who allowed the use of the photos; persons need one")
     webhook: HookBody | None = None
     priority: int = Field(0, ge=-100, le=100, description="higher ones train first; above 0 for admins only")
     validation_file: None = Field(None, description="photos to judge by are held out: `evaluate.hold_out`")
     integrations: Annotated[list[Any], Field(max_length=0)] | None = None
+
+
+class CaptionsBody(Closed):
+    """`POST /v1/files/{id}/captions`: which photos, and what they show."""
+
+    folder: Name = Field("", description="the folder of the archive, where it has several")
+    names: Annotated[tuple[Name, ...], Field(max_length=200)] = Field((), description="photos; none: all of the folder")
+    class_: Annotated[str, Field(max_length=200)] = Field(alias="class", description="what it is: dog")
+    instance_prompt: Annotated[str, Field(max_length=1000)] = Field(
+        "a photo of sks {class}", description="of the subject: the words that call it are put into the captions"
+    )
 
 
 class RunBody(Closed):

@@ -11,10 +11,10 @@ from fastapi import APIRouter, Request
 
 from fleet.http.bodies import RunBody
 from fleet.http.context import fleet_of
-from fleet.http.files import Once
 from fleet.http.wire import RunInfo
 from fleet.showing import run_info
 from serving.http.images import ERRORS
+from serving.http.once import Once
 from serving.http.problems import ApiError
 from serving.http.service import service_of
 

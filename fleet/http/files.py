@@ -3,19 +3,20 @@
 import asyncio
 from typing import Annotated, Literal
 
-from fastapi import APIRouter, File, Form, Header, Path, Query, Request, UploadFile
+from fastapi import APIRouter, File, Form, Path, Query, Request, UploadFile
 from fastapi.responses import Response
 
 from fleet.files import StoredFile
 from fleet.http.context import fleet_of
 from fleet.http.wire import FileDeleted, FileInfo, FilePage, FileProblem, FileSubject, FileWarning
 from serving.http.images import ERRORS
+from serving.http.once import Once
+from serving.http.paging import following
 from serving.http.problems import ApiError
 from serving.http.service import service_of
 
 router = APIRouter(tags=["training"])
 FileId = Annotated[str, Path(max_length=100)]
-Once = Annotated[str | None, Header(max_length=255, description="a request with the same key makes one thing")]
 
 
 @router.post("/v1/files", responses=ERRORS)
@@ -46,22 +47,14 @@ async def list_files(
     ids = ids if order == "desc" else ids[::-1]
     if purpose not in (None, "fine-tune"):
         ids = []
-    if after is not None:
-        if after not in ids:
-            raise ApiError(404, f"No file '{after}'.", param="after", code="file_not_found")
-        ids = ids[ids.index(after) + 1 :]
+    ids = list(following(ids, after, str, "file"))
     data: list[FileInfo] = []
     for id in ids[:limit]:
         try:
             data.append(_shown(await asyncio.to_thread(files.get, tenant, id)))
         except ApiError:  # it is being uploaded, or deleted
             continue
-    return FilePage(
-        data=data,
-        first_id=data[0].id if data else None,
-        last_id=data[-1].id if data else None,
-        has_more=len(ids) > limit,
-    )
+    return FilePage.of(data, len(ids) > limit, lambda one: one.id)
 
 
 @router.get("/v1/files/{id}", responses=ERRORS)
@@ -115,4 +108,5 @@ def _shown(file: StoredFile) -> FileInfo:
         status="processed",
         status_details=" ".join(unusable) or None,
         subjects=subjects,
+        unchecked=list(file.unchecked),
     )

@@ -2,29 +2,24 @@
 
 import asyncio
 import json
-from typing import Annotated
 
-from fastapi import APIRouter, Path, Request
+from fastapi import APIRouter, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import Response, StreamingResponse
 from pydantic import ValidationError
 
-from fleet.board import Submitted
 from fleet.http.bodies import RunBody
-from fleet.http.context import check_admin, event_page, event_stream, fleet_of, wants_stream
-from fleet.http.files import Once
-from fleet.http.jobs import STREAMED, After, Limit
-from fleet.http.wire import EventPage, RunInfo, RunPage, RunSubject, RunSubjects, SamplePage
+from fleet.http.context import check_admin, fleet_of, look_at
+from fleet.http.params import After, Limit, RunId, SubjectId
+from fleet.http.wire import RunInfo, RunPage, RunSubject, RunSubjects
 from fleet.manifests import values_of
-from fleet.showing import run_info, run_subject, sample, samples_of
+from fleet.showing import run_info, run_subject
 from serving.http.images import ERRORS
+from serving.http.once import Once
 from serving.http.problems import ApiError
 from serving.http.service import service_of
 from training.run.accepted import Verb
 
 router = APIRouter(tags=["training"])
-RunId = Annotated[str, Path(max_length=200)]
-SubjectId = Annotated[str, Path(max_length=63)]
 _YAML = ("application/yaml", "application/x-yaml", "text/yaml", "text/x-yaml")
 _SCHEMA = RunBody.model_json_schema(ref_template="#/components/schemas/{model}")
 _BODY = {
@@ -74,25 +69,20 @@ async def list_runs(request: Request, after: After = None, limit: Limit = 20) ->
     found, more = await asyncio.to_thread(fleet.board.page, tenant, "run", after, limit)
     standing = await asyncio.to_thread(fleet.board.standing)
     data = [run_info(look, standing) for look in found]
-    return RunPage(
-        data=data,
-        first_id=data[0].id if data else None,
-        last_id=data[-1].id if data else None,
-        has_more=more,
-    )
+    return RunPage.of(data, more, lambda one: one.id)
 
 
 @router.get("/v1/runs/{id}", responses=ERRORS)
 async def show_run(request: Request, id: RunId) -> RunInfo:
     """One run of the caller."""
-    look = await _look(request, id)
+    look = await look_at(request, "run", id)
     return run_info(look, await asyncio.to_thread(fleet_of(request).board.standing))
 
 
 @router.get("/v1/runs/{id}/subjects", responses=ERRORS)
 async def list_subjects(request: Request, id: RunId) -> RunSubjects:
     """The subjects of a run, in manifest order."""
-    look = await _look(request, id)
+    look = await look_at(request, "run", id)
     standing = await asyncio.to_thread(fleet_of(request).board.standing)
     return RunSubjects(data=[run_subject(look, subject, standing) for subject in look.subjects])
 
@@ -100,43 +90,9 @@ async def list_subjects(request: Request, id: RunId) -> RunSubjects:
 @router.get("/v1/runs/{id}/subjects/{subject}", responses=ERRORS)
 async def show_subject(request: Request, id: RunId, subject: SubjectId) -> RunSubject:
     """One subject of a run."""
-    look = await _look(request, id)
+    look = await look_at(request, "run", id)
     standing = await asyncio.to_thread(fleet_of(request).board.standing)
     return run_subject(look, look.subject(subject), standing)
-
-
-@router.get("/v1/runs/{id}/subjects/{subject}/samples", responses=ERRORS)
-async def list_subject_samples(request: Request, id: RunId, subject: SubjectId) -> SamplePage:
-    """The pictures that were drawn while a subject trained (`train.sample_every`)."""
-    look = await _look(request, id)
-    path = f"/v1/runs/{id}/subjects/{subject}/samples"
-    return SamplePage(data=await asyncio.to_thread(samples_of, look, look.subject(subject), path))
-
-
-@router.get(
-    "/v1/runs/{id}/subjects/{subject}/samples/{name}",
-    response_class=Response,
-    responses={200: {"content": {"image/png": {}}, "description": "the picture"}, **ERRORS},
-)
-async def show_subject_sample(
-    request: Request, id: RunId, subject: SubjectId, name: Annotated[str, Path(max_length=60)]
-) -> Response:
-    """One of these pictures."""
-    look = await _look(request, id)
-    data = await asyncio.to_thread(sample, look, look.subject(subject), name)
-    return Response(data, media_type="image/png", headers={"X-Content-Type-Options": "nosniff"})
-
-
-@router.get("/v1/runs/{id}/events", responses=STREAMED, response_model=EventPage)
-async def list_run_events(
-    request: Request, id: RunId, after: After = None, limit: Limit = 20, stream: bool = False
-) -> EventPage | StreamingResponse:
-    """What has happened to a run, the latest first; as server-sent events with `stream` or `Accept`."""
-    look = await _look(request, id)
-    if stream or wants_stream(request):
-        board, tenant = fleet_of(request).board, look.order.tenant
-        return event_stream(request, lambda: board.look(tenant, id, "run"))
-    return await asyncio.to_thread(event_page, look, after, limit)
 
 
 @router.post("/v1/runs/{id}/cancel", responses=ERRORS)
@@ -152,14 +108,9 @@ async def retry_run(request: Request, id: RunId) -> RunInfo:
 
 
 async def _ask(request: Request, id: str, verb: Verb) -> RunInfo:
-    fleet, look = fleet_of(request), await _look(request, id)
+    fleet, look = fleet_of(request), await look_at(request, "run", id)
     look = await asyncio.to_thread(fleet.board.ask, look, verb)
     return run_info(look, await asyncio.to_thread(fleet.board.standing))
-
-
-async def _look(request: Request, id: str) -> Submitted:
-    fleet, tenant = fleet_of(request), service_of(request).tenant(request)
-    return await asyncio.to_thread(fleet.board.look, tenant, id, "run")
 
 
 async def _body(request: Request) -> tuple[RunBody, bytes | None]:

@@ -1,4 +1,5 @@
-"""`/v1/usage`, `/v1/fleet` and `/v1/me`: what the caller has used, how the fleet stands, who calls."""
+"""`/v1/usage`, `/v1/fleet` and `/v1/me`: what the caller has used, how the fleet stands and what it asks for, who
+calls."""
 
 import asyncio
 from datetime import UTC, date, datetime, timedelta
@@ -6,12 +7,13 @@ from typing import Annotated
 
 from fastapi import APIRouter, Query, Request
 
-from fleet.http.account import CallerInfo, FleetInfo, LaneInfo, UsageInfo, UsageLine
+from fleet.http.account import CallerInfo, ConsentRules, FleetInfo, LaneInfo, UsageInfo, UsageLine
 from fleet.http.context import FleetContext, fleet_of, key_of
 from serving.http.access.tenants import SCOPES
 from serving.http.images import ERRORS
 from serving.http.problems import ApiError
 from serving.http.service import service_of
+from training.manifest.consent import PERSONS, require_consent
 from training.run.accepted import read_order
 from training.run.standing import Standing
 from training.run.usage import read_usage
@@ -39,6 +41,13 @@ async def show_fleet(request: Request) -> FleetInfo:
     fleet, tenant = fleet_of(request), service_of(request).tenant(request)
     standing = await asyncio.to_thread(fleet.board.standing)
     return await asyncio.to_thread(_standing, fleet, tenant, standing)
+
+
+@router.get("/v1/fleet/consent", responses=ERRORS)
+async def show_consent_rules(request: Request) -> ConsentRules:
+    """Which subjects this fleet trains with a consent only."""
+    service_of(request).tenant(request)
+    return ConsentRules(policy=require_consent(), persons=sorted(PERSONS))
 
 
 @router.get("/v1/me", responses=ERRORS)

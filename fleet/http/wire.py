@@ -4,6 +4,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
+from serving.http.paging import Listed, Page
+
 JobStatus = Literal["queued", "running", "succeeded", "failed", "cancelled", "paused"]
 
 
@@ -48,16 +50,26 @@ class FileInfo(BaseModel):
     status: Literal["processed", "error"]
     status_details: str | None = None
     subjects: list[FileSubject]
+    unchecked: list[str] = Field(description="what was not looked at in the photos, and why")
 
 
-class FilePage(BaseModel):
+class FilePage(Page[FileInfo]):
     """A page of files, the latest first."""
 
-    object: Literal["list"] = "list"
-    data: list[FileInfo]
-    first_id: str | None = None
-    last_id: str | None = None
-    has_more: bool = False
+
+class CaptionInfo(BaseModel):
+    """A caption that is proposed for a photo, or why there is none."""
+
+    name: str
+    object: Literal["caption"] = "caption"
+    caption: str | None = None
+    error: str | None = None
+
+
+class CaptionPage(Listed[CaptionInfo]):
+    """Captions in the order of the photos."""
+
+    model: str
 
 
 class FileDeleted(BaseModel):
@@ -122,14 +134,8 @@ class JobInfo(BaseModel):
     progress: SubjectProgress
 
 
-class JobPage(BaseModel):
+class JobPage(Page[JobInfo]):
     """A page of jobs, the latest first."""
-
-    object: Literal["list"] = "list"
-    data: list[JobInfo]
-    first_id: str | None = None
-    last_id: str | None = None
-    has_more: bool = False
 
 
 class EventInfo(BaseModel):
@@ -144,16 +150,12 @@ class EventInfo(BaseModel):
     data: dict[str, Any]
 
 
-class EventPage(BaseModel):
+class EventPage(Page[EventInfo]):
     """A page of events, the latest first."""
-
-    object: Literal["list"] = "list"
-    data: list[EventInfo]
-    has_more: bool = False
 
 
 class CheckpointInfo(BaseModel):
-    """A step of a job that was kept, with its scores. `version` if it has been published."""
+    """A step of a subject, with its scores. `version` once it has been published."""
 
     id: str
     object: Literal["fine_tuning.job.checkpoint"] = "fine_tuning.job.checkpoint"
@@ -163,19 +165,14 @@ class CheckpointInfo(BaseModel):
     step_number: int
     metrics: dict[str, float]
     version: str | None = None
+    kept: bool = Field(description="whether its weights are there: it can be published, drawn with and made current")
     current: bool = False
     chosen: bool = False
     reason: str | None = Field(None, description="why it was chosen, or rejected")
 
 
-class CheckpointPage(BaseModel):
-    """The checkpoints of a job, the latest step first."""
-
-    object: Literal["list"] = "list"
-    data: list[CheckpointInfo]
-    first_id: str | None = None
-    last_id: str | None = None
-    has_more: bool = False
+class CheckpointPage(Page[CheckpointInfo]):
+    """The checkpoints of a subject, the latest step first."""
 
 
 class SampleInfo(BaseModel):
@@ -188,11 +185,8 @@ class SampleInfo(BaseModel):
     url: str
 
 
-class SamplePage(BaseModel):
+class SamplePage(Listed[SampleInfo]):
     """The pictures of a subject, the earliest step first."""
-
-    object: Literal["list"] = "list"
-    data: list[SampleInfo]
 
 
 class RunSubject(BaseModel):
@@ -228,18 +222,9 @@ class RunInfo(BaseModel):
     counts: dict[str, int] = Field(description="subjects by state")
 
 
-class RunPage(BaseModel):
+class RunPage(Page[RunInfo]):
     """A page of runs, the latest first."""
 
-    object: Literal["list"] = "list"
-    data: list[RunInfo]
-    first_id: str | None = None
-    last_id: str | None = None
-    has_more: bool = False
 
-
-class RunSubjects(BaseModel):
+class RunSubjects(Listed[RunSubject]):
     """The subjects of a run, in manifest order."""
-
-    object: Literal["list"] = "list"
-    data: list[RunSubject]

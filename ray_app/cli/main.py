@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 from ray_app.cli.adapters import adapters
+from ray_app.cli.caption import caption
 from ray_app.cli.consent import audit, consent, subject
 from ray_app.cli.detect import detect
 from ray_app.cli.evaluate import evaluate
@@ -86,7 +87,7 @@ def base(name: str, hashed: bool, as_json: bool) -> None:
 
 for command in (validate, train, drive, status, logs, cancel, retry, serve, generate, adapters, gc, evaluate, keys, up):
     main.add_command(command)
-for command in (detect, consent, subject, audit):
+for command in (caption, detect, consent, subject, audit):
     main.add_command(command)
 for command in (merge, resize, fuse, sweep):
     adapters.add_command(command)

@@ -10,6 +10,7 @@ from ray_app.cli.train import lanes_option, max_gpus_option
 from ray_app.train.cluster import LOCAL
 from serving.config import SERVER_FLAGS, EngineSpec, ServeSpec
 from serving.flags import flags
+from training.captioning.settings import CaptionSpec
 
 
 @click.command()
@@ -29,6 +30,7 @@ from serving.flags import flags
 @max_gpus_option
 @flags(FleetSpec, "fleet", only=FLEET_FLAGS)
 @flags(TrainLimits, "limits")
+@flags(CaptionSpec, "captions")
 @flags(ServeSpec, "server", only=SERVER_FLAGS)
 @flags(EngineSpec, "engine")
 def up(
@@ -42,13 +44,14 @@ def up(
     max_gpus: int | None,
     fleet: FleetSpec,
     limits: TrainLimits,
+    captions: CaptionSpec,
     server: ServeSpec,
     engine: EngineSpec,
 ) -> None:
     """Train and serve over HTTP, until Ctrl-C: on this machine in one process, or on a cluster."""
     file = str(keys) if keys else None
     server = server.model_copy(update={"base": base, "storage": storage, "keys": file, "engine": engine})
-    spec = fleet.model_copy(update={"server": server, "limits": limits})
+    spec = fleet.model_copy(update={"server": server, "limits": limits, "captions": captions})
     if address == LOCAL:
         from fleet.running import run_fleet
 

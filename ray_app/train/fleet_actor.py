@@ -13,6 +13,7 @@ from pydantic import Field, TypeAdapter
 
 from fleet.board import Board
 from fleet.config import FleetSpec
+from fleet.driving import drive
 from fleet.hooks import Hooks
 from ray_app.silence import silence
 from ray_app.train.cluster import ClusterLimits, current
@@ -20,13 +21,11 @@ from ray_app.train.lanes import LaneOrder, Lanes
 from training.base.files.folder import hash_base
 from training.base.files.outline import outline
 from training.run.fleet import FleetDriver, fleet_lead
-from training.run.lead import Lost
 from training.run.source import Beat, Outcome, Release
 from training.storage.closed import Closed
-from training.storage.storage import StorageError, open_storage
+from training.storage.storage import open_storage
 
 TICK_S = 0.5
-LEAD_S = 2.0
 STOP_S = 60.0
 THREADS = 64  # calls of lanes at once
 _BEAT, _OUTCOME = TypeAdapter(Beat), TypeAdapter(Outcome)
@@ -57,7 +56,9 @@ class FleetActor:
         self._closing = threading.Event()
         self._claim = fleet_lead(self._storage)
         self._driver: FleetDriver | None = None  # while it leads
-        self._thread = threading.Thread(target=self._drive, name="driver", daemon=True)
+        self._thread = threading.Thread(
+            target=drive, args=(self._claim, self._lead, self._closing), name="driver", daemon=True
+        )
         self._thread.start()
 
     # -- for the service --
@@ -128,19 +129,6 @@ class FleetActor:
         if self._driver is None:
             raise RuntimeError("the fleet's driver has not the lead")
         return self._driver
-
-    def _drive(self) -> None:
-        while not self._closing.is_set():
-            try:
-                if self._claim.acquire() is None:
-                    self._lead()
-            except Lost:
-                log.warning("another process drives the fleet")
-            except StorageError as error:
-                log.error("the fleet's driver starts again: %s", error)
-            except Exception:
-                log.exception("the fleet's driver starts again")
-            self._closing.wait(LEAD_S)
 
     def _lead(self) -> None:
         import ray

@@ -5,6 +5,7 @@ device, or a gang, of which the first alone talks to the queue. Both get a `Lane
 Ray's border.
 """
 
+import itertools
 import logging
 import os
 import shutil
@@ -45,6 +46,7 @@ log = logging.getLogger(__name__)
 class LaneSetup(Closed):
     """What a lane is told. `storage` is a whole URI; `threads`: compute threads, 0 for torch's own choice.
 
+    `marks` are the times (seconds since the epoch) at which the lane was opened and its stages ended.
     `run` is empty for a lane of a fleet, which trains subjects of any run on `base`, and waits for more for `warm_s`.
     """
 
@@ -59,6 +61,17 @@ class LaneSetup(Closed):
     queue: str
     threads: int = 0
     resources: dict[str, float]
+    marks: dict[str, float] = {}
+
+    def marked(self, stage: str) -> "LaneSetup":
+        """The same order, with the end of a stage."""
+        return self.model_copy(update={"marks": {**self.marks, stage: time.time()}})
+
+    def start(self) -> str:
+        """How long the lane took to be ready, by stage, in words."""
+        times = list(self.marks.items())
+        parts = [f"{name} {when - before:.1f}" for (_, before), (name, when) in itertools.pairwise(times)]
+        return f"lane {self.lane} is ready {times[-1][1] - times[0][1]:.1f} s after it was opened: {', '.join(parts)}"
 
 
 class QueueSource:
@@ -118,7 +131,7 @@ class QueueSource:
 def lane_worker(payload: dict[str, Any]) -> None:
     """Loads the base and works until the queue has nothing more for this lane. Runs in Ray Train's workers."""
     silence()
-    order = LaneSetup.model_validate(payload)
+    order = LaneSetup.model_validate(payload).marked("Ray Train's worker")
     import ray
     from ray.train import get_context
 
@@ -144,6 +157,9 @@ def lane_worker(payload: dict[str, Any]) -> None:
 
 def _work(order: LaneSetup, source: QueueSource, first: bool) -> None:
     """What a worker does; all of a gang but its first follow that one."""
+    import training.base.base  # noqa: F401  # here, so that what it takes can be told
+
+    order = order.marked("torch")
     storage = open_storage(order.storage)
     run = RunStore(storage, order.run)
     record = run.record() if order.run else None
@@ -155,10 +171,12 @@ def _work(order: LaneSetup, source: QueueSource, first: bool) -> None:
     else:
         base = _base(order, order.base, order.base_hash, ".")
         source.task_of = partial(task_of, storage)
+    order = order.marked("the base")
     if first:
         from training.trainer.assistant import read_training_adapter
         from training.trainer.worker.worker import work
 
+        source.beat(Beat(notes=[order.marked("the trainer").start()]))
         if record is None:
             work(base, order.plan, source, run, tenant="")
         else:
@@ -216,7 +234,8 @@ def in_words(error: BaseException) -> str:
 def run_lane(payload: dict[str, Any]) -> None:
     """One Ray Train run from start to end. A Ray task of its own, so that it can live on any node."""
     silence()
-    order = LaneSetup.model_validate(payload)
+    order = LaneSetup.model_validate(payload).marked("its task")
+    payload = order.model_dump()
     import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer

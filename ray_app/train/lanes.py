@@ -155,6 +155,7 @@ class Lanes:
             plan=plan,
             threads=self._threads(plan),
             resources=slot_resources(self._cluster, self._limits),
+            marks={"opened": time.time()},
         )
         # a lost node is no failure: Ray runs the task again elsewhere, and the queue knows which lane it is
         task = ray.remote(run_lane).options(

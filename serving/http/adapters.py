@@ -12,6 +12,7 @@ from pydantic.json_schema import SkipJsonSchema
 from serving.http.defaults import ImageDefaults
 from serving.http.images import ERRORS
 from serving.http.intake import Intake, ref_of
+from serving.http.once import Once, digest, id_once, made_once
 from serving.http.problems import ApiError
 from serving.http.service import service_of
 from serving.http.wire import (
@@ -76,12 +77,8 @@ async def list_adapters(
     """The caller's adapters, then public ones of others, for this server's base, page by page."""
     service = service_of(request)
     found, more = await asyncio.to_thread(service.intake.library.page, service.tenant(request), after, limit)
-    return AdapterPage(
-        data=[AdapterInfo.model_validate(_fields(resolved)) for resolved in found],
-        first_id=found[0].name if found else None,
-        last_id=found[-1].name if found else None,
-        has_more=more,
-    )
+    data = [AdapterInfo.model_validate(_fields(resolved)) for resolved in found]
+    return AdapterPage.of(data, more, lambda one: f"{one.tenant}/{one.id}")
 
 
 @router.post("/v1/adapters", status_code=201, responses=ERRORS)
@@ -94,6 +91,7 @@ async def upload_adapter(
         Form(description="other tenants may generate with it; left out: unchanged, for a new one no"),
     ] = None,
     trigger: Annotated[str, Form(max_length=1000, description="what its prompts say")] = "",
+    idempotency_key: Once = None,
 ) -> AdapterDetails:
     """Checks an adapter against the base and publishes it. Nothing is stored unless all of it is good."""
     service = service_of(request)
@@ -102,12 +100,18 @@ async def upload_adapter(
     data = await file.read()
     if len(data) > spec.limits.upload_bytes:
         raise ApiError(413, f"The file has {len(data)} bytes; at most {spec.limits.upload_bytes} are allowed.")
+    storage, asked = service.storage, digest("adapter", data, id, str(public), trigger)
+    before = await asyncio.to_thread(made_once, storage, tenant, idempotency_key, asked)
+    if before is not None:
+        return _details(await asyncio.to_thread(library.resolve, tenant, f"{id}@{before}"), tenant)
     try:
         resolved = await asyncio.to_thread(
             lambda: library.upload(tenant, id, data, spec.engine, public=public, trigger=trigger, limits=spec.limits)
         )
     except AdapterError as error:
         raise ApiError(400, str(error), param="file", code="invalid_adapter") from None
+    # after it, since its version is what its content is: made twice at the same time, it is still one
+    await asyncio.to_thread(id_once, storage, tenant, idempotency_key, asked, resolved.version)
     await service.engines.preload(ref_of(resolved))
     return _details(resolved, tenant)
 

@@ -10,6 +10,7 @@ from pydantic import BaseModel
 
 from serving.http.detect import address_of, detector_of
 from serving.http.images import ERRORS
+from serving.http.once import Once, digest, id_once
 from serving.http.problems import ApiError
 from serving.http.service import Service, service_of
 from serving.http.withheld import lift, suspend
@@ -91,17 +92,24 @@ async def report(
     image: Annotated[UploadFile, File(description="the picture")],
     reason: Annotated[str, Form(min_length=1, max_length=2000)],
     contact: Annotated[str, Form(max_length=300, description="where an answer may be sent")] = "",
+    idempotency_key: Once = None,
 ) -> ReportAnswer:
     """Complains about a picture. Free and without a key."""
     service = service_of(request)
     caller = service.caller(request)
-    with service.looks.one(caller.tenant if caller else address_of(request)):
+    who = caller.tenant if caller else address_of(request)
+    with service.looks.one(who):
         data = await image.read()
+        owner = caller.tenant if caller else f"_{content_id(who.encode())[:16]}"
+        asked = digest("report", data, reason, contact)
+        id = await asyncio.to_thread(id_once, service.storage, owner, idempotency_key, asked, secrets.token_hex(8))
+        if idempotency_key is not None and (before := await asyncio.to_thread(_filed, service, id)) is not None:
+            return ReportAnswer(id=id, made_here=before.made_here, suspended=before.suspended)
         found = await detector_of(service).detect(data, image.filename or "picture", thorough=False)
     worn = found.records[0].adapters if found.records else ()
     automatic = service.intake.spec.marks.suspend_reported and bool(worn)
     one = Report(
-        id=secrets.token_hex(8), time=datetime.now(UTC).isoformat(timespec="seconds"), reason=reason, contact=contact,
+        id=id, time=datetime.now(UTC).isoformat(timespec="seconds"), reason=reason, contact=contact,
         picture=content_id(data), made_here=found.made_here, false_positive=found.false_positive,
         adapters=tuple(f"{adapter.tenant}/{adapter.id}@{adapter.version}" for adapter in worn), suspended=automatic,
     )  # fmt: skip
@@ -111,6 +119,14 @@ async def report(
     if automatic:
         await _spread(service)
     return ReportAnswer(id=one.id, made_here=one.made_here, suspended=one.suspended)
+
+
+def _filed(service: Service, id: str) -> Report | None:
+    """The report of an id, if there is one."""
+    try:
+        return Report.model_validate_json(service.storage.get(f"reports/{id}.json"))
+    except NotFound:
+        return None
 
 
 @router.get("/v1/reports", responses=ERRORS)

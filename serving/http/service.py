@@ -156,20 +156,23 @@ class Service:
         return self.keys is None or caller.tenant == self.intake.spec.marks.operator_tenant
 
     def _admin(self, request: Request) -> bool:
-        token = _token(request.headers.get("authorization", ""))
-        key: Key | None = self.keys.find(token) if self.keys is not None and token else None
+        key = self.key(request)
         return key is not None and not key.expired and key.may("admin")
 
     def key(self, request: Request) -> Key | None:
         """The key that a request was sent with, expired or not; None without one, and on a server without keys."""
-        token = _token(request.headers.get("authorization", ""))
+        token = self.token(request)
         return self.keys.find(token) if self.keys is not None and token else None
+
+    def token(self, request: Request) -> str:
+        """What a request was sent with as its key, good or not; empty without any."""
+        return _token(request.headers.get("authorization", ""))
 
     def tenant(self, request: Request, scope: Scope | None = None) -> str:
         """The tenant of a request's key. Raises ApiError: 401 without a valid key, 403 if the key lacks `scope`."""
         if self.keys is None:
             return DEFAULT_TENANT
-        token = _token(request.headers.get("authorization", ""))
+        token = self.token(request)
         key = self.keys.find(token) if token else None
         if key is None or key.expired:
             missing = "No API key was sent" if not token else "The API key is not valid"

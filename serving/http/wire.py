@@ -12,6 +12,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from serving.engine.request import MAX_SEED, ImageFormat, PromptSyntax
 from serving.http.defaults import ImageDefaults
 from serving.http.networks.wire import ControlBody, ImagePromptBody
+from serving.http.paging import Listed, Page
 from serving.http.worn import ScheduledWeight, WornAdapter
 from training.base.facts import SamplerName
 from training.storage.closed import Closed
@@ -203,11 +204,9 @@ class ModelInfo(BaseModel):
     defaults: ImageDefaults | None = Field(default=None, description="of a base")
 
 
-class ModelPage(BaseModel):
+class ModelPage(Listed[ModelInfo]):
     """A page of a list of models; the next one begins after the last id."""
 
-    object: Literal["list"] = "list"
-    data: list[ModelInfo]
     has_more: bool = False
 
 
@@ -244,14 +243,8 @@ class AdapterChange(Closed):
     )
 
 
-class AdapterPage(BaseModel):
-    """A page of a list: the next one begins `after` its `last_id`."""
-
-    object: Literal["list"] = "list"
-    data: list[AdapterInfo]
-    first_id: str | None = None
-    last_id: str | None = Field(None, description="`<tenant>/<id>` of the last")
-    has_more: bool = False
+class AdapterPage(Page[AdapterInfo]):
+    """A page of adapters: the next one begins `after` its `last_id`, a `<tenant>/<id>`."""
 
 
 class AdapterVersion(BaseModel):
@@ -266,11 +259,8 @@ class AdapterVersion(BaseModel):
     current: bool = Field(description="whether it is the one that is served")
 
 
-class AdapterVersions(BaseModel):
+class AdapterVersions(Listed[AdapterVersion]):
     """All versions of an adapter, newest first."""
-
-    object: Literal["list"] = "list"
-    data: list[AdapterVersion]
 
 
 class AdapterFile(BaseModel):
@@ -281,12 +271,10 @@ class AdapterFile(BaseModel):
     bytes: int
 
 
-class AdapterFiles(BaseModel):
+class AdapterFiles(Listed[AdapterFile]):
     """The files of a version."""
 
-    object: Literal["list"] = "list"
     version: str
-    data: list[AdapterFile]
 
 
 class Deleted(BaseModel):

@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from tests.fleet.house import FAST, House, photos, wait_for
+from training.evaluation.judges.faces import DlibFace
 
 METHOD: dict[str, Any] = {"type": "dreambooth_lora", "dreambooth_lora": FAST}
 
@@ -47,11 +48,27 @@ def test_from_photos_to_a_picture_with_openais_client(house: House) -> None:
     assert list(client.fine_tuning.jobs.list(metadata={"who": "you"})) == []
 
     (other,) = [one for one in checkpoints if not one.model_dump()["current"]]
+    served = house.registry.resolve("default/rusty").version
+    path = f"/fine_tuning/jobs/{job.id}/checkpoints/{other.id}"
+    shown: Any = client.post(f"{path}/publish", cast_to=object)
+    assert shown["kept"] and not shown["current"] and house.registry.resolve("default/rusty").version == served
+    same: dict[str, Any] = {"prompt": "a photo of sks dog", "extra_body": {"steps": 2, "seed": 1}}
+    assert client.images.generate(model=shown["fine_tuned_model_checkpoint"], **same).data != image.data
+    key = f"runs/{job.id}/subjects/rusty/checkpoints/{other.step_number:08d}.safetensors"
+    weights = house.storage.get(key)
+    house.storage.delete(key)
+    house.registry.remove_version("default", "rusty", shown["version"])
+    with pytest.raises(openai.ConflictError, match=r"step 3 .* not kept.*keep_checkpoints.*Kept are: 6"):
+        client.post(f"{path}/publish", cast_to=object)
+    lost: Any = client.fine_tuning.jobs.checkpoints.list(job.id).data[1].model_dump()
+    assert not lost["kept"] and lost["version"] is None and lost["metrics"]["likeness"] is not None
+    house.storage.put(key, weights)
     client.post(f"/fine_tuning/jobs/{job.id}/checkpoints/{other.id}/current", cast_to=object)
     now = {one.id: one.model_dump() for one in client.fine_tuning.jobs.checkpoints.list(job.id)}
     assert now[other.id]["current"] and now[other.id]["fine_tuned_model_checkpoint"]
     again = client.post(f"/fine_tuning/jobs/{job.id}/checkpoints/{checkpoints[0].id}/current", cast_to=object)
     assert dict(again)["current"] is True  # type: ignore[call-overload]
+    assert house.registry.resolve("default/rusty").version == served  # the same step is the same version
 
 
 def test_an_upload_is_checked_at_once(house: House) -> None:
@@ -68,6 +85,9 @@ def test_an_upload_is_checked_at_once(house: House) -> None:
     assert (root["photos"], root["captions"]) == (5, 1)
     assert root["problems"] == [{"name": "bad.png", "reason": "not an image"}] or "bad.png" in str(root["problems"])
     assert {"identical", "few"} <= {one["kind"] for one in root["warnings"]}
+    assert DlibFace.is_installed() or "needs the extra `faces`" in found["unchecked"][0]
+    answer = httpx.post(f"{house.url}/v1/files/{found['id']}/captions", json={"class": "dog"})
+    assert answer.status_code == 409 and "--caption-model FOLDER" in answer.json()["error"]["message"]
     assert client.files.retrieve(found["id"]).filename == "dog.zip"
     assert [one.id for one in client.files.list(purpose="fine-tune")] == [found["id"]]
     with zipfile.ZipFile(io.BytesIO(client.files.content(found["id"]).read())) as archive:
@@ -236,7 +256,8 @@ def test_what_is_another_tenants_does_not_exist(two: House) -> None:
 
 def test_scopes_quotas_and_admins(two: House) -> None:
     def call(method: str, path: str, token: str, **rest: Any) -> httpx.Response:
-        return httpx.request(method, f"{two.url}{path}", headers={"Authorization": f"Bearer {token}"}, **rest)
+        headers = {"Authorization": f"Bearer {token}", **rest.pop("headers", {})}
+        return httpx.request(method, f"{two.url}{path}", headers=headers, **rest)
 
     drawing = two.admin("ann", ("images",))
     assert call("GET", "/v1/files", drawing).status_code == 200
@@ -258,5 +279,11 @@ def test_scopes_quotas_and_admins(two: House) -> None:
     client.fine_tuning.jobs.cancel(job.id)
     made = call("POST", "/v1/keys", admin, json={"tenant": "carl", "scopes": ["images"]}).json()
     assert call("GET", "/v1/me", made["key"]).json()["tenant"] == "carl"
+    once: dict[str, Any] = {"json": {"tenant": "carl", "scopes": ["images"]}, "headers": {"Idempotency-Key": "one"}}
+    first, again = (call("POST", "/v1/keys", admin, **once).json() for _ in range(2))
+    assert first == again and call("GET", "/v1/me", again["key"]).json()["key"] == first["id"] != made["id"]
+    assert call("POST", "/v1/keys", two.admin("ann"), **once).status_code == 422  # another admin's
+    kept = b"".join(two.storage.get(key) for key in two.storage.list("idempotency"))
+    assert first["key"].encode() not in kept and len(call("GET", "/v1/keys", admin).json()["data"]) == 7
     assert call("DELETE", f"/v1/keys/{made['id']}", admin).json()["state"] == "revoked"
     assert call("GET", "/v1/me", made["key"]).status_code == 401

@@ -1,5 +1,6 @@
 """The studio and a fleet in a real browser: photos are checked, train in one pack, and are drawn; keys are made."""
 
+import hashlib
 import io
 import re
 from pathlib import Path
@@ -13,6 +14,10 @@ from playwright.sync_api import Browser, FilePayload, Page, expect
 from tests.browser import PHONE, open_page
 from tests.fleet.house import FAST, House, photos
 from tests.tiny import tiny_images
+from tests.tiny_captioner import Endpoint
+from training.base.base import Base
+from training.captioning.settings import CaptionSpec
+from training.run.run import RunStore
 
 PAGES = ("create", "compare", "adapters", "subjects", "training", "usage")
 
@@ -42,6 +47,17 @@ def fill(page: Page, subject: str, kind: str) -> None:
     card.get_by_label("Checkpoint every").fill("3")
 
 
+def drop(page: Page, target: str, *paths: Path) -> None:
+    """Drops files or folders of this machine on an element, as a person does with the mouse."""
+    box = page.locator(target).bounding_box()
+    assert box is not None
+    session = page.context.new_cdp_session(page)
+    at = {"x": box["x"] + box["width"] / 2, "y": box["y"] + box["height"] / 2}
+    data = {"items": [], "files": [str(path) for path in paths], "dragOperationsMask": 1}
+    for kind in ("dragEnter", "dragOver", "drop"):
+        session.send("Input.dispatchDragEvent", {"type": kind, **at, "data": data})
+
+
 def test_photos_are_checked_train_together_and_are_drawn(browser: Browser, house: House, folders: Path) -> None:
     with open_page(browser, house.url) as page:
         page.goto("/#/training")
@@ -67,8 +83,16 @@ def test_photos_are_checked_train_together_and_are_drawn(browser: Browser, house
         expect(page.get_by_role("region", name="Loss").locator("circle").first).to_be_visible()
         expect(page.get_by_role("region", name="What happened")).to_contain_text("published")
         before = house.registry.resolve("default/buddy").version
+        for step in (3, 6):
+            page.get_by_label(f"Compare step {step}").check()
+        page.get_by_role("button", name="Compare the chosen steps").click()
+        expect(page.get_by_role("heading", name="Compare", exact=True)).to_be_visible()
+        versions = house.registry.versions("default", "buddy")
+        assert {3, 6} <= {house.registry.resolve("default/buddy", one).card.steps for one in versions}
+        assert house.registry.resolve("default/buddy").version == before  # only compared
+        page.go_back()
         page.get_by_role("button", name="Make current").first.click()
-        expect(page.get_by_role("link", name="Compare those that are published")).to_be_visible()
+        expect(page.get_by_text("is served now")).to_be_visible()
         assert house.registry.resolve("default/buddy").version != before
         page.get_by_role("link", name="Draw with it").click()
         expect(page.get_by_label("Prompt")).to_have_value(re.compile("a photo of a sks dog"))
@@ -89,6 +113,51 @@ def test_photos_are_checked_train_together_and_are_drawn(browser: Browser, house
             page.goto(f"/#/{path}")
             page.locator("main h1").wait_for(state="attached")
             assert page.evaluate("document.documentElement.scrollWidth") <= PHONE[0], path
+
+
+def test_a_person_is_trained_with_a_consent_and_captions_are_proposed(
+    browser: Browser, own_base: Base, tiny_folder: Path, tmp_path: Path
+) -> None:
+    endpoint = Endpoint()
+    tiny_images(tmp_path / "photos", count=5, side=40)
+    spec = CaptionSpec(caption_model="vision-1", caption_url=endpoint.url)
+    house = House(own_base, tiny_folder, tmp_path / "storage", captions=spec)
+    try:
+        with open_page(browser, house.url) as page:
+            page.goto("/#/subjects")
+            drop(page, ".big-drop", tmp_path / "photos")
+            card = page.get_by_role("form", name="Subject photos")
+            expect(card.get_by_text("5 good photos")).to_be_visible()
+            card.get_by_label("Caption of 0.png").fill("mine")
+            card.get_by_label("Id", exact=True).fill("ada")
+            card.get_by_label("Class", exact=True).fill("dog")
+            expect(card.get_by_label("Who agreed")).to_be_hidden()
+            fill(page, "photos", "woman")
+            expect(card.get_by_text("Consent: needed")).to_be_visible()
+            card.get_by_role("button", name="Propose captions").click()  # the browser asks for the consent first
+            expect(card.get_by_label("Who agreed")).to_be_focused()
+            card.get_by_label("Who agreed").fill("Ada Example")
+            card.get_by_label("Evidence").fill("on paper")
+            card.get_by_role("button", name="Propose captions").click()
+            expect(card.get_by_text("4 captions proposed")).to_be_visible()
+            expect(card.get_by_label("Caption of 0.png")).to_have_value("mine")
+            expect(card.get_by_label("Caption of 1.png")).to_have_value(re.compile("a photo of a sks woman, A dog"))
+            card.get_by_role("button", name="Train").click()
+            expect(card.get_by_role("alert")).to_contain_text("consent.evidence")
+            card.get_by_label("Document of the agreement").set_input_files(
+                {"name": "a.pdf", "mimeType": "application/pdf", "buffer": b"I agree"}
+            )
+            expect(card.get_by_label("Evidence")).to_have_value(hashlib.sha256(b"I agree").hexdigest())
+            card.get_by_role("button", name="Train").click()
+            expect(page).to_have_url(re.compile("#/training"))
+    finally:
+        house.close()
+        endpoint.close()
+    (run,) = house.storage.folders("runs")
+    consent = RunStore(house.storage, run).record().manifest.subjects[0].consent
+    assert consent is not None and (consent.granted_by, consent.kind) == ("Ada Example", "person")
+    texts = [key for key in house.storage.list("files") if key.endswith(".txt")]
+    assert len(texts) == 5
 
 
 def test_an_admin_makes_and_revokes_keys_and_sets_a_quota(browser: Browser, two: House) -> None:

@@ -291,3 +291,9 @@ class SubjectSpec(SubjectSettings):
     def filled_class_prompt(self) -> str:
         """The prompt of class images."""
         return self.fill(self.class_prompt)
+
+    @property
+    def trigger(self) -> str:
+        """The words that call it: those of the instance prompt that the class prompt lacks, and the class."""
+        usual = set(self.filled_class_prompt.split()) - set((self.class_ or "").split())
+        return " ".join(word for word in self.filled_instance_prompt.split() if word not in usual)

@@ -15,6 +15,7 @@ WarningKind = Literal[
     "background",
     "caption",
     "face",
+    "faces",
     "mask",
 ]
 

@@ -6,12 +6,20 @@ It looks at the queue's own books and changes nothing.
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from training.run.run import ENDED, SubjectRecord
 from training.run.source import Doing
 from training.run.turns import Turns, Waiting
 
 SUSPECT_ATTEMPTS = 2  # after so many lost workers a subject trains alone: so that the one that kills its pack is found
+
+
+class Spent(NamedTuple):
+    """What a subject has used: device-seconds, and training steps."""
+
+    device_s: float
+    steps: int
 
 
 @dataclass
@@ -32,8 +40,25 @@ class QueuedSubject:
     pause: bool = False
     device_s: float = 0.0  # device-seconds since this queue was made
     told_s: float = 0.0  # of them, those that `spent` has told
+    trained: int = 0  # steps since this queue was made, also those that are made again after a lane was lost
+    told_steps: int = 0
+    counted: dict[int, int] = field(default_factory=dict)  # lane -> of its steps since the lease, those in `trained`
     losses: int = 0  # counted attempts since this queue was made
     seq: int = 0
+
+    def count(self, lane: int, step: int, trained: int) -> None:
+        """Takes in how many steps a lane has made of the subject since it was leased, and at which step it stands."""
+        before = self.counted.get(lane, 0)
+        if not before:  # it may have begun at a checkpoint that was written after the last beat of a lane that died
+            self.trained += max(0, step - trained - self.record.step)
+        self.trained += max(0, trained - before)
+        self.counted[lane] = trained
+
+    def spend(self) -> "Spent | None":
+        """What the subject has used since the last call; None if nothing."""
+        used = Spent(self.device_s - self.told_s, self.trained - self.told_steps)
+        self.told_s, self.told_steps = self.device_s, self.trained
+        return used if used.device_s > 0 or used.steps > 0 else None
 
 
 @dataclass

@@ -23,7 +23,7 @@ from training.run.source import Beat, Orders, Outcome, Release, Task
 from training.run.standing import OLD_SECONDS, STANDING, Finishes, LaneStanding, Standing
 from training.run.subject_queue import SubjectQueue
 from training.run.turns import Turns, read_quotas
-from training.run.usage import FLUSH_SECONDS, UsageBook, month_used
+from training.run.usage import FLUSH_SECONDS, UsageBook, What, month_used
 from training.run.view import RunView
 from training.storage.storage import Storage, StorageUnavailable
 
@@ -259,14 +259,12 @@ class FleetDriver:
             self._seen = view.seq
         for key, record in zip(view.keys, view.changed, strict=True):
             run = self._run_of(key)
-            steps = record.step - run.states.records[record.id].step
-            self.usage.add(run.order.tenant, record.id, {"training_steps": max(0, steps)})
             run.states.change(record)
         for note in view.notes:
             self._note(note)
-        for key, seconds in spent.items():
-            run = self._run_of(key)
-            self.usage.add(run.order.tenant, _id(key), {"device_seconds": seconds})
+        for key, used in spent.items():
+            counts: dict[What, float] = {"device_seconds": used.device_s, "training_steps": used.steps}
+            self.usage.add(self._run_of(key).order.tenant, _id(key), counts)
         self.usage.flush(FLUSH_SECONDS)
         for name, run in list(self._runs.items()):
             run.states.flush()

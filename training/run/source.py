@@ -82,11 +82,12 @@ Say = Callable[[Sequence[str], Doing], None]  # what is being done with these su
 @dataclass
 class Beat:
     """A sign of life, by the subjects' keys: what is being done with each subject of this worker; step and loss of
-    those that train. `notes` are for a person to read."""
+    those that train, and how many steps each has made here. `notes` are for a person to read."""
 
     phase: dict[str, Doing] = field(default_factory=dict)
     steps: dict[str, int] = field(default_factory=dict)
     losses: dict[str, float] = field(default_factory=dict)
+    trained: dict[str, int] = field(default_factory=dict)
     images_per_second: float = 0.0
     notes: list[str] = field(default_factory=list)
 
@@ -103,7 +104,8 @@ class Orders:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a subject ended here; `id` is its key. `version` if it was published; `warnings` about its photos."""
+    """How a subject ended here; `id` is its key. `version` if it was published; `trained`: steps that it made here;
+    `warnings` about its photos."""
 
     id: str
     kind: EndKind
@@ -112,6 +114,7 @@ class Outcome:
     step: int = 0
     loss: float | None = None
     seconds: float = 0.0
+    trained: int = 0
     warnings: tuple[str, ...] = ()
 
 

@@ -10,7 +10,7 @@ after a restart the queue is made from the records there.
 import time
 from collections.abc import Callable, Iterable, Sequence
 
-from training.run.choosing import SUSPECT_ATTEMPTS, Choosing, QueueLane
+from training.run.choosing import SUSPECT_ATTEMPTS, Choosing, QueueLane, Spent
 from training.run.lease import Entry, Lease
 from training.run.run import ENDED, State, SubjectRecord
 from training.run.source import Beat, EndKind, Orders, Outcome, Phase, Release
@@ -109,6 +109,7 @@ class SubjectQueue:
             item = self._items[id]
             self._standings.leave(id)
             item.holder, item.until, item.since = lane, self._clock() + self._lease_s, time.time()
+            item.counted[lane] = 0
             here.held.add(id)
             self._standings.change(id, state="preparing", pack=lane)
         return [self._lease_of(id) for id in chosen]
@@ -124,7 +125,7 @@ class SubjectQueue:
             self._items[id].until = self._clock() + self._lease_s
         drop = {id for id in beat.phase if not self._hold(lane, id)}
         for id in set(beat.phase) - drop:
-            self._take_in(id, beat)
+            self._take_in(id, lane, beat)
         self.expire()
         return Orders(
             cancel=frozenset(drop | {id for id in here.held if self._items[id].cancel}),
@@ -145,6 +146,7 @@ class SubjectQueue:
         seconds = item.record.seconds + outcome.seconds
         if item.holder in self._lanes:
             self._charge(self._lanes[item.holder])
+        item.count(lane, outcome.step, outcome.trained)
         self._let_go(outcome.id)
         state = _STATES.get(outcome.kind)
         news = {"step": max(outcome.step, item.record.step), "seconds": seconds, "warnings": outcome.warnings}
@@ -293,13 +295,9 @@ class SubjectQueue:
         """How many subjects of a tenant wait."""
         return sum(self._items[key].tenant == tenant for key in self._standings.waiting_keys())
 
-    def spent(self) -> dict[str, float]:
-        """Device-seconds of each subject since the last call."""
-        found = {}
-        for key, item in self._items.items():
-            if item.device_s > item.told_s:
-                found[key], item.told_s = item.device_s - item.told_s, item.device_s
-        return found
+    def spent(self) -> dict[str, Spent]:
+        """What each subject has used since the last call."""
+        return {key: used for key, item in self._items.items() if (used := item.spend()) is not None}
 
     # -- pieces --
 
@@ -346,9 +344,10 @@ class SubjectQueue:
         item.until = self._clock() + self._lease_s
         return True
 
-    def _take_in(self, id: str, beat: Beat) -> None:
+    def _take_in(self, id: str, lane: int, beat: Beat) -> None:
         news: dict[str, object] = {"state": _STATE_IN[beat.phase[id].phase]}
         if id in beat.steps:
+            self._items[id].count(lane, beat.steps[id], beat.trained.get(id, 0))
             news |= {"step": beat.steps[id], "loss": beat.losses[id]}
         self._standings.change(id, **news)
 

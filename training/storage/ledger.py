@@ -135,6 +135,14 @@ class Ledger:
                 return True
         raise self._busy()
 
+    def set_aside(self, fingerprint: str, commit: Commit) -> bool:
+        """Lets a committed version be, without ever making it current by itself; False if its epoch is over."""
+        current = self.read().current
+        if current.epoch != commit.epoch or not current.swept:
+            return False
+        self.storage.create(self._mark(fingerprint, commit.epoch), b"")
+        return True
+
     def choose(self, version: str, epoch: str) -> bool:
         """Makes a version committed in `epoch` current; False if it is not committed or that epoch is over."""
         for _ in range(_TRIES):

@@ -75,9 +75,18 @@ class Registry:
         self.takeover_s = takeover_s  # how long a deletion may stand still before a publisher finishes it
 
     def publish(
-        self, tenant: str, id: str, weights: bytes, card: Card, extras: Mapping[str, bytes] | None = None
+        self,
+        tenant: str,
+        id: str,
+        weights: bytes,
+        card: Card,
+        extras: Mapping[str, bytes] | None = None,
+        *,
+        aside: bool = False,
     ) -> Published:
         """Publishes `weights` as a version of `tenant/id` and makes it current: once, whatever dies when.
+
+        With `aside` the current version stays so; the adapter must be there.
 
         `extras` maps names such as `samples/0.png` to files kept beside it. If `card.fingerprint` was published
         already, that version is returned and these bytes stay uncommitted. May be repeated after any failure.
@@ -90,7 +99,8 @@ class Registry:
             if commit is None:
                 self._write_version(f"{ledger.folder}/{version}", weights, card, extras or {})
                 commit, new = ledger.commit(card.fingerprint, Commit(version=version, epoch=epoch))
-            if ledger.finish(card.fingerprint, commit):
+            end = ledger.set_aside if aside else ledger.finish
+            if end(card.fingerprint, commit):
                 return Published(commit.version, new)
         raise StorageUnavailable(f"Adapter {tenant}/{id} is deleted again and again while it is published. Try later.")
 

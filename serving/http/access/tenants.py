@@ -10,8 +10,10 @@ and revoking keys needs no restart. What a key is good for:
 Every key reads the lists of its tenant. Knows nothing about HTTP.
 """
 
+import base64
 import fcntl
 import hashlib
+import hmac
 import json
 import logging
 import os
@@ -90,10 +92,19 @@ class Keys:
         except ValueError as error:
             raise UserError(f"'{self._path}' is no keys file: {error}") from None
 
-    def make(self, tenant: str, scopes: tuple[Scope, ...] = USUAL, expires: datetime | None = None) -> tuple[Key, str]:
-        """Makes a key of `tenant`; returns it as the file holds it, and its token, which is stored nowhere."""
+    def make(
+        self,
+        tenant: str,
+        scopes: tuple[Scope, ...] = USUAL,
+        expires: datetime | None = None,
+        token: str | None = None,
+    ) -> tuple[Key, str]:
+        """Makes a key of `tenant`; returns it as the file holds it, and its token, which is stored nowhere.
+
+        `token` is a fresh random one by default. A key that has the token already is returned as it is.
+        """
         check_id(tenant, "tenant")
-        token = PREFIX + secrets.token_urlsafe(32)
+        token = token or PREFIX + secrets.token_urlsafe(32)
         key = Key(
             name=secrets.token_hex(4),
             tenant=tenant,
@@ -103,7 +114,11 @@ class Keys:
             expires=expires.isoformat(timespec="seconds") if expires else None,
         )
         with self._alone():
-            self._write((*self.all(), key))
+            there = self.all()
+            for one in there:
+                if one.sha256 == key.sha256:
+                    return one, token
+            self._write((*there, key))
         return key, token
 
     def revoke(self, name: str) -> Key:
@@ -205,6 +220,12 @@ class Quota:
     def running(self) -> int:
         """Requests for images under way, of all tenants."""
         return self.requests.running()
+
+
+def derived(token: str, part: str) -> str:
+    """A token made of another one and a random `part`: who lacks either cannot tell it (HMAC-SHA256)."""
+    made = hmac.new(token.encode(), part.encode(), hashlib.sha256).digest()
+    return PREFIX + base64.urlsafe_b64encode(made).rstrip(b"=").decode()
 
 
 def _hash(token: str) -> str:

@@ -26,6 +26,7 @@ COMMANDS = [
     "keys",
     "up",
     "detect",
+    "caption",
     "consent",
     "subject",
     "audit",

@@ -347,7 +347,9 @@ def test_upload_show_list_replace_delete(world: World) -> None:
     assert world.call("GET", "/v1/models/tiny-epsilon-0:default/rusty").json() == models["data"][1]
     before = world.images(model="rusty").json()["data"][0]
     again = save_adapter(random_adapter(world.base, 2))
-    assert world.call("POST", "/v1/adapters", files={"file": again}, data={"id": "rusty"}).status_code == 201
+    once: dict[str, Any] = {"files": {"file": again}, "data": {"id": "rusty"}, "headers": {"Idempotency-Key": "once"}}
+    second = world.call("POST", "/v1/adapters", **once)
+    assert second.status_code == 201
     after = world.images(model="rusty").json()["data"][0]
     assert after["adapters"][0]["version"] != shown["version"] and after["b64_json"] != before["b64_json"]
     old = world.images(model=f"rusty@{shown['version']}").json()["data"][0]
@@ -356,6 +358,9 @@ def test_upload_show_list_replace_delete(world: World) -> None:
         world.call("POST", "/v1/adapters", files={"file": data}, data={"id": "rusty"}).json()["version"]
         == shown["version"]
     )
+    assert world.call("POST", "/v1/adapters", **once).json()["version"] == second.json()["version"]
+    problem(world.call("POST", "/v1/adapters", **{**once, "files": {"file": data}}), 422)
+    # a request that comes twice is worked on once: what has become current since stays so
     assert world.images(model="rusty").json()["data"][0]["b64_json"] == before["b64_json"]
     gone = world.call("DELETE", "/v1/adapters/rusty")
     assert gone.json() == {"id": "rusty", "object": "adapter", "deleted": True}

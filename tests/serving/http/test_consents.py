@@ -103,9 +103,9 @@ def test_records_are_the_tenants_own(marked: Marked) -> None:
         problem(marked.call(method, path), 401)
 
 
-def report(world: Marked, data: bytes) -> httpx.Response:
-    fields = {"reason": "this is me"}
-    return world.call("POST", "/v1/reports", files={"image": ("a.png", data)}, data=fields)
+def report(world: Marked, data: bytes, reason: str = "this is me") -> httpx.Response:
+    once = {"Idempotency-Key": "once"}
+    return world.call("POST", "/v1/reports", files={"image": ("a.png", data)}, data={"reason": reason}, headers=once)
 
 
 def test_a_report_is_resolved_and_the_operator_takes_off_and_puts_back(marked: Marked) -> None:
@@ -114,6 +114,8 @@ def test_a_report_is_resolved_and_the_operator_takes_off_and_puts_back(marked: M
     marked.told = marked.found("ann", 5)
     told = report(marked, data).json()
     assert told["made_here"] and not told["suspended"] and set(told) == {"id", "made_here", "suspended"}
+    assert report(marked, data).json() == told  # sent twice, it is one report
+    assert problem(report(marked, data, "another"), 422)["code"] == "idempotency_error"
     problem(marked.call("GET", "/v1/reports", "ann"), 403)
     (seen,) = marked.call("GET", "/v1/reports", "admin").json()["data"]
     assert seen["adapters"] == [f"ann/rusty@{version}"] and seen["reason"] == "this is me"

@@ -94,6 +94,28 @@ def test_a_silent_lane_loses_its_subjects_to_another_and_is_told_to_drop_them() 
     assert "no sign of life" in record(made, "a").attempts[0].reason
 
 
+def test_every_step_is_counted_once_also_those_made_again() -> None:
+    clock = Clock()
+    made = queue(entry("a"), clock=clock)
+    training = {"a": Doing(Phase.TRAINING)}
+    made.lease(0, 1)
+    made.beat(0, Beat(training, {"a": 37}, {"a": 1.0}, {"a": 37}))
+    clock.now += 10_000  # silent for too long, but nobody has taken it
+    made.expire()
+    made.beat(0, Beat(training, {"a": 40}, {"a": 1.0}, {"a": 40}))
+    assert {id: used.steps for id, used in made.spent().items()} == {"a": 40}
+    made.release(0, "its node is taken", "preempted")
+    made.enter(0, 0)
+    made.lease(0, 1)  # from the checkpoint of step 20: its steps are made again
+    made.beat(0, Beat(training, {"a": 45}, {"a": 1.0}, {"a": 25}))
+    made.release(0, "its node is taken", "preempted")
+    made.enter(0, 0)
+    made.lease(0, 1)  # from the checkpoint of step 50, which was written after the last beat
+    made.beat(0, Beat(training, {"a": 51}, {"a": 1.0}, {"a": 1}))
+    made.ended(0, Outcome("a", "done", version="f" * 64, step=60, trained=10))
+    assert sum(used.steps for used in made.spent().values()) == 25 + 5 + 10 and made.spent() == {}
+
+
 def test_a_lane_that_was_only_slow_goes_on_if_nobody_took_over() -> None:
     clock = Clock()
     made = queue(entry("a"), clock=clock)

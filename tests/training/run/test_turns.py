@@ -74,7 +74,7 @@ def test_a_device_is_charged_to_those_that_it_works_for() -> None:
     leased(made, 3)
     work(made, clock, 9)
     assert made.turns.used == pytest.approx({"ann": 12.0, "bob": 6.0})
-    assert sum(made.spent().values()) == pytest.approx(18) and made.spent() == {}
+    assert sum(one.device_s for one in made.spent().values()) == pytest.approx(18) and made.spent() == {}
 
 
 def test_what_a_tenant_left_unused_is_not_saved_up() -> None:

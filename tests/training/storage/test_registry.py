@@ -110,6 +110,18 @@ def test_versions_and_current(registry: Registry) -> None:
     assert registry.weights(registry.resolve("rusty", two[:10])) == b"two"
 
 
+def test_a_version_published_aside_is_served_by_name_only(registry: Registry) -> None:
+    publish(registry, b"one", "1" * 16)
+    for _ in range(2):  # repeated after a failure
+        found = registry.publish("default", "rusty", b"two", make_card(b"two", "2" * 16), aside=True)
+        assert registry.resolve("rusty").version == content_id(b"one")
+        assert registry.resolve("rusty", found.version).card.sha256 == content_id(b"two")
+    assert registry.find("default", "rusty", "2" * 16) == content_id(b"two")
+    assert registry.publish("default", "rusty", b"two", make_card(b"two", "2" * 16)).new is False
+    assert registry.resolve("rusty").version == content_id(b"one")
+    assert registry.set_current("default", "rusty", content_id(b"two")).version == registry.resolve("rusty").version
+
+
 def test_who_may_see_an_adapter_is_said_once_for_all_its_versions(registry: Registry) -> None:
     one = publish(registry, b"one", "1" * 16).version
     assert not registry.resolve("rusty").public and registry.resolve("rusty").trigger == "a photo of sks dog"

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, get_args
 
 from training.base.base import Base
 from training.errors import UserError
-from training.evaluation.judges.faces import ArcFace, DlibFace, FaceModel
+from training.evaluation.judges.faces import MODELS_VARIABLE, FaceModel, open_face_model
 from training.evaluation.judges.features import (
     BaseFeatures,
     EfficientNetLite0,
@@ -22,7 +22,6 @@ from training.manifest.gate import FidelityModel, LikenessModel
 if TYPE_CHECKING:
     from training.evaluation.judges.configured import Inception
 
-MODELS_VARIABLE = "DREAMFLEET_MODELS"
 LIKENESS_MODELS: tuple[str, ...] = get_args(LikenessModel)
 FIDELITY_MODELS: tuple[str, ...] = get_args(FidelityModel)
 
@@ -114,11 +113,8 @@ class JudgeBox:
         return Clip(folder, self.base.device) if name == "clip" else Vit(name, folder, self.base.device)
 
     def _face(self) -> FaceModel | None:
-        if not DlibFace.is_installed():
-            return None
         if "face" not in self._open:
-            file = self.models / "arcface.safetensors" if self.models is not None else None
-            self._open["face"] = ArcFace(file) if file is not None and file.exists() else DlibFace()
+            self._open["face"] = open_face_model(self.models)
         return self._open["face"]  # type: ignore[return-value]
 
 

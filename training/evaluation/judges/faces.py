@@ -6,6 +6,7 @@ person" belongs to a model: each carries its own threshold. Shapes: N faces, E f
 
 import importlib
 import importlib.util
+import os
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +24,7 @@ from training.errors import UserError
 # dlib's detector also fires on things; its score tells, the size of the box does not
 MIN_FACE_SCORE = 0.5
 ENLARGED_PX = 512
+MODELS_VARIABLE = "DREAMFLEET_MODELS"
 
 
 class FaceModel(Protocol):
@@ -117,6 +119,17 @@ class ArcFace:
             chip = None if face is None else self._dlib.dlib.get_face_chip(*face, size=112, padding=0.25)
             found.append(None if chip is None else embed_chips(self._model, [chip])[0])
         return found
+
+
+def open_face_model(models: Path | None = None) -> FaceModel | None:
+    """ArcFace where its weights are in the folder `models` (else the environment's DREAMFLEET_MODELS), or dlib's model;
+    None without the extra `faces`."""
+    if not DlibFace.is_installed():
+        return None
+    said = os.environ.get(MODELS_VARIABLE)
+    folder = models or (Path(said) if said else None)
+    file = folder / "arcface.safetensors" if folder is not None else None
+    return ArcFace(file) if file is not None and file.exists() else DlibFace()
 
 
 def embed_chips(model: nn.Module, chips: Sequence[np.ndarray]) -> Tensor:

@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 
 from training.trainer.checkpoint import HISTORY
 
@@ -20,6 +19,8 @@ def event_file(
     samples: Mapping[int, Sequence[Image.Image]] | None = None,
 ) -> bytes:
     """An event file of a history [steps, len(HISTORY)], images/s by step, and sample images by step."""
+    from torch.utils.tensorboard import SummaryWriter  # slow to import, as matplotlib for `loss_plot.py`
+
     with tempfile.TemporaryDirectory() as folder:
         writer = SummaryWriter(folder)
         for row in history.tolist():

@@ -3,8 +3,6 @@
 import io
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from training.trainer.checkpoint import HISTORY
@@ -12,6 +10,10 @@ from training.trainer.checkpoint import HISTORY
 
 def plot_losses(history: Tensor, title: str) -> bytes:
     """PNG bytes of instance and prior loss over steps, smoothed, from a history [steps, len(HISTORY)]."""
+    # takes a second to import, which no subject's first step should wait for
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     columns = {name: history[:, index].numpy() for index, name in enumerate(HISTORY)}
     figure = Figure(figsize=(6, 3.2), dpi=110)
     FigureCanvasAgg(figure)

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 
 from PIL import Image
 
-from training.adapters.adapter import Adapter, LowRank, save_adapter, version_of
+from training.adapters.adapter import Adapter, LowRank, load_adapter, save_adapter, version_of
 from training.base.base import Base
 from training.base.files.folder import public_name
 from training.errors import UserError
@@ -78,7 +78,7 @@ def publish_subject(run: RunStore, tenant: str, base: Base, publication: Publica
             "base": public_name(base.name),
             "base_hash": base.hash,
             "class": spec.class_ or "",
-            "trigger": trigger(spec),
+            "trigger": spec.trigger,
             "word_widths": ",".join(map(str, widths)) if publication.adapter.embeddings and len(widths) > 1 else "",
         },
     )
@@ -93,32 +93,39 @@ def publish_subject(run: RunStore, tenant: str, base: Base, publication: Publica
     return version
 
 
-def publish_checkpoint(home: Home, spec: SubjectSpec, version: str, step: int) -> str:
+def publish_checkpoint(home: Home, spec: SubjectSpec, version: str, step: int, *, aside: bool = False) -> str:
     """Makes an earlier step of a published subject current; returns its version.
 
-    `version` is the subject's published one. Raises UserError if the step's checkpoint is not kept.
+    `version` is the subject's published one. With `aside` the step only becomes a version, beside the one that is
+    current. Raises UserError if the step's checkpoint is not kept.
     """
     registry, name = Registry(home.run.storage), f"{home.tenant}/{spec.id}"
-    card = registry.resolve(name, version).card
-    kept = home.run.checkpoints(spec.id)
+    published = registry.resolve(name, version)
     state = next((state for found, state in read_states(home.run, spec.id) if found == step), None)
     if state is None:
-        there = ", ".join(map(str, kept)) or "none"
-        raise UserError(f"Step {step} of '{spec.id}' has no checkpoint. There are {there}.")
-    scaled = {key: LowRank(one.down, one.up * spec.lora.scale) for key, one in state.adapter.modules.items()}
-    about = {"base": card.base, "base_hash": card.base_hash, "class": spec.class_ or "", "trigger": trigger(spec)}
-    weights = save_adapter(Adapter(modules=scaled, embeddings=state.adapter.embeddings, metadata=about))
+        there = ", ".join(map(str, home.run.checkpoints(spec.id))) or "none"
+        raise UserError(
+            f"The weights of step {step} of '{spec.id}' are not kept: checkpoints but the last "
+            f"{spec.train.keep_checkpoints} (`train.keep_checkpoints`) and those that are judged are removed. "
+            f"Kept are: {there}."
+        )
+    scaled = {key: LowRank(one.down, one.up * spec.lora.scale) for key, one in state.learned.modules.items()}
+    about = load_adapter(registry.weights(published)).metadata
+    weights = save_adapter(Adapter(modules=scaled, embeddings=state.learned.embeddings, metadata=about))
     if version_of(weights) in registry.versions(home.tenant, spec.id):
-        return registry.set_current(home.tenant, spec.id, version_of(weights)).version
+        if not aside:
+            registry.set_current(home.tenant, spec.id, version_of(weights))
+        return version_of(weights)
     news = {
         "sha256": version_of(weights),
         "size": len(weights),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "fingerprint": hashlib.sha256(f"{card.fingerprint} step {step}".encode()).hexdigest(),
+        "fingerprint": hashlib.sha256(f"{published.card.fingerprint} step {step}".encode()).hexdigest(),
         "steps": step,
-        "chosen": Chosen(step=step, reason="made current by hand"),
+        "chosen": Chosen(step=step, reason="made a version by hand"),
     }
-    return registry.publish(home.tenant, spec.id, weights, card.model_copy(update=news)).version
+    card = published.card.model_copy(update=news)
+    return registry.publish(home.tenant, spec.id, weights, card, aside=aside).version
 
 
 def png_bytes(image: Image.Image) -> bytes:
@@ -149,7 +156,7 @@ def make_card(run: str, base: Base, publication: Publication, weights: bytes) ->
             "instance_prompt": spec.filled_instance_prompt,
             "class_prompt": spec.filled_class_prompt,
             "class": spec.class_,
-            "trigger": trigger(spec),
+            "trigger": spec.trigger,
             "image_hashes": tuple(photo.sha256 for photo in finished.photos.good),
             "image_looks": tuple(picture_hash(photo.image) for photo in finished.photos.good),
             "consent": spec.consent,
@@ -163,10 +170,3 @@ def make_card(run: str, base: Base, publication: Publication, weights: bytes) ->
             "public": spec.public,
         }
     )
-
-
-def trigger(spec: SubjectSpec) -> str:
-    """The words that call the subject: those of the instance prompt that the class prompt lacks, and the class."""
-    usual = set(spec.filled_class_prompt.split()) - set((spec.class_ or "").split())
-    words = [word for word in spec.filled_instance_prompt.split() if word not in usual]
-    return " ".join(words)

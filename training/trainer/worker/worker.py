@@ -32,9 +32,10 @@ RATE_STEPS = 20  # images/s are told as the mean over so many steps
 
 @dataclass
 class _Held:
-    """A leased subject while it is here: when it came, and what is to be said about its photos."""
+    """A leased subject while it is here: when it came, at which step, and what is to be said about its photos."""
 
     since: float
+    begun: int = 0
     warnings: tuple[str, ...] = ()
 
 
@@ -100,6 +101,7 @@ class Worker:
         if spec.evaluate.early_stop:
             self._watch.join(id, spec, subject.instance)
         self._keeping.join(home, task.fingerprint, taken, subject)
+        self._held[id].begun = subject.state.step if subject.state is not None else 0
         return subject
 
     # -- meanwhile --
@@ -110,6 +112,7 @@ class Worker:
             self._say([id], Doing(Phase.TRAINING))
         for report in progress.reports:
             self._beat.steps[report.id], self._beat.losses[report.id] = report.step, report.loss
+            self._beat.trained[report.id] = report.step - self._held[report.id].begun
         self._keeping.follow(progress.reports, self._beat.images_per_second)
         self._finish(progress.ended)
         self._stop_early(progress)
@@ -177,9 +180,10 @@ class Worker:
             step=self._beat.steps.get(id, max(kept.step, 0) if kept else 0),
             loss=self._beat.losses.get(id),
             seconds=time.time() - held.since,
+            trained=self._beat.trained.get(id, 0),
             warnings=held.warnings,
         )
-        for about in (self._beat.phase, self._beat.steps, self._beat.losses):
+        for about in (self._beat.phase, self._beat.steps, self._beat.losses, self._beat.trained):
             about.pop(id, None)
         self._source.ended(outcome)
 

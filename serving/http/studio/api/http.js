@@ -60,6 +60,11 @@ export async function all(path, options, most = 5000) {
   }
 }
 
+/** A key under which the server makes something once. */
+export function onceKey() {
+  return crypto.randomUUID?.() ?? String(Math.random()).slice(2);
+}
+
 /** A path with its parts encoded. */
 export function path(...parts) {
   return `/${parts.map(encodeURIComponent).join("/")}`;

@@ -1,6 +1,6 @@
 /** Training: uploads, jobs, runs, how the fleet stands, what was used, keys. */
 
-import { all, call, get, path, send } from "./http.js";
+import { all, call, get, onceKey, path, send } from "./http.js";
 import { eventsOf } from "./events.js";
 
 /** Uploads an archive of photos; the answer holds what the checks found. */
@@ -21,6 +21,11 @@ export function deletePhotos(id) {
   return send("DELETE", path("v1", "files", id));
 }
 
+/** What the server's model proposes as captions of an upload's photos: [{name, caption, error}]. */
+export async function proposeCaptions(file, body) {
+  return (await call("POST", path("v1", "files", file, "captions"), body)).data;
+}
+
 /** Submits one subject; `key` makes sure that it is submitted once. */
 export function createJob(body, key) {
   return call("POST", "/v1/fine_tuning/jobs", body, { headers: { "Idempotency-Key": key } });
@@ -28,7 +33,7 @@ export function createJob(body, key) {
 
 /** Submits the demo's subjects as a run. */
 export function createDemo() {
-  return call("POST", "/v1/demo", undefined);
+  return call("POST", "/v1/demo", undefined, { headers: { "Idempotency-Key": onceKey() } });
 }
 
 /** The latest jobs. */
@@ -57,19 +62,29 @@ export async function* follow(base, { signal }) {
   for await (const { data } of eventsOf(response)) yield data;
 }
 
-/** The checkpoints of a job, the latest first. */
-export async function listCheckpoints(job, options) {
-  return (await get(`${path("v1", "fine_tuning", "jobs", job, "checkpoints")}?limit=200`, options)).data;
+/** The checkpoints of a job or of a run's subject, the latest first; `base` is its path. */
+export async function listCheckpoints(base, options) {
+  return (await get(`${base}/checkpoints?limit=200`, options)).data;
 }
 
 /** Makes a checkpoint the version that is served. */
-export function serveCheckpoint(job, checkpoint) {
-  return call("POST", path("v1", "fine_tuning", "jobs", job, "checkpoints", checkpoint, "current"), undefined);
+export function serveCheckpoint(base, checkpoint) {
+  return call("POST", `${base}/checkpoints/${checkpoint}/current`, undefined);
+}
+
+/** Makes a checkpoint a version beside the one that is served; returns it. */
+export function publishCheckpoint(base, checkpoint) {
+  return call("POST", `${base}/checkpoints/${checkpoint}/publish`, undefined);
 }
 
 /** The lanes and the queue, as the caller may see them. */
 export function showFleet(options) {
   return get("/v1/fleet", options);
+}
+
+/** Which subjects need a consent: {policy, persons}. */
+export function consentRules(options) {
+  return get("/v1/fleet/consent", options);
 }
 
 /** What the caller's tenant has used since a day. */

@@ -4,18 +4,20 @@ import { h, icon, ICONS, put } from "../frame/dom.js";
 import { field } from "../frame/fields.js";
 import { count } from "../frame/format.js";
 import { problemBox } from "../frame/notice.js";
+import { consentFields, isPerson, needsConsent } from "./consent.js";
 import { chosenFiles } from "./drop.js";
 import { photoTile } from "./photo.js";
 import { recipeFields, refreshPrompts } from "./recipes.js";
 
 const WAIT_MS = 500;
 
-/** The card. `desk`: {base, adapters, classes, start(draft), removed()}. */
+/** The card. `desk`: {base, adapters, rules, start(draft), removed()}. */
 export function draftCard(draft, desk) {
   const photos = h("ul", { class: "photos" });
   const state = h("span", { class: "muted small", role: "status" });
   const found = h("div", { class: "stack" });
   const says = h("p", { class: "small muted" });
+  const consent = consentFields(draft);
   const tiles = new Map();
   let timer = null;
 
@@ -82,16 +84,39 @@ export function draftCard(draft, desk) {
       draft.problem && problemBox(draft.problem),
       error && problemBox(error),
       warnings.map((one) => problemBox(`${one.message} ${one.advice}`, "warn")),
+      isPerson(draft.className, desk.rules) &&
+        draft.info?.unchecked.map((text) => h("p", { class: "muted small" }, text)),
     );
     for (const tile of tiles.values()) tile.show();
     const bad = problems.length ? `, ${problems.length} not used` : "";
     state.textContent = draft.info ? `${count(good, "good photo")}${bad}` : count(draft.photos.length, "photo");
   }
 
+  async function propose(event) {
+    const button = event.currentTarget;
+    if (!form.check()) return;
+    button.disabled = true;
+    state.textContent = "asking for captions…";
+    try {
+      const { taken, errors } = await draft.propose();
+      show();
+      state.textContent = taken
+        ? `${count(taken, "caption")} proposed: read and correct them`
+        : "every photo that is used has a caption";
+      if (errors.length) put(found, errors.map((one) => problemBox(one)));
+    } catch (error) {
+      show();
+      put(found, problemBox(error));
+    } finally {
+      button.disabled = false;
+    }
+  }
+
   const text = () => {
     const known = desk.adapters.some((one) => one.id === draft.id);
     const shown = draft.className ? `Prompts say “${draft.prompt.replace("{class}", draft.className)}”. ` : "";
     says.textContent = `${shown}${known ? `${draft.id} exists: this will be a new version of it.` : ""}`;
+    consent.show(needsConsent(draft.className, desk.rules));
   };
   const bind = (name) => (event) => {
     draft[name] = event.target.value;
@@ -138,8 +163,14 @@ export function draftCard(draft, desk) {
       recipeFields(draft, desk.base, () => tiles.forEach((tile) => tile.show())),
     ),
     says,
+    consent.node,
     photos,
-    h("div", { class: "spread" }, state),
+    h(
+      "div",
+      { class: "spread" },
+      state,
+      h("button", { class: "button quiet small", type: "button", onclick: propose }, "Propose captions"),
+    ),
     found,
     h(
       "div",

@@ -1,6 +1,8 @@
 /** A subject that is being put together: its photos as they were checked, and how it shall be trained. */
 
-import { createJob, deletePhotos, uploadPhotos } from "../api/training.js";
+import { onceKey } from "../api/http.js";
+import { createJob, deletePhotos, proposeCaptions, uploadPhotos } from "../api/training.js";
+import { blankConsent, consentOf, needsConsent } from "./consent.js";
 import { stem } from "./drop.js";
 import { zipOf } from "./zip.js";
 
@@ -33,11 +35,12 @@ export class Draft {
     this.word = "sks";
     this.recipe = null;
     this.settings = {};
+    this.consent = blankConsent();
     this.photos = [];
     this.info = null;
     this.problem = null;
     this.fresh = false; // whether the server has exactly these photos and captions
-    this.once = crypto.randomUUID?.() ?? String(Math.random()).slice(2);
+    this.once = onceKey();
   }
 
   /** What prompts say of it. */
@@ -87,16 +90,44 @@ export class Draft {
     if (before) deletePhotos(before).catch(() => {});
   }
 
+  /** Asks for captions of the photos that have none, and takes those that come: {taken, errors}. */
+  async propose() {
+    if (!this.fresh) await this.check();
+    if (this.problem) throw this.problem;
+    const bare = this.photos.filter((photo) => !photo.caption.trim() && !this.isRejected(photo));
+    if (!bare.length) return { taken: 0, errors: [] };
+    const found = await proposeCaptions(this.info.id, {
+      names: bare.map((photo) => photo.name),
+      class: this.className.trim(),
+      instance_prompt: this.prompt,
+    });
+    let taken = 0;
+    for (const { name, caption } of found) {
+      const photo = bare.find((one) => one.name === name);
+      if (!caption || photo.caption.trim()) continue; // somebody has written one meanwhile
+      photo.caption = caption;
+      this.fresh = false;
+      taken += 1;
+    }
+    return { taken, errors: [...new Set(found.map((one) => one.error).filter(Boolean))] };
+  }
+
+  /** Whether the checks say that a photo is not used. */
+  isRejected(photo) {
+    return this.found.problems.some((one) => one.name === photo.name);
+  }
+
   /** What the checks found of the photos: {problems, warnings, error}. */
   get found() {
     return this.info?.subjects[0] ?? { problems: [], warnings: [], error: null };
   }
 
-  /** Submits it; returns the job. */
-  async start(base) {
+  /** Submits it; returns the job. `rules` say who needs a consent. */
+  async start(base, rules) {
     if (!this.fresh) await this.check();
     if (this.problem) throw this.problem;
     const { train, ...method } = this.settings;
+    const consent = consentOf(this.consent, needsConsent(this.className, rules));
     const job = await createJob(
       {
         model: base,
@@ -112,6 +143,7 @@ export class Draft {
           },
         },
         hyperparameters: train ?? {},
+        ...(consent && { consent }),
       },
       this.once,
     );

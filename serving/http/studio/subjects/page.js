@@ -2,6 +2,7 @@
 
 import { listAdapters } from "../api/adapters.js";
 import { server } from "../api/server.js";
+import { consentRules } from "../api/training.js";
 import { h, icon, ICONS, put } from "../frame/dom.js";
 import { count } from "../frame/format.js";
 import { notify } from "../frame/notice.js";
@@ -16,11 +17,15 @@ const CLASSES = ["person", "man", "woman", "dog", "cat", "car", "cup", "toy", "b
 
 /** The page. */
 export async function subjectsPage({ signal }) {
-  const [{ base }, adapters] = await Promise.all([server(), listAdapters({ signal })]);
+  const [{ base }, adapters, rules] = await Promise.all([
+    server(),
+    listAdapters({ signal }),
+    consentRules({ signal }),
+  ]);
   const list = h("div", { class: "stack" });
   const together = h("div", { class: "row" });
   const cards = new Map();
-  const desk = { base, adapters, start, removed: show };
+  const desk = { base, adapters, rules, start, removed: show };
 
   function show() {
     const drafts = allDrafts();
@@ -55,7 +60,7 @@ export async function subjectsPage({ signal }) {
       const card = cards.get(draft);
       card.inert = true;
       try {
-        await draft.start(base);
+        await draft.start(base, rules);
         begun += 1;
       } catch (error) {
         card.inert = false;

@@ -51,8 +51,9 @@ export function photoTile(draft, photo, remove, changed) {
     said,
   );
 
-  /** Shows what the checks found. */
+  /** Shows what the checks found, and the caption. */
   const show = () => {
+    if (caption.value !== photo.caption) caption.value = photo.caption;
     frame.hidden = square || Boolean(draft.settings.train?.crop);
     const { problems, warnings } = draft.found;
     const bad = problems.filter((one) => one.name === photo.name).map((one) => one.reason);

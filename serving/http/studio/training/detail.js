@@ -37,7 +37,7 @@ export async function subjectPage({ parts, signal }) {
     entry = await showEntry(parts, { signal });
     show();
     await samples.show(entry, signal);
-    if (entry.kind === "job") put(checkpoints, await checkpointTable(entry, signal, refresh));
+    put(checkpoints, await checkpointTable(entry, signal, refresh));
     checkpoints.hidden = !checkpoints.childElementCount;
   }
 
