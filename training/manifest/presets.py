@@ -5,27 +5,38 @@ from typing import Any, Literal
 
 Preset = Literal["fast", "balanced", "best"]
 
-# `target: prediction` keeps the class with less noise in the gradient, so fewer steps are enough
+# The base's own predictions of the photos, under the class prompt and their captions, keep the class with the least
+# noise in the gradient: a third of the steps are enough (docs/pocket.md has the table)
+_KEPT = {"source": "prediction", "captions": True}
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     "fast": {
-        "prior": {"target": "prediction", "images": 50},
-        "train": {"max_steps": 350, "checkpoint_every": 50},
+        "lora": {"rank": 16},
+        "prior": _KEPT,
+        "train": {"max_steps": 350, "checkpoint_every": 50, "learning_rate": 2e-4, "lr_scheduler": "cosine"},
     },
     "balanced": {
-        "prior": {"target": "prediction"},
-        "train": {"max_steps": 700, "checkpoint_every": 100},
+        "lora": {"rank": 16},
+        "prior": _KEPT,
+        "train": {"max_steps": 600, "checkpoint_every": 100},
     },
     "best": {
         "lora": {"rank": 16},
-        "prior": {"target": "prediction"},
-        "train": {"max_steps": 1500, "checkpoint_every": 250},
+        "prior": _KEPT,
+        "train": {"max_steps": 1200, "checkpoint_every": 200},
     },
 }
 
 
 def with_preset(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """A subject's settings, as a manifest names them, over those of the preset that they name, if any."""
-    return merge(PRESETS.get(str(settings.get("preset")), {}), settings)
+    """A subject's settings, as a manifest names them, over those of the preset that they name, if any.
+
+    A preset's `prior` is one choice: it is left out where the settings name a source or a target of their own.
+    """
+    preset = dict(PRESETS.get(str(settings.get("preset")), {}))
+    prior = settings.get("prior")
+    if isinstance(prior, Mapping) and prior.keys() & {"source", "target", "folder", "enabled"}:
+        preset.pop("prior", None)
+    return merge(preset, settings)
 
 
 def merge(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

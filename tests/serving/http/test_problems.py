@@ -17,5 +17,13 @@ def test_the_status_is_the_one_that_the_error_names(name: str) -> None:
 
 
 def test_every_error_for_a_client_names_its_status() -> None:
-    told = {"QueueFull", "DeadlineExceeded", "AdapterUnavailable", "Withheld", "NotReady", "GenerationFailed"}
+    told = {
+        "QueueFull",
+        "DeadlineExceeded",
+        "AdapterUnavailable",
+        "NetworkUnavailable",
+        "Withheld",
+        "NotReady",
+        "GenerationFailed",
+    }
     assert set(STATUS) == told and STATUS["AdapterUnavailable"] == 422

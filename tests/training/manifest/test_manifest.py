@@ -126,10 +126,16 @@ def test_aspect_buckets_need_a_resolution_of_whole_eighths(resolution: int, good
 
 def test_a_preset_chooses_what_is_not_said() -> None:
     text = "{version: 1, name: t, defaults: {class: dog, preset: fast, train: {checkpoint_every: 7}}, subjects: "
-    text += "[{id: a, images: x}, {id: b, images: x, preset: best, train: {max_steps: 9}, prior: {target: image}}]}"
+    text += "[{id: a, images: x}, {id: b, images: x, preset: best, train: {max_steps: 9}, "
+    text += "prior: {source: folder, folder: y}}]}"
     a, b = parse_manifest(text).subjects
-    assert (a.train.max_steps, a.prior.target, a.train.checkpoint_every) == (350, "prediction", 7)
-    assert (b.lora.rank, b.train.max_steps, b.prior.target, b.train.checkpoint_every) == (16, 9, "image", 7)
+    assert (a.train.max_steps, a.prior.source, a.prior.captions, a.train.checkpoint_every) == (
+        350,
+        "prediction",
+        True,
+        7,
+    )
+    assert (b.lora.rank, b.train.max_steps, b.prior.source, b.train.checkpoint_every) == (16, 9, "folder", 7)
     assert parse_subject({"id": "a", "class": "dog", "images": "x", "preset": "best"}).lora.rank == 16
 
 
