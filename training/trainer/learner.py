@@ -18,7 +18,7 @@ from training.trainer.member import Member
 from training.trainer.optimizer import OptimizerState, Rates, SlotOptimizer, make_optimizers
 
 
-class Outcome(NamedTuple):
+class StepOutcome(NamedTuple):
     """What the host learns of a step: both losses of every member, over all processes, and the norms of those due.
 
     Norms are of gradients before clipping.
@@ -53,7 +53,7 @@ class Learner(Protocol):
         due: Mapping[int, Member],
         rates: Rates,
         numbers: Sequence[Tensor],
-    ) -> Outcome:
+    ) -> StepOutcome:
         """Clips and applies the gradients of the members that are due, by their place among all M, and forgets them.
 
         `losses_2M` are the losses of all in this process. Where a member's loss or norm is not finite nothing is
@@ -110,11 +110,11 @@ class LocalLearner:
         due: Mapping[int, Member],
         rates: Rates,
         numbers: Sequence[Tensor],
-    ) -> Outcome:
+    ) -> StepOutcome:
         """See `Learner`."""
         if not due:
             instance, prior = losses_2M.tolist()
-            return Outcome(instance, prior, [])
+            return StepOutcome(instance, prior, [])
         gradient_SP = self._gradient()
         members = list(due.values())
         slots = constant(tuple(member.slot for member in members), torch.long, gradient_SP.device)
@@ -142,7 +142,7 @@ class LocalLearner:
         for (place, member), norm in zip(due.items(), norms, strict=True):
             if not math.isfinite(instance[place] + prior[place] + norm):
                 self._optimizer(member.train).retract(member.slot)
-        return Outcome(instance, prior, norms)
+        return StepOutcome(instance, prior, norms)
 
     def restart(self) -> None:
         """See `Learner`."""

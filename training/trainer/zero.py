@@ -25,7 +25,7 @@ from training.adapters.bank import Bank
 from training.base.base import Base
 from training.errors import GangBroken, SubjectFailed, UserError
 from training.manifest.subject import TrainSpec, ZeroSpec
-from training.trainer.learner import Outcome
+from training.trainer.learner import StepOutcome
 from training.trainer.member import Member, StepReport, Subject
 from training.trainer.optimizer import OptimizerState, Rates
 from training.trainer.pack import Pack
@@ -267,17 +267,19 @@ class ShardedLearner:
         """See `Learner`: none."""
         return []
 
-    def step(self, losses_2M: Tensor, due: Mapping[int, Member], rates: Rates, numbers: Sequence[Tensor]) -> Outcome:
+    def step(
+        self, losses_2M: Tensor, due: Mapping[int, Member], rates: Rates, numbers: Sequence[Tensor]
+    ) -> StepOutcome:
         """See `Learner`."""
         instance, prior = self._gang.total(losses_2M.flatten().tolist())
         if not due or not math.isfinite(instance + prior):
-            return Outcome([instance], [prior], [math.nan] * len(due))
+            return StepOutcome([instance], [prior], [math.nan] * len(due))
         (member,) = due.values()
         for group, (place, _) in zip(self._groups(), self._columns, strict=True):
             group["lr"] = rates[member.slot][place][1]
         self._engine.step()
         self._settled = False
-        return Outcome([instance], [prior], [float(self._engine.get_global_grad_norm())])
+        return StepOutcome([instance], [prior], [float(self._engine.get_global_grad_norm())])
 
     def restart(self) -> None:
         """See `Learner`."""
