@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from benchmarks.meta import META
 from training.base.base import Base
 from training.base.families import open_family
-from training.base.family import Cond, Parts, Words
+from training.base.family import Cond, Parts, Wording, Words
 from training.base.files.released import configs
 from training.base.files.single_file import write_configs
 
@@ -101,11 +101,11 @@ class PaperBase(Base):
         """See `Base`; the denoiser alone."""
         return {self.facts.denoiser: self.denoiser}
 
-    def encode(self, prompts: Sequence[str], words: Sequence[Words] | None = None, chunks: int = 1) -> list[Cond]:
+    def encode(self, prompts: Sequence[Wording], words: Sequence[Words] | None = None, chunks: int = 1) -> list[Cond]:
         """See `Base`."""
         return [self._record() for _ in prompts]
 
-    def count_chunks(self, prompt: str, words: Words) -> int:
+    def count_chunks(self, prompt: Wording, words: Words) -> int:
         """See `Base`; always one."""
         return 1
 

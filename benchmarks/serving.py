@@ -36,13 +36,19 @@ from peft.tuners.lora import LoraLayer
 from serving.config import EngineSpec
 from serving.engine.engine import Engine
 from serving.engine.job import Done, Job, JobFailed
+from serving.engine.pictures.codec import encode
+from serving.engine.pictures.edit import decode_edit
+from serving.engine.pictures.hints import NO_HINTS, Hints
 from serving.engine.prompts import make_routes
-from serving.engine.request import AdapterRef, AdapterUse, GenerateRequest
+from serving.engine.request import AdapterRef, AdapterUse, ControlUse, EditMask, GenerateRequest, NetworkRef
 from serving.engine.tiers.adapters import Adapters
 from tests.tiny import clip, clip_tokenizer, unet
 from training.adapters.adapter import Adapter, LowRank, save_adapter
 from training.adapters.layout import find_sites
 from training.base.base import Base, load_base
+from training.base.files.folder import EMBEDDED
+from training.storage.networks import NetworkFolders
+from training.storage.storage import LocalStorage
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 WIDE = (*ATTENTION, "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out", "conv1", "conv2")
@@ -204,7 +210,7 @@ def serve(engine: Engine, wanted: Sequence[tuple[float, GenerateRequest]]) -> tu
             now = left[0][0]
         while left and left[0][0] <= now:
             came, one = left.pop(0)
-            jobs[engine.submit(one)] = came
+            jobs[engine.submit(one, edit=None if one.mask is None else decode_edit(one))] = came
         if engine.idle:
             engine.woken.wait(1)
         engine.woken.clear()
@@ -315,6 +321,64 @@ def fixed_rows(base: Base, steps: int, side: int) -> Table:
     return table
 
 
+def masks(base: Base, steps: int, side: int, images: int = 32) -> Table:
+    """Images a second where none, every second and every request redraws the left half of a picture."""
+    found = {}
+    adapters = shelf(base, 8)
+    with engine_over(base, adapters, slots=8) as engine:
+        for name, every in (("no masks", images + 1), ("every second masked", 2), ("all masked", 1)):
+            wanted = [(0.0, request(i, i % 8, steps, side)) for i in range(images)]
+            wanted = [(due, masked(one, i) if (i + 1) % every == 0 else one) for i, (due, one) in enumerate(wanted)]
+            serve(engine, wanted[:16])
+            found[name] = images / min(serve(engine, wanted)[0] for _ in range(3))
+    return [(name, f"{rate:.2f} images/s", f"{rate / found['no masks']:.2f}") for name, rate in found.items()]
+
+
+def masked(one: GenerateRequest, seed: int) -> GenerateRequest:
+    """The request, of coloured noise whose left half is redrawn."""
+    generator = torch.Generator().manual_seed(seed)
+    pixels_HWC = torch.randint(0, 256, (one.height, one.width, 4), generator=generator, dtype=torch.uint8)
+    pixels_HWC[..., 3] = 255 * (torch.arange(one.width) >= one.width // 2)
+    changes = {"image": encode(pixels_HWC, "png", 100), "mask": EditMask(feather_px=4), "strength": 1.0}
+    return one.model_copy(update=changes)
+
+
+# -- networks beside the base --
+
+
+def controlled(base: Base, steps: int, side: int, images: int = 16) -> Table:
+    """Images a second with a ControlNet on none, half and all of the rows of the same forwards."""
+    network = "pocket-canny"
+    folders = NetworkFolders(LocalStorage(tempfile.gettempdir()), EMBEDDED)
+    found = folders.look("control", network)
+    assert found is not None
+    use = ControlUse(ref=NetworkRef(kind="control", name=network, version=found.version), image=b"")
+    hints = Hints((torch.randint(0, 2, (3, side, side), generator=torch.Generator().manual_seed(0)).byte() * 255,))
+    rates = {}
+    for name, share in (("no row", 0), ("half of the rows", 2), ("all rows", 1)):
+        wanted = [request(index, None, steps, side) for index in range(images)]
+        told = [
+            one.model_copy(update={"controls": (use,)} if share and i % share == 0 else {})
+            for i, one in enumerate(wanted)
+        ]
+        spec = EngineSpec(device="cpu", slots=1, max_rows=MAX_ROWS, queue=100_000)
+        engine = Engine(base, spec, shelf(base, 0).__getitem__, open_network=folders.folder)
+
+        def submit(one: GenerateRequest, engine: Engine = engine, plain: Any = engine.submit, **rest: Any) -> Job:
+            return plain(one, hints=hints if one.controls else NO_HINTS)
+
+        engine.submit = submit  # type: ignore[assignment, method-assign]
+        try:
+            serve(engine, [(0.0, one) for one in told])
+            rates[name] = images / min(serve(engine, [(0.0, one) for one in told])[0] for _ in range(3))
+        finally:
+            engine.close()
+    plain_rate = rates["no row"]
+    return [
+        (f"ControlNet on {name}", f"{rate:.2f} images/s", f"{rate / plain_rate:.2f}") for name, rate in rates.items()
+    ]
+
+
 # -- working sets and arrivals --
 
 
@@ -380,8 +444,11 @@ def main() -> None:
     table, rates = saturated(base, steps, side)
     tell(f"At saturation, {steps} steps, rank 8 attention", ["", "throughput", "8 distinct, times this"], table)
     tell("Working sets", ["", "throughput", "of set = slots"], working_sets(base, steps, side))
+    if options.base == "pocket":
+        tell("ControlNet (`pocket-canny`)", ["", "throughput", "of without"], controlled(base, steps, side))
     heads = ["images at once", "as many rows as there are", f"`fixed_rows`: always {MAX_ROWS}", "ratio"]
     tell("The same bits in any company", heads, fixed_rows(base, steps, side))
+    tell("Masks, 8 distinct adapters", ["", "throughput", "of no masks"], masks(base, steps, side))
     capacity = rates["ours, 32 distinct adapters"]
     heads = ["Poisson, 32 adapters by Zipf, 16 slots", "p50", "p95", "p99"]
     tell("Arrivals", heads, arrivals(base, steps, side, capacity))

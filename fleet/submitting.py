@@ -19,6 +19,7 @@ from fleet.once import digest, id_once
 from fleet.settings import check_subject, default_id, subject_of
 from serving.errors import QueueFull
 from serving.http.problems import ApiError
+from training.base.files.check import check_trainable
 from training.base.files.folder import public_name
 from training.base.files.outline import Outline
 from training.errors import UserError
@@ -41,6 +42,7 @@ class SubmissionDesk:
     """Where jobs and manifests are submitted, for the base of this fleet."""
 
     def __init__(self, storage: Storage, base: Outline, base_hash: str, spec: FleetSpec, board: Board) -> None:
+        check_trainable(base.name, base.facts)
         self.storage = storage
         self.base = base
         self.base_hash = base_hash

@@ -69,7 +69,13 @@ class EngineSpec(Closed):
     )
     queue: int = Field(default=256, ge=1, description="images that may wait; beyond it requests get 429")
     decode_rows: int = Field(default=4, ge=1, description="images of the base's size decoded between two steps")
+    vae_tile_px: int = Field(
+        default=1024,
+        ge=0,
+        description="pictures with a longer side are encoded and decoded in overlapping tiles of it; 0: never",
+    )
     host_bytes: int = Field(default=2 * 2**30, ge=0, description="host memory for adapters that are not on the device")
+    networks: int = Field(default=4, ge=1, le=64, description="ControlNets and IP-Adapters on the device at once")
     prompt_tokens: int = Field(default=600, ge=1, description="tokens of a prompt; longer ones get 400")
     prompt_cache: int = Field(default=512, ge=0, description="prompt embeddings kept")
     loaders: int = Field(default=4, ge=1, le=64, description="threads that fetch and unpack adapters")
@@ -92,6 +98,11 @@ SERVER_FLAGS = (
     "guidance_scale",
     "scheduler",
     "picture_parameters",
+    "history",
+    "history_days",
+    "link_s",
+    "picture_bytes",
+    "site",
     "disk_bytes",
     "refresh_s",
 )
@@ -126,6 +137,25 @@ class ServeSpec(Closed):
         default=None,
         description="PNG files hold prompt, seed and settings, as AUTOMATIC1111 writes and reads them; by default "
         "where the server has no keys: they would tell others a tenant's prompts",
+    )
+    history: bool = Field(
+        default=False,
+        description="pictures are kept on the storage with prompt and settings, for their own tenant to see and delete",
+    )
+    history_days: float = Field(default=30.0, gt=0, description="days that the history keeps a picture")
+    link_s: float = Field(
+        default=3600.0,
+        gt=0,
+        le=7 * 86400,
+        description="seconds that a link to a picture (response_format url) is valid",
+    )
+    picture_bytes: int = Field(
+        default=2**30, ge=0, description="bytes of a tenant's kept pictures; beyond it the oldest are deleted"
+    )
+    site: str | None = Field(
+        default=None,
+        pattern=r"^https?://[^\s/?#]+(/[^\s?#]*)?$",
+        description="what links to pictures begin with, such as https://fleet.example; none: what the caller used",
     )
     disk_bytes: int = Field(default=10 * 2**30, ge=0, description="local disk for adapters of an object store; 0: none")
     refresh_s: float = Field(default=1.0, ge=0, description="how old what is known about `current` may be")

@@ -6,6 +6,7 @@
         ├── QuotaExceeded         the tenant has stored as much as it may (429, but no later try helps)
         ├── DeadlineExceeded      it took longer than it may (504)
         ├── AdapterUnavailable    the adapter is there but cannot be loaded onto this base (422)
+        ├── NetworkUnavailable    the same of a ControlNet (422)
         ├── Withheld              what it wears was taken back or taken off (410)
         └── NotReady              the server is starting or draining (503)
     GenerationFailed              an error of the server in one request; other requests are not affected (500)
@@ -42,6 +43,10 @@ class DeadlineExceeded(Refused):
 
 class AdapterUnavailable(Refused):
     """The adapter exists, but its weights cannot be loaded onto this base."""
+
+
+class NetworkUnavailable(Refused):
+    """The ControlNet exists, but cannot be loaded onto this base."""
 
 
 class Withheld(Refused):

@@ -19,7 +19,9 @@ from serving.http.app import create_app, open_keys
 from serving.http.library import Library
 from serving.marking.marks import Marks, noise_mark, pixel_mark
 from training.base.base import best_device, load_base
+from training.base.files.folder import EMBEDDED
 from training.base.files.outline import outline
+from training.storage.networks import NetworkFolders
 from training.storage.registry import Registry
 from training.storage.storage import LocalStorage, open_storage
 
@@ -70,7 +72,8 @@ def make_engine(spec: ServeSpec) -> Engine:
     if not isinstance(storage, LocalStorage) and spec.disk_bytes:
         disk = DiskCache(Path(tempfile.gettempdir(), "dreamfleet-adapters"), spec.disk_bytes)
     marks = noise_mark(spec.marks, storage), pixel_mark(spec.marks, storage)
-    return Engine(base, spec.engine, Fetcher(Registry(storage), disk), *marks)
+    networks = NetworkFolders(storage, EMBEDDED)
+    return Engine(base, spec.engine, Fetcher(Registry(storage), disk), *marks, networks.folder)
 
 
 def make_app(spec: ServeSpec, loop: EngineLoop) -> FastAPI:

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from training.base.base import Base
-from training.base.family import Words
+from training.base.family import Wording, Words
 from training.base.noise.ddpm import Ddpm
 
 WORDS = (
@@ -136,7 +136,7 @@ def clip_tokenizer(base: Base) -> CLIPTokenizer:
     return cast(CLIPTokenizer, base.parts.tokenizers["text_encoder"])
 
 
-def states(base: Base, prompts: Sequence[str], words: Sequence[Words] | None = None) -> Tensor:
+def states(base: Base, prompts: Sequence[Wording], words: Sequence[Words] | None = None) -> Tensor:
     """The hidden states [N, L, C] of prompts."""
     return torch.stack([cond["states"] for cond in base.encode(prompts, words)])
 

@@ -14,15 +14,22 @@ import torch
 from torch import Tensor
 
 from serving.config import EngineSpec
+from serving.engine.admission import make_job
 from serving.engine.finishing import Finisher
 from serving.engine.job import Done, EngineStats, Guess, Job, JobEvent, JobFailed, Recovered, Sample
+from serving.engine.pictures.decoding import Given
+from serving.engine.pictures.edit import Edit
+from serving.engine.pictures.hints import NO_HINTS, Hints
+from serving.engine.pictures.vae import TiledVae
 from serving.engine.prompts import PromptCache
-from serving.engine.reading import backwards
 from serving.engine.request import AdapterRef, GenerateRequest
 from serving.engine.scheduler import Scheduler
 from serving.engine.starting import Starter
 from serving.engine.stepping import Stepper
-from serving.engine.tiers.adapters import Adapters, Fetch, explain_load
+from serving.engine.tiers.adapters import Adapters, Fetch
+from serving.engine.tiers.bringing import Bringer
+from serving.engine.tiers.networks import Networks, OpenNetwork
+from serving.engine.upscaling import Upscaler
 from serving.errors import DeadlineExceeded, GenerationFailed, QueueFull, Refused, Withheld
 from serving.marking.evidence import find_reader
 from serving.marking.noise import NoiseMark
@@ -35,7 +42,8 @@ class Engine:
     """`fetch(ref)` reads an adapter; it is called on loader threads. `woken` is set when a load has ended.
 
     `mark` puts its message into the first noise of every picture; without it, noise is what the seed alone gives.
-    `pixel_mark` is put into finished pictures by whoever encodes them.
+    `pixel_mark` is put into finished pictures by whoever encodes them. `open_network` gives folders of ControlNets and
+    IP-Adapters.
     """
 
     def __init__(
@@ -45,6 +53,7 @@ class Engine:
         fetch: Fetch,
         mark: NoiseMark | None = None,
         pixel_mark: PixelMark | None = None,
+        open_network: OpenNetwork | None = None,
     ) -> None:
         self.base = base
         self.mark = mark
@@ -54,6 +63,8 @@ class Engine:
         self.stats = EngineStats()
         self.woken = Event()
         self.adapters = Adapters(base, spec, fetch, self.woken)
+        self.networks = Networks(base, spec, open_network, self.woken)
+        self.bringer = Bringer(self.adapters, self.networks)
         # no forward and no decoding has more cells than a full one at the base's own size, but for a single larger row
         row_cells = base.facts.latent_side**2
         self.scheduler = Scheduler[Sample](spec.max_rows, spec.queue, spec.max_rows * row_cells)
@@ -65,9 +76,11 @@ class Engine:
             capacity=spec.prompt_cache,
             longest=spec.prompt_tokens,
         )
-        self.starter = Starter(base, self.adapters, self.prompts, mark)
+        vae = TiledVae(base, spec.vae_tile_px)
+        self.starter = Starter(base, self.adapters, self.networks, self.prompts, mark, vae)
+        self.upscaler = Upscaler(base, vae, self.starter)
         self.stepper = Stepper(base, spec, self.adapters, self.scheduler, self.stats)
-        self.finisher = Finisher(base, spec.decode_rows * row_cells)
+        self.finisher = Finisher(base, spec.decode_rows * row_cells, vae)
         self._outcomes: list[JobEvent] = []
         self._withheld: frozenset[str] = frozenset()
         self._image_s = 0.0  # between two images, smoothed
@@ -76,13 +89,24 @@ class Engine:
     def close(self) -> None:
         """Stops the loaders and takes the bank off the base, which is as it was before."""
         self.adapters.close()
+        self.networks.close()
 
     # -- requests in and out --
 
-    def submit(self, request: GenerateRequest, pixels_CHW: Tensor | None = None) -> Job:
+    def submit(
+        self,
+        request: GenerateRequest,
+        pixels_CHW: Tensor | None = None,
+        *,
+        edit: Edit | None = None,
+        references: Sequence[Tensor] = (),
+        hints: Hints = NO_HINTS,
+    ) -> Job:
         """Queues a request and returns its job; its adapters begin to load at once.
 
-        `pixels_CHW`: the picture that image-to-image starts from, uint8, of the request's size.
+        `pixels_CHW`: the picture that image-to-image starts from, uint8, of the request's size. `edit`: the one that is
+        edited, with its mask. `references`: those that the prompt refers to, uint8. `hints`: of its
+        ControlNets and IP-Adapters.
 
         Raises QueueFull, or UserError for what this engine cannot do.
         """
@@ -91,18 +115,10 @@ class Engine:
         for use in request.adapters:
             if f"{use.ref.tenant}/{use.ref.id}" in self._withheld:
                 raise Withheld(f"Adapter '{use.ref.tenant}/{use.ref.id}' is withdrawn.")
-        strength = None if pixels_CHW is None else request.strength
-        size = self.base.latent_size(request.height, request.width)
-        if request.reading:
-            if self.mark is None or pixels_CHW is None:
-                raise Refused("Nothing can be read: this server marks no pictures (`watermark: none`).")
-            schedule = backwards(self.base.process, request.steps, size)
-        else:
-            schedule = self.base.process.schedule(request.scheduler, request.steps, strength, size)
-        takes_negative = self.base.facts.guidance == "cfg"
-        job = Job(request, schedule, pixels_CHW, arrived_s=time.monotonic(), takes_negative=takes_negative)
-        wide = job.guided and 2 * size[0] * size[1] > self.scheduler.max_cells
-        job.samples = [Sample(job, index, size, wide) for index in range(request.count)]
+        given = Given(pixels_CHW, edit, tuple(references))
+        job = make_job(self.base, request, given, self.scheduler.max_cells, reads=self.mark is not None)
+        job.hints = hints
+        self.bringer.check(job)
         try:
             self.scheduler.submit(job.samples, self._retry_after_s())
         except QueueFull:
@@ -110,7 +126,7 @@ class Engine:
             raise
         self.jobs[job] = None
         self.stats.requests += 1
-        self.adapters.want(job.keys, job.loads)
+        self.bringer.want(job)
         return job
 
     def cancel(self, job: Job) -> None:
@@ -193,6 +209,9 @@ class Engine:
         worn = {key for sample in self.scheduler.running for key in sample.job.keys}
         pinned = self.adapters.slots.pinned
         assert len(worn) == pinned, f"{len(worn)} adapters are worn, but {pinned} slots are pinned"
+        used = {key for sample in self.scheduler.running for key in sample.job.networks}
+        pinned = self.networks.slots.pinned
+        assert len(used) == pinned, f"{len(used)} networks are used, but {pinned} are pinned"
 
     def _sweep(self) -> None:
         """Fails jobs that are past their deadline or whose adapters could not be loaded."""
@@ -201,26 +220,17 @@ class Engine:
             if now > job.deadline_s:
                 self._fail(job, DeadlineExceeded(f"The images were not done within {job.request.deadline_s:g} s."))
                 continue
-            for ref, load in list(job.loads.items()):
-                if load.done() and (error := load.exception()) is not None:
-                    self._fail(job, explain_load(ref, error))
-                    break
+            if (failed := self.bringer.failed(job)) is not None:
+                self._fail(job, failed)
 
     def _start(self, sample: Sample) -> bool:
-        """Takes slots for a sample's adapters; False if it has to wait for a load or a slot."""
+        """Takes what a sample needs on the device; False if it has to wait for a load or for room."""
         job = sample.job
-        # asked again: an adapter that was in a slot when the request came may have been evicted while it waited
-        self.adapters.want(job.keys, job.loads)
-        if not sample.ready or any(load.exception() for load in job.loads.values()):
-            return False
-        sample.slots = self.adapters.acquire(job.keys, job.loads)
-        if sample.slots is None:
+        if not self.bringer.take(sample):
             return False
         if job.started_s is None:
             job.started_s = time.monotonic()
             self.stats.queue_seconds += job.started_s - job.arrived_s
-        if all(other.slots is not None for other in job.samples):
-            self.adapters.settle(job.loads)
         return True
 
     def _begin(self) -> None:
@@ -228,6 +238,7 @@ class Engine:
         fresh = [sample for sample in self.scheduler.running if sample.generator is None]
         self._guarded([sample for sample in fresh if sample.job.conds is None], self._encode)
         for sample in fresh:
+            self._guarded([sample], self.starter.steer)
             self._guarded([sample], self.starter.first_latents)
 
     def _encode(self, samples: Sequence[Sample]) -> None:
@@ -236,7 +247,11 @@ class Engine:
 
     def _stepped(self, samples: Sequence[Sample]) -> None:
         for sample in samples:
-            if sample.step >= sample.job.schedule.steps:
+            if sample.step >= sample.schedule.steps and sample.job.second is not None and not sample.enlarged:
+                self.stepper.forget(sample.kind)
+                with self.stats.timed("decode"):
+                    self.upscaler.enlarge(sample)
+            elif sample.step >= sample.schedule.steps:
                 self._leave(sample)
                 if sample.job.request.reading:
                     self._recovered(sample)
@@ -244,7 +259,7 @@ class Engine:
                     self.finisher.add(sample)
             elif sample.preview_due:
                 pixels = self.finisher.preview(sample)
-                self._outcomes.append(Guess(sample.job, sample.index, sample.previews, sample.step, pixels))
+                self._outcomes.append(Guess(sample.job, sample.index, sample.previews, sample.taken, pixels))
                 sample.previews += 1
 
     def _recovered(self, sample: Sample) -> None:
@@ -303,12 +318,12 @@ class Engine:
         for sample in job.samples:
             self._leave(sample)
             self.finisher.drop(sample)
-        self.adapters.settle(job.loads)
+        self.bringer.settle(job)
 
     def _leave(self, sample: Sample) -> None:
         """Takes a sample out of the scheduler and releases its adapters."""
         if self.scheduler.remove(sample):
-            self.adapters.release(sample.job.keys)
+            self.bringer.release(sample.job)
         self.stepper.forget(sample.kind)
 
     def _image_done(self) -> None:

@@ -8,14 +8,16 @@ from torch import Tensor
 
 from serving.engine.job import Sample
 from serving.engine.pictures.preview import PreviewMap, fit_preview
+from serving.engine.pictures.vae import TiledVae, as_bytes
 from training.base.base import Base
 
 
 class Finisher:
     """Decodes at most `cells` latent cells at a time, or one sample that has more."""
 
-    def __init__(self, base: Base, cells: int) -> None:
+    def __init__(self, base: Base, cells: int, vae: TiledVae) -> None:
         self._base = base
+        self._vae = vae
         self._cells = cells
         self._waiting: deque[Sample] = deque()
         self._preview: PreviewMap | None = None
@@ -46,13 +48,14 @@ class Finisher:
 
     def decode(self, samples: Sequence[Sample]) -> list[Tensor | None]:
         """The samples' pictures, uint8 [H, W, 3] on the CPU; None for one that is not a number."""
-        images_NCHW = self._base.to_pixels(torch.stack([sample.at for sample in samples])).float()
+        images_NCHW = self._vae.to_pixels(torch.stack([sample.at for sample in samples])).float()
         finite = torch.isfinite(images_NCHW).flatten(1).all(dim=1).tolist()
-        pixels_NCHW = ((images_NCHW / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).cpu()
-        return [image.permute(1, 2, 0) if good else None for image, good in zip(pixels_NCHW, finite, strict=True)]
+        return [
+            image.permute(1, 2, 0) if good else None for image, good in zip(as_bytes(images_NCHW), finite, strict=True)
+        ]
 
     def preview(self, sample: Sample) -> Tensor:
         """The model's guess of a sample, uint8 [h, w, 3] at latent resolution."""
         if self._preview is None:
             self._preview = fit_preview(self._base)
-        return self._preview(sample.guess)
+        return self._preview(sample.guess if sample.kept is None else sample.kept.put_back(sample.guess))

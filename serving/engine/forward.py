@@ -52,8 +52,12 @@ class Forward:
         conds = [cond for sample in order for cond in sample.conds]
         fill = max(0, (fixed_rows or 0) - len(rows))
         conds += conds[:1] * fill
-        facts = [RowFacts(guidance=sample.job.request.guidance_scale) for sample in rows]
-        facts += facts[:1] * fill
+        pictures = [shown for sample in order for shown in sample.image_prompts]
+        facts = [
+            RowFacts(guidance=sample.job.request.guidance_scale, image_prompts=shown)
+            for sample, shown in zip(rows, pictures, strict=True)
+        ]
+        facts += [RowFacts(guidance=facts[0].guidance)] * fill
         slots: list[tuple[int, ...]] = [sample.slots or () for sample in rows]
         weights: list[tuple[float, ...]] = [sample.job.weights for sample in rows]
         routes = make_routes(bank, [base.facts.denoiser], slots + [()] * fill, weights + [()] * fill, empty)
@@ -73,10 +77,21 @@ class Forward:
         guided = len(self.guidance_G)
         x_MCHW = self._rows(lines.model_input(latents_NCHW))
         with bank.using(*self.routes):
-            output = base.predict(x_MCHW.to(base.dtype), self._rows(lines.timesteps_N), self.conds, self.facts).float()
+            times_M = self._rows(lines.timesteps_N)
+            output = base.predict(x_MCHW.to(base.dtype), times_M, self.conds, self._steered()).float()
         plain, prompted = output[: 2 * guided].unflatten(0, (guided, 2)).unbind(1)
         pushed = plain + self.guidance_G * (prompted - plain)
         return torch.cat([pushed, output[2 * guided : guided + len(self.order)]])
+
+    def _steered(self) -> tuple[RowFacts, ...]:
+        """`facts` with the ControlNets of this step; rows that nobody reads have none."""
+        steers = [sample.steers for sample in self.order]
+        if not any(steers):
+            return self.facts
+        guided = len(self.guidance_G)
+        of_rows = [one for one in steers[:guided] for _ in range(2)] + steers[guided:]
+        facts = zip(self.facts, of_rows, strict=False)
+        return (*(fact._replace(steers=one) for fact, one in facts), *self.facts[len(of_rows) :])
 
     def _rows(self, samples_NX: Tensor) -> Tensor:
         """One line a sample, laid out as rows."""

@@ -11,9 +11,16 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from serving.engine.request import MAX_SEED, AdapterRef, GenerateRequest
+from serving.engine.kept import KeptPart
+from serving.engine.pictures.edit import Edit
+from serving.engine.pictures.hints import NO_HINTS, Hints
+from serving.engine.request import MAX_SEED, AdapterRef, GenerateRequest, NetworkRef
+from serving.engine.steering import Steering
 from serving.engine.tiers.adapters import Loads
-from training.base.family import Cond
+from serving.engine.tiers.networks import NetworkLoads
+from training.base.controls import Steer
+from training.base.family import Cond, Wording
+from training.base.image_prompts import ImagePrompt
 from training.base.noise.process import Schedule
 
 
@@ -27,10 +34,21 @@ class Job:
     arrived_s: float  # time.monotonic
     takes_negative: bool = True  # whether the base is guided by a second row, with the negative prompt
     loads: Loads = field(default_factory=dict)
+    hints: Hints = NO_HINTS
+    network_loads: NetworkLoads = field(default_factory=dict)
+    # what its ControlNets and its pictures tell its rows, once they are on the device
+    steering: tuple[Steering, ...] = ()
+    image_prompts: tuple[tuple[ImagePrompt, ImagePrompt], ...] = ()  # with the prompt, with the negative one
     samples: list["Sample"] = field(default_factory=list)
+    edit: Edit | None = None  # what of the picture is redrawn, and what it is put back into
+    references: tuple[Tensor, ...] = ()  # the pictures that the prompt refers to, uint8
+    second: Schedule | None = None  # of the pass that redraws what is enlarged
     conds: tuple[Cond, Cond | None] | None = None  # of the prompt and, with guidance, of the negative prompt
-    together: Hashable = None  # the family's key of the prompts: only rows with equal keys share a forward
+    further: list[Cond] = field(default_factory=list)  # of the prompts that `AND` joins to the first
+    parts: tuple[tuple[Wording, float], ...] = ()  # the prompts, each with the weight of its prediction
+    negative: Wording = ""
     image: tuple[Tensor, Tensor] | None = None  # mean and std [C, h, w] of the picture's latents
+    encoded: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)  # of other pictures, by what they are
     started_s: float | None = None
     over: bool = False
 
@@ -45,6 +63,17 @@ class Job:
         return tuple(use.weight for use in self.request.adapters)
 
     @property
+    def steps(self) -> int:
+        """Of all passes of one of its images."""
+        return self.schedule.steps + (self.second.steps if self.second else 0)
+
+    @property
+    def networks(self) -> tuple[NetworkRef, ...]:
+        """The ControlNets that steer it, and the IP-Adapters that read its pictures."""
+        asked = self.request
+        return (*(use.ref for use in asked.controls), *(use.ref for use in asked.image_prompts))
+
+    @property
     def deadline_s(self) -> float:
         """When the request fails if it is not done, on the clock of `time.monotonic`."""
         return self.arrived_s + self.request.deadline_s
@@ -52,28 +81,49 @@ class Job:
     @property
     def guided(self) -> bool:
         """Whether it takes a row with the negative prompt too: guidance above 1, on a base that is guided so."""
-        return self.takes_negative and self.request.guidance_scale > 1.0
+        return self.takes_negative and (self.request.guidance_scale > 1.0 or self.composed)
+
+    @property
+    def composed(self) -> bool:
+        """Whether its prediction is made of those of several prompts."""
+        return len(self.parts) > 1
 
 
 @dataclass(eq=False, slots=True)
 class Sample:
     """One image being made. `latents` and `clean` are [C, h, w] float32 on the device once it runs.
 
-    `wide`: its two rows of guidance are more than one forward may have, so it takes a step in two forwards, and others
-    may go between them. `plain` is the first one's prediction [C, h, w], while the second is to come.
+    `wide`: its rows of guidance are more than one forward may have, or they are more than two, so it takes a step in as
+    many forwards, and others may go between them. `said` are the predictions [C, h, w] of the rows before the last.
     """
 
     job: Job
     index: int
     size: tuple[int, int]
     wide: bool = False
-    plain: Tensor | None = None
+    more_cells: int = 0
+    said: list[Tensor] = field(default_factory=list)
     slots: tuple[int, ...] | None = None  # of its adapters, once it has started
     step: int = 0
     previews: int = 0
     generator: torch.Generator | None = None
     latents: Tensor | None = None
     clean: Tensor | None = None
+    kept: KeptPart | None = None  # what stays of the picture that is edited
+    beside: Mapping[str, Tensor] = field(default_factory=dict)  # what its prompts' records hold beside them
+    together: Hashable = None  # the family's key of the prompts: only rows with equal keys share a forward
+    enlarged: bool = False  # whether it is in its second pass
+
+    @property
+    def schedule(self) -> Schedule:
+        """The run of the pass that it is in."""
+        second = self.job.second if self.enlarged else None
+        return second or self.job.schedule
+
+    @property
+    def taken(self) -> int:
+        """Steps of all its passes that are behind it."""
+        return self.step + (self.job.schedule.steps if self.enlarged else 0)
 
     @property
     def tenant(self) -> str:
@@ -83,12 +133,12 @@ class Sample:
     @property
     def kind(self) -> tuple[Hashable, ...]:
         """Samples of equal kinds may share a forward: latents' size, and the family's key of the prompts."""
-        return (*self.size, self.job.together)
+        return (*self.size, self.together)
 
     @property
     def cells(self) -> int:
-        """Latent cells of one of its rows."""
-        return self.size[0] * self.size[1]
+        """Latent cells of one of its rows, with those of the pictures that its prompt refers to."""
+        return self.size[0] * self.size[1] + self.more_cells
 
     @property
     def rows(self) -> int:
@@ -100,11 +150,19 @@ class Sample:
         """The prompts of its next rows."""
         assert self.job.conds is not None
         prompt, negative = self.job.conds
-        if negative is None:
-            return [prompt]
-        if self.wide:
-            return [negative if self.plain is None else prompt]
-        return [negative, prompt]
+        every = [*([] if negative is None else [negative]), prompt, *self.job.further]
+        now = [every[len(self.said)]] if self.wide and negative is not None else every
+        return [{**cond, **self.beside} for cond in now]
+
+    def combined(self, last_CHW: Tensor) -> Tensor | None:
+        """Of a wide one: the guided prediction, if `last_CHW` is what its step's last row says; None if it is not."""
+        if len(self.said) <= len(self.job.further):
+            return None
+        plain_CHW, *others = self.said
+        found_CHW = plain_CHW
+        for (_, weight), row_CHW in zip(self.job.parts, [*others, last_CHW], strict=True):
+            found_CHW = found_CHW + self.job.request.guidance_scale * weight * (row_CHW - plain_CHW)
+        return found_CHW
 
     @property
     def at(self) -> Tensor:
@@ -121,7 +179,26 @@ class Sample:
     @property
     def ready(self) -> bool:
         """Whether all loads that it waits for have ended, well or not."""
-        return all(load.done() for load in self.job.loads.values())
+        job = self.job
+        return all(load.done() for load in job.loads.values()) and all(
+            load.done() for load in job.network_loads.values()
+        )
+
+    @property
+    def steers(self) -> tuple[Steer, ...]:
+        """The ControlNets that steer its next step."""
+        steps = self.schedule.steps
+        return tuple(one.steer for one in self.job.steering if one.active(self.step, steps))
+
+    @property
+    def image_prompts(self) -> list[tuple[ImagePrompt, ...]]:
+        """The pictures of its next rows, as `conds` are its prompts."""
+        found, blank = (tuple(pair[side] for pair in self.job.image_prompts) for side in (0, 1))
+        if not self.job.guided:
+            return [found]
+        if self.wide:
+            return [found if self.said else blank]
+        return [blank, found]
 
     @property
     def seed(self) -> int:
@@ -132,8 +209,8 @@ class Sample:
     def preview_due(self) -> bool:
         """Whether another preview is due; they are spread evenly over the steps, none after the last."""
         wanted = self.job.request.previews
-        steps = self.job.schedule.steps
-        return self.previews < wanted and self.step < steps and self.step * (wanted + 1) >= (self.previews + 1) * steps
+        taken, steps = self.taken, self.job.steps
+        return self.previews < wanted and taken < steps and taken * (wanted + 1) >= (self.previews + 1) * steps
 
     def draw(self, channels: int) -> Tensor:
         """The sample's next unit noise [C, h, w]: the same on every device, since a CPU generator draws it."""

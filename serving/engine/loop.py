@@ -17,12 +17,12 @@ from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
 import torch
-from torch import Tensor
 
 from serving.engine.engine import Engine
 from serving.engine.job import Done, EngineStats, Guess, Job, JobEvent, JobFailed, Recovered
 from serving.engine.pictures.codec import encode, enlarge
-from serving.engine.pictures.decoding import Decoding
+from serving.engine.pictures.decoding import Decoding, Given
+from serving.engine.pictures.hints import Hints, decode_hints
 from serving.engine.reading import read_noise
 from serving.engine.request import AdapterRef, Event, FinishedPicture, GenerateRequest, NoiseReading, Preview
 from serving.errors import Cancelled, GenerationFailed, NotReady
@@ -106,12 +106,10 @@ class EngineLoop:
 
     async def _outcomes(self, request: GenerateRequest) -> AsyncGenerator[JobEvent, None]:
         """What happens to a request, up to its last image; leaving it early cancels it."""
-        pixels = None
-        if request.image is not None:
-            decoded = self._decoding.submit(request.tenant, request.image, request.width, request.height)
-            pixels = await asyncio.wrap_future(decoded)
+        given = await self._decoding.given(request, self.engine.base.facts.multiple_px)
+        hints = await decode_hints(self._decoding, request)
         listener = _Listener(asyncio.get_running_loop())
-        submitting = self._on_thread(lambda: self._submit(request, pixels, listener))
+        submitting = self._on_thread(lambda: self._submit(request, given, hints, listener))
         try:
             job = await asyncio.shield(asyncio.wrap_future(submitting))
         except asyncio.CancelledError:
@@ -199,10 +197,10 @@ class EngineLoop:
             self._commands.popleft()()
         self._report = self.engine.snapshot()
 
-    def _submit(self, request: GenerateRequest, pixels_CHW: Tensor | None, listener: _Listener) -> Job:
+    def _submit(self, request: GenerateRequest, given: Given, hints: Hints, listener: _Listener) -> Job:
         if self._closing:
             raise NotReady("The server is shutting down; try again.")
-        job = self.engine.submit(request, pixels_CHW)
+        job = self.engine.submit(request, given.pixels_CHW, edit=given.edit, references=given.references, hints=hints)
         self._listeners[job] = listener
         return job
 
@@ -252,7 +250,8 @@ def _encoded(request: GenerateRequest, outcome: JobEvent, mark: PixelMark | None
     """Runs on a worker thread."""
     form, quality = request.output_format, request.output_quality
     if isinstance(outcome, Done):
-        made = outcome.pixels
+        edit = outcome.job.edit
+        made = outcome.pixels if edit is None else edit.compose(outcome.pixels)
         if mark is not None:
             made = torch.from_numpy(mark.put(made.contiguous().numpy()))
         return FinishedPicture(index=outcome.index, seed=outcome.seed, data=encode(made, form, quality))
@@ -263,6 +262,6 @@ def _encoded(request: GenerateRequest, outcome: JobEvent, mark: PixelMark | None
         index=outcome.index,
         number=outcome.number,
         step=outcome.step,
-        steps=outcome.job.schedule.steps,
+        steps=outcome.job.steps,
         data=encode(pixels, form, quality),
     )

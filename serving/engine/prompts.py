@@ -16,17 +16,17 @@ from serving.engine.request import AdapterRef
 from serving.errors import Refused
 from training.adapters.bank import Bank, Route
 from training.base.base import Base
-from training.base.family import Cond, Words
+from training.base.family import Cond, Wording, Words
 
 Mix = tuple[tuple[AdapterRef, float], ...]
-_Key = tuple[str, Mix, int]  # text, adapters that change it, chunks
+_Key = tuple[Wording, Mix, int]  # text, adapters that change it, chunks
 
 
 @dataclass(frozen=True, slots=True)
 class Text:
     """A text to be encoded under `mix`, whose adapters are in `slots`."""
 
-    text: str
+    text: Wording
     mix: Mix
     slots: tuple[int, ...]
 
@@ -96,8 +96,8 @@ class PromptCache:
         chunks = self._base.count_chunks(text.text, self._words(text))
         if chunks > self._most:
             raise Refused(
-                f"The prompt '{text.text[:40]}...' takes {chunks} chunks of {self._room} tokens; at most {self._most} "
-                "are served. Shorten it."
+                f"The prompt '{str(text.text)[:40]}...' takes {chunks} chunks of {self._room} tokens; at most "
+                f"{self._most} are served. Shorten it."
             )
         return chunks
 

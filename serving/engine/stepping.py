@@ -34,12 +34,11 @@ class Stepper:
         order = forward.order
         began = time.perf_counter()
         with self._stats.timed("denoise"):
-            lines = ScheduleLines.gather([s.job.schedule for s in order], [s.step for s in order], self._base.device)
+            lines = ScheduleLines.gather([s.schedule for s in order], [s.step for s in order], self._base.device)
             latents_NCHW = torch.stack([sample.at for sample in order])
             output_NCHW = forward(self._base, self._adapters.bank, latents_NCHW, lines)
-            first = order[0]  # if it is wide, it is alone
-            if first.wide and first.plain is None:
-                first.plain = output_NCHW[0]
+            if any(sample.wide for sample in order):
+                self._advance_wide(order, lines, latents_NCHW, output_NCHW)
             else:
                 self._advance(order, lines, latents_NCHW, output_NCHW)
             if self._base.device.type == "cuda":  # waits for the device: else many steps would be queued on it
@@ -58,7 +57,8 @@ class Stepper:
         kind, layout = batch[0].kind, self._adapters.bank.layout
         forward = self._forwards.get(kind)
         same = forward is not None and forward.layout is layout and set(forward.order) == set(batch)
-        if forward is None or not same or batch[0].wide:  # a wide image's forwards alternate between its prompts
+        turns = any(sample.wide for sample in batch)  # a wide image's forwards take turns with its prompts
+        if forward is None or not same or turns:
             fixed_rows = self._scheduler.step_rows(batch[0].cells) if self._spec.fixed_rows else None
             forward = Forward.make(
                 batch, self._adapters.bank, self._base, empty=self._adapters.empty, fixed_rows=fixed_rows
@@ -66,24 +66,40 @@ class Stepper:
             self._forwards[kind] = forward
         return forward
 
+    def _advance_wide(
+        self, order: Sequence[Sample], lines: ScheduleLines, latents_NCHW: Tensor, output_NCHW: Tensor
+    ) -> None:
+        """Takes the steps of the samples whose last row this was; wide ones that lack rows keep what it said."""
+        outputs = [
+            sample.combined(output_CHW) if sample.wide else output_CHW
+            for sample, output_CHW in zip(order, output_NCHW, strict=True)
+        ]
+        ready = [n for n, output_CHW in enumerate(outputs) if output_CHW is not None]
+        if ready:
+            found_NCHW = torch.stack([output_CHW for output_CHW in outputs if output_CHW is not None])
+            some = ScheduleLines(lines.coefficients_NK[ready])
+            self._advance([order[n] for n in ready], some, latents_NCHW[ready], found_NCHW)
+        for sample, output_CHW, found_CHW in zip(order, output_NCHW, outputs, strict=True):
+            sample.said = [] if found_CHW is not None else [*sample.said, output_CHW]
+
     def _advance(
         self, order: Sequence[Sample], lines: ScheduleLines, latents_NCHW: Tensor, output_NCHW: Tensor
     ) -> None:
-        """Takes the samples' steps by their predictions; those of a wide one are guided here."""
-        plain_CHW = order[0].plain
-        if plain_CHW is not None:
-            output_NCHW = plain_CHW + order[0].job.request.guidance_scale * (output_NCHW - plain_CHW)
+        """Takes the samples' steps by their guided predictions."""
         before_NCHW = torch.stack([sample.guess for sample in order])
         latents_NCHW, clean_NCHW = lines.step(latents_NCHW, output_NCHW, before_NCHW, self._fresh_noise(order))
         for sample, latents, clean in zip(order, latents_NCHW, clean_NCHW, strict=True):
-            sample.latents, sample.clean, sample.plain = latents, clean, None
+            if sample.kept is not None:
+                signal, noise = sample.schedule.after_T2[sample.step].tolist()
+                latents = sample.kept.put_back(latents, signal, noise)
+            sample.latents, sample.clean = latents, clean
             sample.step += 1
 
     def _fresh_noise(self, samples: Sequence[Sample]) -> Tensor | None:
         """What ancestral samplers add, [N, C, h, w]; zero for rows of the others, None if nobody draws."""
-        if not any(sample.job.schedule.draws for sample in samples):
+        if not any(sample.schedule.draws for sample in samples):
             return None
         channels = self._base.facts.channels
         blank = torch.zeros(channels, *samples[0].size)
-        noise = [sample.draw(channels) if sample.job.schedule.draws else blank for sample in samples]
+        noise = [sample.draw(channels) if sample.schedule.draws else blank for sample in samples]
         return torch.stack(noise).to(self._base.device)

@@ -224,6 +224,7 @@ def _base_model(intake: Intake) -> ModelInfo:
         largest_n=limits.images,
         largest_adapters=limits.adapters,
         largest_weight=limits.weight,
+        history=intake.spec.history,
     )
     return ModelInfo(id=intake.library.base, created=0, owned_by="dreamfleet", defaults=defaults)
 

@@ -27,18 +27,22 @@ from serving.http import (
     adapters as api_adapters,
     consents as api_consents,
     detect as api_detect,
+    edits as api_edits,
     exports as api_exports,
     images as api_images,
 )
 from serving.http.access.guard import UPLOAD, Guard
 from serving.http.access.tenants import Keys, Meter, Quota
 from serving.http.access.timeouts import BodyTimeout
+from serving.http.history import routes as api_history
+from serving.http.history.keeping import PictureKeeper
 from serving.http.intake import Intake
 from serving.http.library import Library
+from serving.http.networks import routes as api_networks
 from serving.http.pages import add_studio
 from serving.http.problems import REQUEST_ID, ApiError, Problem, describe
 from serving.http.replies import KeyReused, Replies
-from serving.http.sdapi import info, routes
+from serving.http.sdapi import controlnet, info, reading, routes
 from serving.http.service import Engines, Generate, Service, request_id, service_of
 from serving.http.wire import ErrorAnswer, Health
 from serving.http.withheld import WithheldNames
@@ -107,6 +111,7 @@ def create_app(
         keys=keys,
         quota=Quota(spec.limits),
         withheld=WithheldNames(library),
+        keeper=PictureKeeper(library.registry.storage, spec, library.base, library.base_hash),
         marks=marks,
         looks=Meter("pictures to look at", 4, spec.marks.detect_per_minute),
     )
@@ -118,9 +123,10 @@ def create_app(
         app.add_exception_handler(kind, _told)
     for name, value in extension.state.items():
         setattr(app.state, name, value)
-    own = (api_images.router, api_exports.router, api_adapters.router)
-    marked = (api_detect.router, api_consents.router, routes.router, info.router)
-    for router in (*own, *marked, *extension.routers):
+    own = (api_images.router, api_edits.router, api_history.router, api_exports.router, api_adapters.router)
+    beside = (api_networks.router, controlnet.router)
+    marked = (api_detect.router, api_consents.router, routes.router, info.router, reading.router)
+    for router in (*own, *beside, *marked, *extension.routers):
         app.include_router(router, dependencies=SECURITY)
     app.get("/healthz", tags=["operation"], responses={503: {"model": Health}})(_health)
     app.get("/metrics", tags=["operation"], response_class=Response)(_metrics)
@@ -190,7 +196,7 @@ def _watch(request: Request) -> None:
     service, loop = service_of(request), asyncio.get_running_loop()
     before: tuple[asyncio.AbstractEventLoop, asyncio.Task[None]] | None = request.app.state.watch
     if before is None or before[0] is not loop or before[1].done():
-        task = loop.create_task(service.withheld.watch(service.engines.withhold))
+        task = loop.create_task(service.watch())
         request.app.state.watch = loop, task
 
 

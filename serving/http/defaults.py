@@ -20,3 +20,4 @@ class ImageDefaults(BaseModel):
     largest_n: int
     largest_adapters: int
     largest_weight: float
+    history: bool = Field(False, description="whether the server keeps a history of pictures")

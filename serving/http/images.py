@@ -7,11 +7,12 @@ import json
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Header, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
+from serving.engine.pictures.codec import measure
 from serving.engine.request import Event, FinishedPicture, GenerateRequest
 from serving.errors import GenerationFailed
 from serving.http.intake import usage_of, used
@@ -22,6 +23,7 @@ from serving.http.service import Service, request_id, service_of, unless_gone
 from serving.http.wire import CompletedImage, ErrorAnswer, ImageData, ImagesAnswer, ImagesBody, PartialImage
 
 router = APIRouter(tags=["images"])
+EventKind = Literal["image_generation", "image_edit"]  # what stream events are called by
 HEAD_START_S = 1.0  # an error within so many seconds is an HTTP status, also of a stream
 KEEP_ALIVE_S = 10.0
 ERRORS: dict[int | str, dict[str, Any]] = {
@@ -62,17 +64,31 @@ async def generate_images(
     service = service_of(request)
     tenant = service.tenant(request)
     wanted = await asyncio.to_thread(service.intake.images, tenant, body, request_id(request))
-    if body.stream:
-        return await _streamed(request, service, wanted, body)
-    if idempotency_key is None:
-        return _answer(await unless_gone(request, _collect(service, wanted)), wanted, body, service)
     digest = hashlib.sha256(body.model_dump_json().encode()).hexdigest()
+    return await respond(request, service, wanted, body, idempotency_key, digest, "image_generation")
+
+
+async def respond(
+    request: Request,
+    service: Service,
+    wanted: GenerateRequest,
+    body: ImagesBody,
+    idempotency_key: str | None,
+    digest: str,
+    kind: EventKind,
+) -> Response:
+    """The images that are wanted, or their events. `digest`: of all that was sent, for replies by key."""
+    if body.stream:
+        return await _streamed(request, service, wanted, body, kind)
+    site = str(request.base_url)
+    if idempotency_key is None:
+        return await _answer(await unless_gone(request, _collect(service, wanted)), wanted, body, service, site)
 
     async def make() -> Response:
-        return _answer(await _collect(service, wanted), wanted, body, service)
+        return await _answer(await _collect(service, wanted), wanted, body, service, site)
 
     replies: Replies[Response] = request.app.state.replies
-    return await unless_gone(request, replies.once(tenant, idempotency_key, digest, make))
+    return await unless_gone(request, replies.once(wanted.tenant, idempotency_key, digest, make))
 
 
 async def _collect(service: Service, wanted: GenerateRequest) -> list[FinishedPicture]:
@@ -83,10 +99,15 @@ async def _collect(service: Service, wanted: GenerateRequest) -> list[FinishedPi
     return sorted(pictures, key=lambda picture: picture.index)
 
 
-def _answer(pictures: list[FinishedPicture], wanted: GenerateRequest, body: ImagesBody, service: Service) -> Response:
+async def _answer(
+    pictures: list[FinishedPicture], wanted: GenerateRequest, body: ImagesBody, service: Service, site: str
+) -> Response:
+    linked = wanted.linked
     data = [
         ImageData(
-            b64_json=base64.b64encode(picture.data).decode(),
+            id=picture.history_id,
+            b64_json=None if linked else base64.b64encode(picture.data).decode(),
+            url=await asyncio.to_thread(service.keeper.link, picture, wanted, site) if linked else None,
             seed=picture.seed,
             adapters=used(wanted),
             revised_prompt=wanted.prompt if wanted.prompt != body.prompt else None,
@@ -97,14 +118,20 @@ def _answer(pictures: list[FinishedPicture], wanted: GenerateRequest, body: Imag
         created=int(time.time()),
         data=data,
         model=body.model or service.intake.library.base,
-        size=f"{wanted.width}x{wanted.height}",
+        size=_size_of(pictures[0].data),
         output_format=wanted.output_format,
         usage=usage_of(wanted, service.intake.library, range(wanted.count)),
     )
-    return JSONResponse(answer.model_dump())
+    return JSONResponse(answer.model_dump(mode="json"))
 
 
-async def _streamed(request: Request, service: Service, wanted: GenerateRequest, body: ImagesBody) -> Response:
+def _size_of(data: bytes) -> str:
+    return "x".join(map(str, measure(data, "picture")))
+
+
+async def _streamed(
+    request: Request, service: Service, wanted: GenerateRequest, body: ImagesBody, kind: EventKind
+) -> Response:
     """Starts the work; what fails at once is an HTTP error, what fails later an event."""
     events = service.events(wanted)
     first = asyncio.ensure_future(anext(events))
@@ -118,7 +145,7 @@ async def _streamed(request: Request, service: Service, wanted: GenerateRequest,
         await events.aclose()
         raise
     return StreamingResponse(
-        _server_sent(first, events, wanted, service.intake.library, body.prompt),
+        _server_sent(first, events, wanted, service.intake.library, body.prompt, kind),
         media_type="text/event-stream",
         headers={"Cache-Control": "no-store"},
     )
@@ -130,6 +157,7 @@ async def _server_sent(
     wanted: GenerateRequest,
     library: Library,
     prompt: str,
+    kind: EventKind,
 ) -> AsyncGenerator[bytes, None]:
     pending = first
     try:
@@ -142,7 +170,7 @@ async def _server_sent(
                 event = pending.result()
             except StopAsyncIteration:
                 return
-            name, data = _as_event(event, wanted, library, prompt)
+            name, data = _as_event(event, wanted, library, prompt, kind)
             yield f"event: {name}\ndata: {data}\n\n".encode()
             pending = asyncio.ensure_future(anext(events))
     except Exception as error:
@@ -153,11 +181,13 @@ async def _server_sent(
         await events.aclose()
 
 
-def _as_event(event: Event, wanted: GenerateRequest, library: Library, prompt: str) -> tuple[str, str]:
+def _as_event(event: Event, wanted: GenerateRequest, library: Library, prompt: str, kind: EventKind) -> tuple[str, str]:
     image = base64.b64encode(event.data).decode()
-    size, now = f"{wanted.width}x{wanted.height}", int(time.time())
+    size, now = _size_of(event.data), int(time.time())
     if isinstance(event, FinishedPicture):
         completed = CompletedImage(
+            type="image_edit.completed" if kind == "image_edit" else "image_generation.completed",
+            id=event.history_id,
             b64_json=image,
             image_index=event.index,
             seed=event.seed,
@@ -170,6 +200,7 @@ def _as_event(event: Event, wanted: GenerateRequest, library: Library, prompt: s
         )
         return completed.type, completed.model_dump_json()
     partial = PartialImage(
+        type="image_edit.partial_image" if kind == "image_edit" else "image_generation.partial_image",
         b64_json=image,
         partial_image_index=event.number,
         image_index=event.index,

@@ -11,9 +11,13 @@ from dataclasses import dataclass
 
 from serving.config import ServeSpec
 from serving.engine.pictures.codec import count
-from serving.engine.request import AdapterRef, AdapterUse, GenerateRequest
+from serving.engine.request import AdapterRef, AdapterUse, ControlUse, GenerateRequest, Hires, ImagePromptUse
+from serving.engine.syntax import is_plain, read_negative, read_prompt
 from serving.errors import Refused
+from serving.http.hires import check_hires, second_pass
 from serving.http.library import Library
+from serving.http.networks.shelf import ReadPicture
+from serving.http.networks.wire import ControlBody, ImagePromptBody
 from serving.http.problems import ApiError
 from serving.http.wire import ImagesBody, TokenDetails, TokenUsage, UsedAdapter, WornAdapter
 from training.base.facts import Facts, SamplerName
@@ -53,6 +57,10 @@ class Intake:
         """The engine's request of an OpenAI images body. Raises ApiError."""
         if body.partial_images and not body.stream:
             raise ApiError(400, "'partial_images' needs 'stream': true.", param="partial_images")
+        if body.response_format == "url" and body.stream:
+            raise ApiError(
+                400, "'response_format' is 'url', but streams carry 'b64_json'. Leave one out.", param="response_format"
+            )
         if body.background == "transparent":
             raise ApiError(
                 400,
@@ -62,24 +70,30 @@ class Intake:
         self.library.load_tokenizer()  # on this thread, so that counting tokens later does not hold up the event loop
         width, height = self._size(body.size)
         worn = self.worn(tenant, body.model, body.adapters or ())
+        steps = body.steps or self.steps
         return self.checked(
             GenerateRequest(
                 request_id=request_id,
                 tenant=tenant,
                 prompt=self.told(self.prompt(body.prompt, "prompt"), worn),
                 negative_prompt=self.prompt(body.negative_prompt or "", "negative_prompt"),
+                prompt_syntax=body.prompt_syntax or "plain",
                 adapters=uses(worn),
                 width=width,
                 height=height,
                 count=body.n or 1,
                 seed=any_seed() if body.seed is None else body.seed,
-                steps=body.steps or self.steps,
+                steps=steps,
                 guidance_scale=self.guidance_scale if body.guidance_scale is None else body.guidance_scale,
                 scheduler=body.scheduler or self.scheduler,
                 image=None if body.image is None else read_picture_field(body.image, "image", width, height),
                 strength=body.strength or 0.8,
+                hires=None if body.hires is None else second_pass(body.hires, (width, height), steps, self.facts),
+                controls=self.controls(body.control or (), width, height),
+                image_prompts=self.image_prompts(body.image_prompts or (), width, height),
                 previews=body.partial_images or 0,
                 output_format=body.output_format or "png",
+                linked=body.response_format == "url",
                 output_quality=95 if body.output_compression is None else body.output_compression,
                 deadline_s=self.spec.limits.deadline_s,
             )
@@ -94,15 +108,12 @@ class Intake:
         _at_most(request.count, limits.images, "n")
         _at_most(request.steps, limits.steps, "steps")
         _at_most(len(request.adapters), limits.adapters, "adapters", "adapters in a request")
-        for side, name in ((request.width, "width"), (request.height, "height")):
-            if side % self.facts.multiple_px or side > limits.side_px:
-                raise ApiError(
-                    400,
-                    f"The {name} is {side}; on base '{self.library.base}' it must be a multiple of "
-                    f"{self.facts.multiple_px} up to {limits.side_px}.",
-                    param="size",
-                )
-        _at_most(request.width * request.height * request.count, limits.pixels, "size", "pixels in a request")
+        self._check_sides(request, "size")
+        if request.hires is not None:
+            _at_most(request.hires.steps, limits.steps, "hires.steps")
+            self._check_sides(request.hires, "hires")
+            check_hires(request.hires, (request.width, request.height), "hires")
+        _at_most(request.pixels * request.count, limits.pixels, "size", "pixels in a request")
         if request.scheduler not in self.facts.samplers:
             raise ApiError(
                 400,
@@ -117,6 +128,14 @@ class Intake:
                 "one. Leave it out.",
                 param="negative_prompt",
             )
+        self._check_syntax(request)
+        if request.hires is not None and request.controls:
+            raise ApiError(
+                400,
+                "A second pass (`hires`) has another size than the pictures of `control`, and is not steered by them. "
+                "Send one of the two.",
+                param="hires",
+            )
         for use in request.adapters:
             if abs(use.weight) > limits.weight:
                 raise ApiError(
@@ -125,6 +144,34 @@ class Intake:
                     param="adapters",
                 )
         return request if self.facts.guidance != "none" else request.model_copy(update={"guidance_scale": 1.0})
+
+    def _check_sides(self, picture: GenerateRequest | Hires, param: str) -> None:
+        """Raises ApiError for a size that the base cannot draw, or that is beyond the limits."""
+        most = min(self.spec.limits.side_px, self.facts.max_side_px or self.spec.limits.side_px)
+        for side, name in ((picture.width, "width"), (picture.height, "height")):
+            if side % self.facts.multiple_px or side > most:
+                where = " of the second pass" if isinstance(picture, Hires) else ""
+                raise ApiError(
+                    400,
+                    f"The {name}{where} is {side}; on base '{self.library.base}' it must be a multiple of "
+                    f"{self.facts.multiple_px} up to {most}.",
+                    param=param,
+                )
+
+    def _check_syntax(self, request: GenerateRequest) -> None:
+        """Raises ApiError for prompts that cannot be read, or ask for what the base has not."""
+        for field, read in (("prompt", read_prompt), ("negative_prompt", read_negative)):
+            try:
+                asks = not is_plain(read(getattr(request, field), request.prompt_syntax))
+            except Refused as error:
+                raise ApiError(400, str(error), param=field) from None
+            if asks and not self.facts.emphasis:
+                raise ApiError(
+                    400,
+                    f"'{field}' gives words weights or joins prompts, and base '{self.library.base}' encodes prompts "
+                    "by a language model, which has no such thing. Say it in words; write \\( and \\[ for brackets.",
+                    param=field,
+                )
 
     def model(self, tenant: str, model: str) -> Resolved | None:
         """The version that a model name means now; None if it is the base. Raises ApiError."""
@@ -136,6 +183,18 @@ class Intake:
         named = self._named_by(model)
         mix = [*([(named, 1.0, "model")] if named else []), *((one.id, one.weight, "adapters") for one in worn)]
         return tuple((self._resolve(tenant, name, param), weight) for name, weight, param in mix)
+
+    def controls(
+        self, asked: Sequence[ControlBody], width: int, height: int, field: str = "control"
+    ) -> tuple[ControlUse, ...]:
+        """The ControlNets of a request for images of that size, as the engine takes them. Raises ApiError."""
+        _at_most(len(asked), self.spec.engine.networks, field, "ControlNets")
+        return tuple(self.library.networks.controls(asked, _reading(width, height), field))
+
+    def image_prompts(self, asked: Sequence[ImagePromptBody], width: int, height: int) -> tuple[ImagePromptUse, ...]:
+        """The pictures in place of words of a request, as the engine takes them. Raises ApiError."""
+        _at_most(len(asked), self.spec.engine.networks, "image_prompts", "pictures in place of words")
+        return tuple(self.library.networks.image_prompts(asked, _reading(width, height)))
 
     def told(self, prompt: str, worn: Sequence[Worn]) -> str:
         """`prompt`, with the triggers that it lacks before it, if the server adds them."""
@@ -192,14 +251,15 @@ class Intake:
 
 
 def usage_of(request: GenerateRequest, library: Library, indices: Sequence[int]) -> TokenUsage:
-    """What images `indices` of a request take; the prompts and the start picture count with image 0.
+    """What images `indices` of a request take; the prompts and the pictures that were sent count with image 0.
 
     A token of text is one of the base's tokenizer, a token of an image one latent cell.
     """
-    cells = -(-request.width // library.outline.facts.cell_px) * -(-request.height // library.outline.facts.cell_px)
+    cells = -(-request.pixels // library.outline.facts.cell_px**2)
     first = 0 in indices
     text = library.count_tokens(request.prompt) + library.count_tokens(request.negative_prompt) if first else 0
-    start = cells if first and request.image is not None else 0
+    given = (request.image is not None) + len(request.references) + len(request.controls) + len(request.image_prompts)
+    start = cells * given if first else 0
     made = cells * len(indices)
     return TokenUsage(
         input_tokens=text + start,
@@ -231,6 +291,11 @@ def uses(worn: Sequence[Worn]) -> tuple[AdapterUse, ...]:
 def any_seed() -> int:
     """A seed for a request that names none; 31 bits, since some clients keep seeds in a 32-bit integer."""
     return secrets.randbits(31)
+
+
+def _reading(width: int, height: int) -> ReadPicture:
+    """Reads the picture fields of a request for images of that size."""
+    return lambda text, field: read_picture_field(text, field, width, height)
 
 
 def read_picture_field(text: str, field: str, width: int, height: int) -> bytes:

@@ -18,6 +18,7 @@ from serving.engine.tiers.fit import check_fit
 from serving.errors import QuotaExceeded, Refused
 from serving.flags import flag
 from serving.http.known import Known
+from serving.http.networks.shelf import NetworkShelf
 from training.adapters.adapter import Adapter, AdapterError, check_adapter, load_adapter, save_adapter
 from training.adapters.formats.formats import import_adapter
 from training.base.families import open_family
@@ -50,6 +51,7 @@ class Library:
         self._serves = (*outline.facts.serves, *serves)
         self._fits: dict[str, str | None] = {}  # by version, of adapters of other bases: why it does not fit
         self.known = Known(registry, refresh_s)
+        self.networks = NetworkShelf(registry.storage, outline, self.base, refresh_s)
         self._usage: dict[str, tuple[float, StoredUsage]] = {}
         self._uploads: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
         self._lock = threading.Lock()

@@ -14,6 +14,7 @@ from serving.errors import (
     AdapterUnavailable,
     DeadlineExceeded,
     GenerationFailed,
+    NetworkUnavailable,
     NotReady,
     QueueFull,
     QuotaExceeded,
@@ -93,6 +94,8 @@ def describe(error: BaseException) -> Problem:
             return Problem(504, str(error), code="deadline_exceeded")
         case AdapterUnavailable():
             return Problem(422, str(error), param="adapters", code="adapter_unavailable")
+        case NetworkUnavailable():
+            return Problem(422, str(error), code="network_unavailable")
         case CorruptAdapter():
             return Problem(422, str(error), code="adapter_damaged")
         case CurrentVersion():

@@ -17,6 +17,7 @@ from fastapi import Request
 from serving.engine.job import EngineStats
 from serving.engine.request import AdapterRef, Event, FinishedPicture, GenerateRequest, NoiseReading, Preview
 from serving.http.access.tenants import Key, Keys, Meter, Quota, Scope
+from serving.http.history.keeping import PictureKeeper
 from serving.http.infotext import infotext, with_infotext
 from serving.http.intake import Intake
 from serving.http.metrics import Metrics
@@ -71,6 +72,7 @@ class Service:
     keys: Keys | None
     quota: Quota
     withheld: WithheldNames
+    keeper: PictureKeeper
     marks: Marks | None = None
     looks: Meter = field(default_factory=lambda: Meter("pictures to look at", 4, 30))
     metrics: Metrics = field(default_factory=Metrics)
@@ -92,10 +94,15 @@ class Service:
                 async for event in events:
                     if isinstance(event, Preview) and self.marks is not None and self.marks.spec.safety is not None:
                         continue  # what is not finished is not checked, and what is not checked is not sent
-                    yield await self._marked(event, wanted)
+                    done = await self._marked(event, wanted)
+                    yield await self.keeper.keep(done, wanted) if isinstance(done, FinishedPicture) else done
             finally:
                 if isinstance(events, AsyncGenerator):
                     await events.aclose()
+
+    async def watch(self) -> None:
+        """Keeps reading what may not be served, and removing pictures that are too old; ends when it is cancelled."""
+        await asyncio.gather(self.withheld.watch(self.engines.withhold), self.keeper.watch())
 
     @property
     def tells_parameters(self) -> bool:
@@ -125,6 +132,7 @@ class Service:
             base=library.base,
             base_hash=library.base_hash,
             adapters=[(WornVersion(**use.ref.model_dump()), use.weight) for use in uses],
+            edited=wanted.image is not None or bool(wanted.references),
             prompts=(wanted.prompt, wanted.negative_prompt),
         )
 

@@ -4,12 +4,14 @@ Bodies are closed: an unknown field is an error that names it. Limits that depen
 `intake.py`; here is only what holds for every server.
 """
 
+import json
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from serving.engine.request import MAX_SEED, ImageFormat
+from serving.engine.request import MAX_SEED, ImageFormat, PromptSyntax
 from serving.http.defaults import ImageDefaults
+from serving.http.networks.wire import ControlBody, ImagePromptBody
 from training.base.facts import SamplerName
 from training.storage.closed import Closed
 
@@ -39,6 +41,23 @@ class WornAdapter(Closed):
     weight: Annotated[float, Field(description="scales its effect; negative subtracts it", examples=[1.0])] = 1.0
 
 
+def from_json(value: object) -> object:
+    """JSON, as a form sends what is not one value."""
+    try:
+        return json.loads(value) if isinstance(value, str) else value
+    except ValueError:
+        raise ValueError("is no JSON") from None
+
+
+class HiresBody(Closed):
+    """A second pass: the picture is enlarged by `scale` and redrawn by `strength`."""
+
+    scale: float = Field(2.0, gt=1, le=8)
+    steps: int | None = Field(None, ge=1, description="of a whole run, of which `strength` is taken; as of the first")
+    strength: float = Field(0.5, gt=0, le=1)
+    upscaler: Literal["lanczos", "latent"] = Field("lanczos", description="what enlarges: pixels, or latents")
+
+
 class ImagesBody(Closed):
     """`POST /v1/images/generations`. Fields that only OpenAI's own models use are accepted and ignored."""
 
@@ -64,7 +83,7 @@ class ImagesBody(Closed):
     )
     n: int | None = Field(None, ge=1, description="images; image i has seed + i")
     size: str | None = Field(None, pattern=SIZE, max_length=11, description="`WIDTHxHEIGHT` in pixels, or `auto`")
-    response_format: Literal["b64_json"] | None = None
+    response_format: Literal["b64_json", "url"] | None = Field(None, description="`url`: links, which expire")
     output_format: ImageFormat | None = None
     output_compression: int | None = Field(None, ge=0, le=100, description="quality of jpeg and webp")
     stream: bool | None = None
@@ -81,12 +100,16 @@ class ImagesBody(Closed):
     # additions
     adapters: tuple[WornAdapter, ...] | None = Field(None, description="the mix; with that of `model`, if it names one")
     negative_prompt: Prompt | None = None
+    prompt_syntax: PromptSyntax | None = Field(None, description="`a1111`: brackets, `BREAK` and `AND` mean something")
     seed: int | None = Field(None, ge=0, le=MAX_SEED)
     steps: int | None = Field(None, ge=1)
     guidance_scale: float | None = Field(None, ge=0, le=100)
     scheduler: SamplerName | None = None
     image: str | None = Field(None, max_length=MAX_PICTURE, description="a picture to start from, base64 or a data URL")
+    control: tuple[ControlBody, ...] | None = Field(None, description="ControlNets, and the pictures they steer by")
+    image_prompts: tuple[ImagePromptBody, ...] | None = Field(None, description="pictures in place of words")
     strength: float | None = Field(None, gt=0, le=1, description="how much of `image` is redrawn: 1 is all of it")
+    hires: Annotated[HiresBody | None, BeforeValidator(from_json)] = None
 
 
 class UsedAdapter(BaseModel):
@@ -100,10 +123,15 @@ class UsedAdapter(BaseModel):
 Revised = Field(None, exclude_if=lambda value: value is None, description="with an adapter's trigger that was added")
 
 
+KeptId = Field(None, exclude_if=lambda value: value is None, description="in the history, where the server keeps one")
+
+
 class ImageData(BaseModel):
     """One image, with the settings that make it again."""
 
-    b64_json: str
+    id: str | None = KeptId
+    b64_json: str | None = Field(None, exclude_if=lambda value: value is None)
+    url: str | None = Field(None, exclude_if=lambda value: value is None, description="`response_format: url`")
     seed: int
     adapters: list[UsedAdapter]
     revised_prompt: str | None = Revised
@@ -141,7 +169,7 @@ class ImagesAnswer(BaseModel):
 class PartialImage(BaseModel):
     """A preview in a stream."""
 
-    type: Literal["image_generation.partial_image"] = "image_generation.partial_image"
+    type: Literal["image_generation.partial_image", "image_edit.partial_image"] = "image_generation.partial_image"
     b64_json: str
     partial_image_index: int
     image_index: int
@@ -157,7 +185,8 @@ class PartialImage(BaseModel):
 class CompletedImage(BaseModel):
     """A finished image in a stream."""
 
-    type: Literal["image_generation.completed"] = "image_generation.completed"
+    type: Literal["image_generation.completed", "image_edit.completed"] = "image_generation.completed"
+    id: str | None = KeptId
     b64_json: str
     image_index: int
     seed: int

@@ -13,7 +13,7 @@ from PIL import Image
 
 from serving.marking.authority import Authority
 from serving.marking.forms import ImageForm
-from serving.marking.xmp import SOURCE
+from serving.marking.xmp import MADE
 from training.errors import UserError
 
 CredentialState = Literal["valid", "invalid", "none"]
@@ -52,14 +52,17 @@ class Credentials:
                 "allows (docs/provenance.md), or none for a self-made one."
             ) from None
 
-    def sign(self, data: bytes, form: ImageForm, facts: Mapping[str, Any], when: str) -> bytes:
-        """The file with a manifest that says: made by a model, by this operator at `when` (ISO 8601), with `facts`."""
+    def sign(self, data: bytes, form: ImageForm, facts: Mapping[str, Any], when: str, source: str = MADE) -> bytes:
+        """The file with a manifest that says: made by a model, by this operator at `when` (ISO 8601), with `facts`.
+
+        `source`: the digital source type, which tells an edited picture.
+        """
         import c2pa
 
         created = {
             "action": "c2pa.created",
             "when": when,
-            "digitalSourceType": SOURCE,
+            "digitalSourceType": source,
             "softwareAgent": {"name": "dreamfleet"},
         }
         manifest = {

@@ -20,7 +20,7 @@ from serving.marking.noise import NoiseMark
 from serving.marking.pixels import PixelMark, check_pixels
 from serving.marking.serials import Issued, Serials, WornVersion
 from serving.marking.settings import MarkSpec
-from serving.marking.xmp import with_xmp
+from serving.marking.xmp import EDITED, MADE, with_xmp
 from training.base.safety import Unsafe, check_filter, check_safe
 from training.storage.picture_hash import picture_hash
 from training.storage.storage import Storage
@@ -37,6 +37,7 @@ class Made:
     base: str
     base_hash: str
     adapters: Sequence[tuple[WornVersion, float]] = ()
+    edited: bool = False  # whether it was made of somebody's picture
     prompts: tuple[str, str] = field(default=("", ""))  # prompt and negative prompt
 
 
@@ -97,7 +98,8 @@ class Marks:
         if self.spec.tell_prompt:
             facts |= zip(("prompt", "negative_prompt"), made.prompts, strict=True)
         when = now or datetime.now(UTC).isoformat(timespec="seconds")
-        return self.credentials.sign(with_xmp(data, form), form, facts, when)
+        source = EDITED if made.edited else MADE
+        return self.credentials.sign(with_xmp(data, form, source), form, facts, when, source)
 
 
 def noise_mark(spec: MarkSpec, storage: Storage) -> NoiseMark | None:

@@ -1,6 +1,7 @@
 """XMP's digital source type, put into a finished PNG, JPEG or WebP file; the pixels stay as they are.
 
-Source: IPTC's NewsCodes (`trainedAlgorithmicMedia`: made by a model), the XMP specification part 3, RFC 9649 for WebP.
+Source: IPTC's NewsCodes (`trainedAlgorithmicMedia`: made by a model; `compositeWithTrainedAlgorithmicMedia`: somebody's
+picture, edited by one), the XMP specification part 3, RFC 9649 for WebP.
 """
 
 import struct
@@ -8,39 +9,41 @@ import zlib
 
 from serving.marking.forms import ImageForm
 
-SOURCE = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
-PACKET = (
+_CODES = "http://cv.iptc.org/newscodes/digitalsourcetype/"
+MADE = f"{_CODES}trainedAlgorithmicMedia"
+EDITED = f"{_CODES}compositeWithTrainedAlgorithmicMedia"
+_PACKET = (
     '<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?><x:xmpmeta xmlns:x="adobe:ns:meta/">'
     '<rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#"><rdf:Description rdf:about="" '
     'xmlns:Iptc4xmpExt="http://iptc.org/std/Iptc4xmpExt/2008-02-29/">'
-    f"<Iptc4xmpExt:DigitalSourceType>{SOURCE}</Iptc4xmpExt:DigitalSourceType>"
+    "<Iptc4xmpExt:DigitalSourceType>{source}</Iptc4xmpExt:DigitalSourceType>"
     '</rdf:Description></rdf:RDF></x:xmpmeta><?xpacket end="r"?>'
-).encode()
+)
 _PNG_HEADER = 33  # signature and IHDR
 _XMP_FLAG = 0x04
 _ALPHA_FLAG = 0x10
 
 
-def with_xmp(data: bytes, form: ImageForm) -> bytes:
-    """The file with the packet in it."""
-    return {"png": _png, "jpeg": _jpeg, "webp": _webp}[form](data)
+def with_xmp(data: bytes, form: ImageForm, source: str = MADE) -> bytes:
+    """The file with a packet in it that says its digital source type."""
+    return {"png": _png, "jpeg": _jpeg, "webp": _webp}[form](data, _PACKET.format(source=source).encode())
 
 
-def _png(data: bytes) -> bytes:
-    text = b"XML:com.adobe.xmp\0\0\0\0\0" + PACKET
+def _png(data: bytes, packet: bytes) -> bytes:
+    text = b"XML:com.adobe.xmp\0\0\0\0\0" + packet
     chunk = struct.pack(">I", len(text)) + b"iTXt" + text + struct.pack(">I", zlib.crc32(b"iTXt" + text))
     return data[:_PNG_HEADER] + chunk + data[_PNG_HEADER:]
 
 
-def _jpeg(data: bytes) -> bytes:
-    text = b"http://ns.adobe.com/xap/1.0/\0" + PACKET
+def _jpeg(data: bytes, packet: bytes) -> bytes:
+    text = b"http://ns.adobe.com/xap/1.0/\0" + packet
     after = 2  # behind the start, and behind JFIF's segment where there is one
     if data[2:4] == b"\xff\xe0":
         after = 4 + int.from_bytes(data[4:6], "big")
     return data[:after] + b"\xff\xe1" + struct.pack(">H", len(text) + 2) + text + data[after:]
 
 
-def _webp(data: bytes) -> bytes:
+def _webp(data: bytes, packet: bytes) -> bytes:
     """Files without metadata have no header for any: it is put before the picture."""
     chunks = data[12:]
     if chunks[:4] == b"VP8X":
@@ -50,7 +53,7 @@ def _webp(data: bytes) -> bytes:
         flags = _XMP_FLAG | (_ALPHA_FLAG if alpha else 0)
         sides = (width - 1).to_bytes(3, "little") + (height - 1).to_bytes(3, "little")
         chunks = b"VP8X" + struct.pack("<I", 10) + bytes([flags, 0, 0, 0]) + sides + chunks
-    chunks += b"XMP " + struct.pack("<I", len(PACKET)) + PACKET + b"\0" * (len(PACKET) % 2)
+    chunks += b"XMP " + struct.pack("<I", len(packet)) + packet + b"\0" * (len(packet) % 2)
     return b"RIFF" + struct.pack("<I", len(chunks) + 4) + b"WEBP" + chunks
 
 

@@ -5,9 +5,9 @@ import logging
 from functools import partial
 from pathlib import Path
 
-from tools.pocket import bench, drawings, export, figures, judge, latents, pool, score, subjects, train, vae
+from tools.pocket import bench, control, drawings, export, figures, judge, latents, pool, score, subjects, train, vae
 from tools.pocket.dit import export as dit_export, pairs, train as dit_train
-from tools.pocket.recipe import BASE, DIT, DOCS, UNET
+from tools.pocket.recipe import BASE, CONTROL, DIT, DOCS, UNET
 
 
 def main() -> None:
@@ -36,17 +36,23 @@ def main() -> None:
         "dit-cool": dit_train.cool,
         "dit-export": dit_export.make,
     }
-    known = {**stages, **transformer}
+    edges = {
+        "control": control.make,
+        "control-export": control.export,
+        "control-figure": control.figure,
+    }
+    known = {**stages, **transformer, **edges}
     parser.add_argument(
         "stages",
         nargs="+",
         choices=[*known, "all"],
         metavar="STAGE",
-        help=f"{', '.join(known)}; all: but those of the transformer",
+        help=f"{', '.join(known)}; all: but those of the transformer and of the ControlNet",
     )
     arguments = parser.parse_args()
     known["unet"] = partial(train.make, images=arguments.images or UNET.images, warm=arguments.warm_start)
     known["dit"] = partial(dit_train.make, images=arguments.images or DIT.images)
+    known["control"] = partial(control.make, images=arguments.images or CONTROL.images)
     known["vae"] = partial(vae.make, warm=arguments.warm_start)
     known["export"] = partial(export.make, folder=arguments.base)
     known["bench"] = partial(bench.make, base=arguments.base, docs=arguments.docs)

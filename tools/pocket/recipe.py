@@ -11,6 +11,7 @@ WORK = ROOT / "out" / "pocket"
 BASE = ROOT / "training" / "bases" / "pocket"
 DIT_WORK = ROOT / "out" / "pocket-dit"
 DIT_BASE = ROOT / "training" / "bases" / "pocket-dit"
+CONTROL_FOLDER = ROOT / "training" / "bases" / "controls" / "pocket-canny"
 JUDGE = ROOT / "training" / "bases" / "pocket-judge"
 DEMO_IMAGES = ROOT / "manifests" / "demo" / "images"
 DOCS = ROOT / "docs" / "pocket"
@@ -99,6 +100,20 @@ class DitSpec(LoopSpec):
     cooldown_images: int = 51_200
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ControlSpec(LoopSpec):
+    """Of the ControlNet for edges; `edge_channels`: of the layers that bring edges to the latents' size."""
+
+    edge_channels: tuple[int, ...] = (16, 24, 32)
+    chunks: int = 8  # of the narrow pool
+    caption_drop: float = 0.3  # so that it learns to draw from the edges alone
+    batch_size: int = 32
+    learning_rate: float = 1e-3
+    warmup_images: int = 1_600
+    ema_images: int = 6_400
+    images: int = 36_160
+
+
 WIDE_POOL = PoolSpec(chunks=5)
 NARROW_POOL = PoolSpec(chunks=12)
 PAIR_POOL = PoolSpec(chunks=4)
@@ -106,3 +121,4 @@ TIGHT_CHUNKS = 4
 VAE = VaeSpec()
 UNET = UnetSpec()
 DIT = DitSpec()
+CONTROL = ControlSpec()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from training.base.facts import Facts
-from training.base.family import Cond, Family, Parts, RowFacts, Words
+from training.base.family import Cond, Family, Parts, RowFacts, Wording, Words
 from training.base.files.check import check_base
 from training.base.files.folder import find_base, hash_base
 from training.base.footprint import images_at_once
@@ -109,17 +109,17 @@ class Base:
 
     # -- what the family does --
 
-    def encode(self, prompts: Sequence[str], words: Sequence[Words] | None = None, chunks: int = 1) -> list[Cond]:
+    def encode(self, prompts: Sequence[Wording], words: Sequence[Words] | None = None, chunks: int = 1) -> list[Cond]:
         """The record of each prompt; differentiable where a bank's route is in use, and towards `words[n]`, the trained
         vectors of textual-inversion words in prompt n. Prompts are cut after `chunks`, and filled up to it."""
         if self.prompts is not None:
             return self.prompts.encode(prompts, chunks, self._encode_one)
         return self.family.encode(self.parts, prompts, words, chunks)
 
-    def _encode_one(self, prompt: str, chunks: int) -> Cond:
+    def _encode_one(self, prompt: Wording, chunks: int) -> Cond:
         return self.family.encode(self.parts, [prompt], None, chunks)[0]
 
-    def count_chunks(self, prompt: str, words: Words) -> int:
+    def count_chunks(self, prompt: Wording, words: Words) -> int:
         """How often the text encoder must run to take all of a prompt in."""
         return self.family.count_chunks(self.parts, prompt, words)
 

@@ -48,8 +48,12 @@ class Facts:
     pixel_bytes: float
     prompt_tokens: int  # that the text encoder takes at once
     chunked: bool = True  # whether it takes a longer prompt piece by piece
+    emphasis: bool = False  # whether phrases of a prompt may have weights and begin chunks
     word_widths: tuple[int, ...] = ()  # of a textual-inversion vector, one for each of `text_encoders`
     frozen_encoders: tuple[str, ...] = ()
+    inpaints: bool = False  # whether the denoiser takes a mask and a picture beside the latents
+    references: int = 0  # pictures that a prompt may refer to
+    max_side_px: int | None = None  # where the denoiser's positions end
     guidance: Guidance = "cfg"
     negative: bool = True  # whether a negative prompt has a meaning
     min_snr: bool = True  # whether min-SNR weights have a meaning

@@ -10,7 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
+from training.base.controls import Controls, Steer
 from training.base.facts import Facts
+from training.base.image_prompts import ImagePrompt, ImagePrompts
+from training.base.wording import Phrases
 
 if TYPE_CHECKING:
     import torch
@@ -19,6 +22,11 @@ if TYPE_CHECKING:
     from training.base.noise.process import Process, Size
 
 Cond = Mapping[str, "Tensor"]  # one prompt as the denoiser takes it, without a batch axis; opaque outside the family
+# What serving adds to a prompt's record, on the device. KNOWN of a base that `inpaints`, [1 + C, h, w]: where it draws
+# (1) or not (0), and the latents of the picture without what is there to be drawn. REFERENCE and a number from 0:
+# the latents [C, h, w] of a picture that the prompt refers to.
+KNOWN, REFERENCE = "known", "reference_"
+Wording = str | Phrases  # a prompt: plain text, or weighted pieces where `Facts.emphasis`
 Words = Mapping[str, "Tensor"]  # textual-inversion word -> [V, D]: V token places, D the encoders' widths together
 
 
@@ -29,12 +37,15 @@ class RowFacts(NamedTuple):
     """What a denoiser may want to know of a row beside latents, time and prompt. Pixels are (down, across).
 
     `original_px` is the size of the photo and `crop_px` where its crop began: None for a picture that is drawn.
-    `guidance` is for bases that take it as an input.
+    `guidance` is for bases that take it as an input; `steers` are the row's ControlNets, of the family's `controls`,
+    and `image_prompts` its pictures, of the family's `image_prompts`.
     """
 
     original_px: tuple[int, int] | None = None
     crop_px: tuple[int, int] | None = None
     guidance: float = 1.0
+    steers: tuple[Steer, ...] = ()
+    image_prompts: tuple[ImagePrompt, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -51,11 +62,17 @@ class Parts:
 
 
 class Family(Protocol):
-    """One family, for one base. `pipelines` are the diffusers pipelines that are of it; `title` is what people say."""
+    """One family, for one base. `pipelines` are the diffusers pipelines that are of it; `title` is what people say.
+
+    `controls`: its ControlNets, of which `RowFacts.steers` are; `image_prompts`: its IP-Adapters, of which
+    `RowFacts.image_prompts` are; None where there are none for it.
+    """
 
     pipelines: ClassVar[tuple[str, ...]]
     title: ClassVar[str]
     facts: Facts
+    controls: Controls | None
+    image_prompts: ImagePrompts | None
 
     def __init__(self, folder: Path, name: str) -> None:
         """Reads the configs; `name` is what messages call the base.
@@ -77,15 +94,16 @@ class Family(Protocol):
     def tokenizer(self) -> Any:
         """The tokenizer in whose tokens prompts are counted."""
 
-    def count_chunks(self, parts: Parts, prompt: str, words: Words) -> int:
+    def count_chunks(self, parts: Parts, prompt: Wording, words: Words) -> int:
         """How often the text encoder must run to take all of a prompt in."""
 
     def encode(
-        self, parts: Parts, prompts: Sequence[str], words: Sequence[Words] | None = None, chunks: int = 1
+        self, parts: Parts, prompts: Sequence[Wording], words: Sequence[Words] | None = None, chunks: int = 1
     ) -> list[Cond]:
         """The record of each prompt. `words[n]`: what prompt n may use; differentiable towards them and routes.
 
         Prompts are cut after `chunks`, and filled up to it. The empty prompt is what the pipeline has without a prompt.
+        Weights of phrases multiply what their tokens are encoded to; families without `Facts.emphasis` get plain texts.
         """
 
     def to_latents(self, parts: Parts, pixels_N3HW: "Tensor") -> tuple["Tensor", "Tensor"]:

@@ -11,12 +11,12 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from training.base.family import Cond
+from training.base.family import Cond, Wording
 
 HOST = torch.device("cpu")
 HOST_BYTES = 8 * 2**30  # of records; the longest unused go first
 
-Encode = Callable[[str, int], Cond]  # of a text and the chunks that it is cut after
+Encode = Callable[[Wording, int], Cond]  # of a text and the chunks that it is cut after
 
 
 class FrozenPrompts:
@@ -26,14 +26,14 @@ class FrozenPrompts:
         self._encoders = encoders
         self._device = device
         self._limit = limit
-        self._known: OrderedDict[tuple[str, int], Cond] = OrderedDict()
+        self._known: OrderedDict[tuple[Wording, int], Cond] = OrderedDict()
         self._bytes = 0
 
     def __len__(self) -> int:
         return len(self._known)
 
     @torch.no_grad()
-    def encode(self, prompts: Sequence[str], chunks: int, run: Encode) -> list[Cond]:
+    def encode(self, prompts: Sequence[Wording], chunks: int, run: Encode) -> list[Cond]:
         """The record of each prompt, on the device; `run` encodes one, with the encoders there."""
         wanted = [(prompt, chunks) for prompt in prompts]
         fresh = {key: self._known.get(key) for key in dict.fromkeys(wanted)}
@@ -60,7 +60,7 @@ class FrozenPrompts:
     def _on_device(self, cond: Cond) -> Cond:
         return {name: part.to(self._device) for name, part in cond.items()}
 
-    def _keep(self, key: tuple[str, int], cond: Cond) -> None:
+    def _keep(self, key: tuple[Wording, int], cond: Cond) -> None:
         if key not in self._known:
             self._known[key] = cond
             self._bytes += _size(cond)

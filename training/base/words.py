@@ -8,60 +8,77 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
-from training.base.family import Words
+from training.base.family import Wording, Words
+from training.base.wording import phrases_of
 
 
 @dataclass(frozen=True)
 class Tokenised:
-    """A chunk of each prompt: ids int64 [N, L]; `places[n]` is (position, vector [D]) of each trained vector in it."""
+    """A chunk of each prompt: ids int64 [N, L]; `places[n]` is (position, vector [D]) of each trained vector in it.
+
+    `weights` [N, L] are the tokens' own, 1 for marks of start and end; None where all of them are 1.
+    """
 
     ids: Tensor
     places: tuple[tuple[tuple[int, Tensor], ...], ...]
+    weights: Tensor | None = None
 
 
-def tokenise(tokenizer: CLIPTokenizer, prompts: Sequence[str], words: Sequence[Words], chunk: int = 0) -> Tokenised:
+class _Token(NamedTuple):
+    """A token's id or its trained vector, and its weight."""
+
+    value: int | Tensor
+    weight: float
+
+
+def tokenise(tokenizer: CLIPTokenizer, prompts: Sequence[Wording], words: Sequence[Words], chunk: int = 0) -> Tokenised:
     """Token ids of one chunk of each prompt; `words[n]` are those prompt n may use.
 
     A chunk is what the encoder takes at once: the tokenizer's length, with its marks of start and end. A prompt that
     ends before has an empty one.
     """
-    rows, places = [], []
+    rows, places, weights = [], [], []
     for prompt, known in zip(prompts, words, strict=True):
-        row, found = _row(tokenizer, _split(tokenizer, prompt, known)[chunk : chunk + 1])
+        tokens = [token for part in _split(tokenizer, prompt, known)[chunk : chunk + 1] for token in part]
+        row, found = _row(tokenizer, [token.value for token in tokens])
         rows.append(row)
         places.append(tuple(found))
-    return Tokenised(torch.tensor(rows), tuple(places))
+        weights.append([1.0, *(token.weight for token in tokens), *[1.0] * (len(row) - len(tokens) - 1)])
+    plain = all(weight == 1.0 for row_weights in weights for weight in row_weights)
+    return Tokenised(torch.tensor(rows), tuple(places), None if plain else torch.tensor(weights))
 
 
-def count_chunks(tokenizer: CLIPTokenizer, prompt: str, words: Words) -> int:
+def count_chunks(tokenizer: CLIPTokenizer, prompt: Wording, words: Words) -> int:
     """How many chunks a prompt takes; one if it is empty."""
     return len(_split(tokenizer, prompt, words))
 
 
-def _split(tokenizer: CLIPTokenizer, prompt: str, words: Words) -> list[list[int | Tensor]]:
-    """Ids, and the vectors of trained words, of each chunk; a trained word is not split if a chunk can hold it."""
+def _split(tokenizer: CLIPTokenizer, prompt: Wording, words: Words) -> list[list[_Token]]:
+    """The tokens of each chunk; a trained word is not split if a chunk can hold it."""
     room = tokenizer.model_max_length - 2
-    chunks: list[list[int | Tensor]] = [[]]
-    for piece in _cut(prompt, words):
-        trained = piece in words
-        tokens = list(words[piece]) if trained else tokenizer(piece, add_special_tokens=False).input_ids
-        if trained and len(chunks[-1]) + len(tokens) > room >= len(tokens):
+    chunks: list[list[_Token]] = [[]]
+    for phrase in phrases_of(prompt):
+        if phrase.opens:
             chunks.append([])
-        for token in tokens:
-            if len(chunks[-1]) == room:
+        for piece in _cut(phrase.text, words):
+            trained = piece in words
+            tokens = list(words[piece]) if trained else tokenizer(piece, add_special_tokens=False).input_ids
+            if trained and len(chunks[-1]) + len(tokens) > room >= len(tokens):
                 chunks.append([])
-            chunks[-1].append(token)
+            for token in tokens:
+                if len(chunks[-1]) == room:
+                    chunks.append([])
+                chunks[-1].append(_Token(token, phrase.weight))
     return chunks
 
 
-def _row(
-    tokenizer: CLIPTokenizer, chunk: Sequence[Sequence[int | Tensor]]
-) -> tuple[list[int], list[tuple[int, Tensor]]]:
+def _row(tokenizer: CLIPTokenizer, tokens: Sequence[int | Tensor]) -> tuple[list[int], list[tuple[int, Tensor]]]:
     """The ids [L] of a chunk, and its trained vectors' places; no chunk is an empty one.
 
     A trained vector is put in place of the id that stands for it. That is the mark of the start, not of the end: a
@@ -70,7 +87,7 @@ def _row(
     end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
     ids: list[int] = [tokenizer.bos_token_id]
     found: list[tuple[int, Tensor]] = []
-    for token in (token for tokens in chunk for token in tokens):
+    for token in tokens:
         if isinstance(token, Tensor):
             found.append((len(ids), token))
         ids.append(ids[0] if isinstance(token, Tensor) else token)

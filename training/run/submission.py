@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from training.base.files.check import check_trainable
 from training.base.files.folder import find_base, hash_base
 from training.base.files.outline import Outline, outline
 from training.base.quantization import check_offload
@@ -60,6 +61,7 @@ def read_manifest(path: str | Path) -> tuple[Manifest, Outline]:
     manifest = load_manifest(path)
     manifest = manifest.model_copy(update={"root": str(Path(manifest.root).resolve())})
     base = outline(manifest.base, manifest.root)
+    check_trainable(manifest.base, base.facts)
     manifest = filled(manifest, base.facts)
     problems = list(_problems(manifest, base))
     if problems:

@@ -1,7 +1,7 @@
-"""Revoking and erasing a subject: its adapters, what was merged from them, photos, latents, checkpoints, events.
+"""Revoking and erasing a subject: its adapters, what was merged from them, kept pictures, photos, latents, events.
 
 Works on the storage alone, so that a server and a command do the same. What is copied to other places (exported files,
-fused bases, pictures that were made) is not there to be erased; `docs/provenance.md` says so.
+fused bases, pictures that were sent) is not there to be erased; `docs/provenance.md` says so.
 """
 
 import io
@@ -18,6 +18,7 @@ from training.storage import audit
 from training.storage.card import Card
 from training.storage.closed import Closed
 from training.storage.consents import ConsentRecord, Revocation, list_consents, revocation_of
+from training.storage.pictures import PictureStore
 from training.storage.registry import Registry
 from training.storage.storage import NotFound, Storage, content_id
 from training.storage.version import UnknownAdapter
@@ -114,6 +115,9 @@ def held(storage: Storage, tenant: str, subject: str) -> set[str]:
     """The keys of everything that is held about a subject."""
     keys = set(storage.list(f"adapters/{tenant}/{subject}"))
     keys |= set(_keys_of_runs(storage, tenant, subject))
+    pictures = PictureStore(storage)
+    for picture in pictures.wearing([f"{tenant}/{subject}"], tenant):
+        keys |= set(pictures.keys(picture))
     for id in {one.id for one in list_consents(storage, tenant) if one.subject == subject}:
         keys |= set(storage.list(f"consents/{tenant}/{id}"))
     return keys | set(storage.list(f"revocations/{tenant}/{subject}"))
@@ -130,6 +134,11 @@ def _erase(storage: Storage, tenant: str, subject: str, adapters: Iterable[str])
         storage.delete(f"public/{name}")
         for key in keys:
             storage.delete(key)
+        yield from keys
+    pictures = PictureStore(storage)
+    for picture in pictures.wearing(list(adapters)):
+        keys = pictures.keys(picture)
+        pictures.delete(picture.shelf, picture.tenant, picture.id)
         yield from keys
     for key in _keys_of_runs(storage, tenant, subject):
         storage.delete(key)

@@ -29,6 +29,9 @@ UPRIGHT = {
 }
 
 
+TURNING = (5, 6, 7, 8)  # those that swap width and height
+
+
 class MaskedImage(NamedTuple):
     """An upright RGB image on white; where the file had transparency, its alpha as a mask (L, 255 = the subject)."""
 
@@ -85,6 +88,12 @@ def _upright(image: Image.Image, name: str) -> MaskedImage:
     if turn is None:
         return MaskedImage(rgb, alpha)
     return MaskedImage(rgb.transpose(turn), None if alpha is None else alpha.transpose(turn))
+
+
+def upright_size(opened: OpenImage) -> tuple[int, int]:
+    """Width and height that the file declares, as it is looked at; nothing is decoded."""
+    width, height = opened.image.size
+    return (height, width) if _orientation(opened.image) in TURNING else (width, height)
 
 
 def _orientation(image: Image.Image) -> int:

@@ -29,12 +29,18 @@ class HostCache(Generic[HostKey, HostValue]):
     """`fetch(key)` runs on one of `loaders` threads; `woken` is called (there) whenever a load has ended."""
 
     def __init__(
-        self, fetch: Callable[[HostKey], HostValue], *, budget_bytes: int, loaders: int, woken: Callable[[], None]
+        self,
+        fetch: Callable[[HostKey], HostValue],
+        *,
+        budget_bytes: int,
+        loaders: int,
+        woken: Callable[[], None],
+        threads: str = "load-adapter",
     ) -> None:
         self._fetch = fetch
         self._budget = budget_bytes
         self._woken = woken
-        self._pool = ThreadPoolExecutor(loaders, thread_name_prefix="load-adapter")
+        self._pool = ThreadPoolExecutor(loaders, thread_name_prefix=threads)
         self._lock = threading.Lock()
         self._held: OrderedDict[HostKey, HostValue] = OrderedDict()  # least recently used first
         self._loading: dict[HostKey, Future[HostValue]] = {}

@@ -14,11 +14,12 @@ from starlette.types import ASGIApp, Receive, Scope as AsgiScope, Send
 
 from serving.errors import Refused
 from serving.http.access.tenants import Scope
+from serving.http.history.links import SIGNED
 from serving.http.problems import ApiError, describe
 from serving.http.service import Service, service_of
 
 OPEN = "/healthz"  # load balancers ask by address
-KEYED = ("/v1/", "/sdapi/")
+KEYED = ("/v1/", "/sdapi/", "/controlnet/")
 FREE = ("/v1/detect", "/v1/reports")  # no key is needed; one that is sent must be valid
 UPLOAD = "/v1/adapters"
 UPLOADS = (UPLOAD, "/v1/files")
@@ -53,7 +54,7 @@ class Guard:
         if path == OPEN:
             return nullcontext()
         self._check_page(service, request)
-        if not path.startswith(KEYED):
+        if not path.startswith(KEYED) or path.startswith(SIGNED) and request.method in _READING:
             return nullcontext()
         if path in FREE and request.method == "POST":
             service.caller(request)

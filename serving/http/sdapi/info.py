@@ -48,8 +48,10 @@ async def refresh_loras(request: Request) -> dict[str, object]:
 
 
 @router.post("/refresh-checkpoints", responses=ERRORS)
-async def refresh_checkpoints(request: Request) -> dict[str, object]:
-    """Does nothing: a server has the one base that it was started with."""
+@router.post("/refresh-embeddings", responses=ERRORS)
+@router.post("/refresh-vae", responses=ERRORS)
+async def refresh(request: Request) -> dict[str, object]:
+    """Does nothing: a server has the one base that it was started with, and words come with their adapter."""
     service_of(request).tenant(request)
     return {}
 
@@ -95,16 +97,16 @@ async def sd_vae(request: Request) -> list[SdNamed]:
 
 @router.get("/upscalers", responses=ERRORS)
 async def upscalers(request: Request) -> list[SdUpscaler]:
-    """Only the one that does nothing."""
+    """What enlarges pixels for the second pass."""
     service_of(request).tenant(request)
-    return [SdUpscaler(name="None", scale=1)]
+    return [SdUpscaler(name="None", scale=1), SdUpscaler(name="Lanczos", scale=4)]
 
 
 @router.get("/latent-upscale-modes", responses=ERRORS)
 async def latent_upscale_modes(request: Request) -> list[SdNamed]:
-    """None: there is no second pass."""
+    """What enlarges latents for the second pass."""
     service_of(request).tenant(request)
-    return []
+    return [SdNamed(name="Latent")]
 
 
 @router.get("/face-restorers", responses=ERRORS)
@@ -135,6 +137,15 @@ async def embeddings(request: Request) -> SdEmbeddings:
     return SdEmbeddings()
 
 
+@router.get("/script-info", responses=ERRORS)
+@router.get("/extensions", responses=ERRORS)
+@router.get("/realesrgan-models", responses=ERRORS)
+async def extensions(request: Request) -> list[SdNamed]:
+    """None: neither scripts nor extensions, nor models that enlarge pictures."""
+    service_of(request).tenant(request)
+    return []
+
+
 @router.get("/scripts", responses=ERRORS)
 async def scripts(request: Request) -> SdScripts:
     """None."""
@@ -161,7 +172,7 @@ async def get_options(request: Request) -> dict[str, object]:
     """The options that clients read; they are the same for everybody and cannot be changed."""
     service = service_of(request)
     service.tenant(request)
-    return options(service.intake.library.base)
+    return options(service.intake.library.base, service.intake.library.base_hash)
 
 
 @router.post("/options", responses=ERRORS)
@@ -169,4 +180,4 @@ async def set_options(request: Request, wanted: dict[str, object]) -> None:
     """Does nothing if every option has its value already; else refuses the first that differs, by name."""
     service = service_of(request)
     service.tenant(request)
-    check_options(wanted, service.intake.library.base)
+    check_options(wanted, service.intake.library.base, base_hash=service.intake.library.base_hash)

@@ -13,11 +13,15 @@ from dataclasses import dataclass, field
 
 from fastapi import APIRouter, Request
 
+from serving.engine.pictures.codec import measure
 from serving.engine.request import FinishedPicture, GenerateRequest
+from serving.http.edits import check_native
 from serving.http.images import ERRORS
 from serving.http.infotext import infotext
 from serving.http.intake import any_seed, read_picture_field, uses
 from serving.http.problems import ApiError
+from serving.http.sdapi.controlnet import read_units
+from serving.http.sdapi.inpainting import read_hires, read_mask
 from serving.http.sdapi.prompt import refuse_tags, split_prompt
 from serving.http.sdapi.samplers import read_sampler, sampler_label
 from serving.http.sdapi.undone import refuse_undone
@@ -26,6 +30,10 @@ from serving.http.service import Service, request_id, service_of, unless_gone
 
 router = APIRouter(prefix="/sdapi/v1", tags=["AUTOMATIC1111"])
 PREVIEWS = 8
+IDLE: dict[str, object] = {
+    "skipped": False, "interrupted": False, "stopping_generation": False, "job": "", "job_count": 0, "job_no": 0,
+    "job_timestamp": "0", "sampling_step": 0, "sampling_steps": 0,
+}  # fmt: skip
 
 
 @dataclass(eq=False, slots=True)
@@ -38,6 +46,9 @@ class CallProgress:
     done: int = 0
     part: dict[int, float] = field(default_factory=dict)
     current: bytes | None = None
+    steps: int = 0
+    pictures: list[FinishedPicture] = field(default_factory=list)
+    skipped: bool = False
 
     @property
     def share(self) -> float:
@@ -67,14 +78,21 @@ async def progress(request: Request, skip_current_image: bool = False) -> SdProg
     under: Under = request.app.state.under
     mine = under.get(service.tenant(request))
     if not mine:
-        return SdProgress(progress=0.0, eta_relative=0.0, state={"job_count": 0, "interrupted": False})
+        return SdProgress(progress=0.0, eta_relative=0.0, state=IDLE)
     newest = mine[-1]
     elapsed = time.monotonic() - newest.since
     image = None if skip_current_image or newest.current is None else base64.b64encode(newest.current).decode()
     return SdProgress(
         progress=newest.share,
         eta_relative=elapsed * (1 - newest.share) / newest.share if newest.share else 0.0,
-        state={"job_count": newest.count, "job_no": newest.done, "interrupted": False},
+        state={
+            **IDLE,
+            "job": "txt2img",
+            "job_count": newest.count,
+            "job_no": newest.done,
+            "sampling_step": int(newest.share * newest.steps),
+            "sampling_steps": newest.steps,
+        },
         current_image=image,
     )
 
@@ -90,11 +108,23 @@ async def interrupt(request: Request) -> dict[str, object]:
     return {}
 
 
+@router.post("/skip", responses=ERRORS)
+async def skip(request: Request) -> dict[str, object]:
+    """Ends the caller's newest call: it answers with the images that are finished, or as if interrupted."""
+    service = service_of(request)
+    under: Under = request.app.state.under
+    for one in under.get(service.tenant(request), [])[-1:]:
+        one.skipped = True
+        if one.task is not None:
+            one.task.cancel()
+    return {}
+
+
 async def _make_images(request: Request, body: Txt2ImgBody) -> SdImages:
     service = service_of(request)
     tenant = service.tenant(request)
     wanted = await asyncio.to_thread(_wanted, service, tenant, body, request_id(request))
-    one = CallProgress(count=wanted.count, since=time.monotonic())
+    one = CallProgress(count=wanted.count, since=time.monotonic(), steps=wanted.steps)
     under: Under = request.app.state.under
     under.setdefault(tenant, []).append(one)
     try:
@@ -102,6 +132,8 @@ async def _make_images(request: Request, body: Txt2ImgBody) -> SdImages:
         pictures = await unless_gone(request, one.task)
     except asyncio.CancelledError:
         if one.task is not None and one.task.cancelled():
+            if one.skipped and one.pictures:
+                return _images_of(service, wanted, sorted(one.pictures, key=lambda picture: picture.index), body)
             raise ApiError(499, "The call was interrupted.", code="interrupted") from None
         raise
     finally:
@@ -112,7 +144,7 @@ async def _make_images(request: Request, body: Txt2ImgBody) -> SdImages:
 
 
 async def _draw_images(service: Service, wanted: GenerateRequest, one: CallProgress) -> list[FinishedPicture]:
-    pictures = []
+    pictures = one.pictures
     async with aclosing(service.events(wanted)) as events:
         async for event in events:
             one.current = event.data
@@ -136,9 +168,15 @@ def _wanted(service: Service, tenant: str, body: Txt2ImgBody, name: str) -> Gene
     side = intake.facts.resolution
     width, height = body.width or side, body.height or side
     mix = intake.worn(tenant, None, worn)
-    image, strength = None, 1.0
+    first = body.init_images[0] if isinstance(body, Img2ImgBody) else None
+    units = read_units((body.model_extra or {}).get("alwayson_scripts"), first, width, height)
+    image, mask, strength = None, None, 1.0
     if isinstance(body, Img2ImgBody):
         image = read_picture_field(body.init_images[0], "init_images", width, height)
+        mask = read_mask(body, width, height)
+        if mask is not None and mask.only_masked:
+            count = body.batch_size * body.n_iter
+            check_native(intake.spec.limits, measure(image, "picture"), count, "init_images")
         strength = min(1.0, max(body.denoising_strength, 1.001 / steps))  # AUTOMATIC1111 takes 0 as one step
     return intake.checked(
         GenerateRequest(
@@ -146,6 +184,7 @@ def _wanted(service: Service, tenant: str, body: Txt2ImgBody, name: str) -> Gene
             tenant=tenant,
             prompt=intake.told(prompt, mix),
             negative_prompt=negative_prompt,
+            prompt_syntax="a1111",
             adapters=uses(mix),
             width=width,
             height=height,
@@ -156,6 +195,9 @@ def _wanted(service: Service, tenant: str, body: Txt2ImgBody, name: str) -> Gene
             scheduler=sampler,
             image=image,
             strength=strength,
+            mask=mask,
+            hires=read_hires(body, width, height, steps, intake.facts),
+            controls=intake.controls(units, width, height, "alwayson_scripts"),
             previews=PREVIEWS,
             deadline_s=intake.spec.limits.deadline_s,
         )
@@ -188,5 +230,5 @@ def _echo(body: Txt2ImgBody) -> dict[str, object]:
     """The declared fields of the body; the pictures only where they are asked back."""
     told = body.model_dump(mode="json", include=set(type(body).model_fields))
     if isinstance(body, Img2ImgBody) and not body.include_init_images:
-        told["init_images"] = None
+        told["init_images"] = told["mask"] = None
     return told

@@ -32,6 +32,13 @@ class Txt2ImgBody(BaseModel):
     cfg_scale: float | None = Field(None, ge=0, le=100)
     width: int | None = Field(None, ge=1)
     height: int | None = Field(None, ge=1)
+    denoising_strength: float = Field(0.75, ge=0, le=1, description="0: one step at the least noise")
+    enable_hr: bool = False
+    hr_scale: float = Field(2.0, ge=1, le=8)
+    hr_upscaler: Name | None = Field(None, description="Latent or Lanczos")
+    hr_second_pass_steps: int = Field(0, ge=0, description="0: as many as of the first pass")
+    hr_resize_x: int = Field(0, ge=0, description="the size of the second pass; 0: by `hr_scale`")
+    hr_resize_y: int = Field(0, ge=0)
     send_images: bool = True
 
 
@@ -39,7 +46,12 @@ class Img2ImgBody(Txt2ImgBody):
     """`POST /sdapi/v1/img2img`: starts from the one picture in `init_images` (base64)."""
 
     init_images: tuple[Annotated[str, Field(max_length=MAX_PICTURE)], ...] = Field(min_length=1, max_length=1)
-    denoising_strength: float = Field(0.75, ge=0, le=1, description="0: one step at the least noise")
+    mask: str | None = Field(None, max_length=MAX_PICTURE, description="of the picture's size; white is redrawn")
+    mask_blur: float | None = Field(None, ge=0, le=64, description="a Gaussian over the mask's edge, pixels")
+    inpainting_fill: int = Field(0, ge=0, le=3, description="0: surroundings, 1: original, 2: noise, 3: nothing")
+    inpaint_full_res: bool = Field(True, description="the part around the mask is drawn at the whole size")
+    inpaint_full_res_padding: int = Field(0, ge=0, le=1024)
+    inpainting_mask_invert: int = Field(0, ge=0, le=1)
     include_init_images: bool = Field(False, description="whether `parameters` of the reply holds `init_images`")
 
 

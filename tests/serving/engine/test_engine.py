@@ -192,13 +192,13 @@ def test_an_image_of_more_than_a_forward_steps_in_two_and_lets_others_between(
 
     finished(engine, [ask("dog")])  # its adapter is in a slot
     job = engine.submit(large)
-    while (sample := job.samples[0]).plain is None:
+    while not (sample := job.samples[0]).said:
         engine.step()
     began = sample.step
     other = engine.submit(ask("dog", steps=2, tenant="other"))
     while not other.over:
         engine.step()
-    assert sample.step == began and sample.plain is not None
+    assert sample.step == began and sample.said
     run(engine, [job])
     assert near(finished(engine, [large])[0], expected)
     engine.close()

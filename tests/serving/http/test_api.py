@@ -28,7 +28,9 @@ from serving.local import LocalEngines
 from tests.serving.company import random_adapter, small
 from training.adapters.adapter import Adapter, save_adapter
 from training.base.base import Base
+from training.base.files.folder import EMBEDDED
 from training.base.files.outline import outline
+from training.storage.networks import NetworkFolders
 from training.storage.registry import Registry
 from training.storage.storage import open_storage
 
@@ -47,7 +49,9 @@ class World:
             base=str(folder), storage=str(storage), engine=small(queue=6), limits=LIMITS, refresh_s=0.05, **changes
         )
         self.registry = Registry(open_storage(str(storage)))
-        self.loop = EngineLoop(Engine(tiny, self.spec.engine, Fetcher(self.registry)))
+        networks = NetworkFolders(self.registry.storage, EMBEDDED)
+        engine = Engine(tiny, self.spec.engine, Fetcher(self.registry), open_network=networks.folder)
+        self.loop = EngineLoop(engine)
         self.library = Library(self.registry, outline(str(folder)), refresh_s=0.05, serves=self.spec.serves)
         self.keys = Keys(storage / "keys.json") if keys else None
         self.tokens = {name: self.keys.make(name)[1] for name in ("ann", "bob")} if self.keys else {}
@@ -202,7 +206,7 @@ def test_concurrent_requests_give_what_each_alone_gives(world: World) -> None:
         ({"size": "64x64", "n": 4, "steps": 51}, "steps", "at most 50"),
         ({"prompt": "x" * 201}, "prompt", "at most 200"),
         ({"prompt": "x\0"}, "prompt", "null"),
-        ({"response_format": "url"}, "response_format", "b64_json"),
+        ({"response_format": "file"}, "response_format", "b64_json"),
         ({"output_format": "gif"}, "output_format", "png"),
         ({"guidance_scale": -1}, "guidance_scale", "greater"),
         ({"scheduler": "magic"}, "scheduler", "ddim"),

@@ -70,6 +70,15 @@ def test_openai_generates(site: Site) -> None:
         assert mixed.data and mixed.data[0].model_extra and mixed.data[0].model_extra["seed"] == 3
 
 
+def test_openai_gets_links(site: Site) -> None:
+    """Whoever has a link gets the picture: no key is sent along."""
+    with site.client() as client:
+        answer = client.images.generate(prompt="a dog", response_format="url", extra_body={"steps": 2})
+    url = (answer.data or [])[0].url or ""
+    assert url.startswith(f"{site.url}/v1/images/files/")
+    assert httpx.get(url, trust_env=False).content.startswith(b"\x89PNG")
+
+
 def test_openai_streams(site: Site) -> None:
     with site.client() as client:
         stream = client.images.generate(model="rusty", prompt="a dog", stream=True, partial_images=2)
@@ -103,7 +112,7 @@ def test_openais_own_exceptions(site: Site) -> None:
 
 def test_an_error_within_a_stream_raises(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = site.world.loop.engine
-    monkeypatch.setattr(engine, "_decode_batch", lambda samples: 1 / 0)
+    monkeypatch.setattr(engine.finisher, "decode", lambda samples: 1 / 0)
     with site.client() as client, pytest.raises(openai.APIError, match="Generating failed"):
         for _ in client.images.generate(prompt="a dog", stream=True, partial_images=3):
             pass

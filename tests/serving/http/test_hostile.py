@@ -49,7 +49,7 @@ def test_the_request_id_finds_a_fault_in_the_log(
 def test_the_request_id_finds_a_failed_generation_in_the_log(
     world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(world.loop.engine, "_decode_batch", lambda samples: 1 / 0)
+    monkeypatch.setattr(world.loop.engine.finisher, "decode", lambda samples: 1 / 0)
     with caplog.at_level(logging.ERROR):
         whole = world.images(headers={"x-request-id": "one-whole"})
         world.images(headers={"x-request-id": "one-stream"}, stream=True)

@@ -97,7 +97,7 @@ def test_every_route_tells_its_405_and_how_to_send_a_key(world: World) -> None:
     for path, calls in document["paths"].items():
         for call in calls.values():
             assert "405" in call["responses"], path
-            assert ("security" in call) == path.startswith(("/v1/", "/sdapi/")), path
+            assert ("security" in call) == path.startswith(("/v1/", "/sdapi/", "/controlnet/")), path
 
 
 def test_the_largest_seed_of_the_document_is_one_that_is_taken(world: World) -> None:

@@ -84,6 +84,19 @@ def test_each_file_is_signed_and_says_how_it_was_made(marked: Marked, form: Imag
         assert picture.size == (16, 16)
 
 
+def test_an_edited_picture_says_so(marked: Marked) -> None:
+    with Image.new("RGBA", (16, 16), (9, 9, 9, 255)) as picture:
+        picture.paste((0, 0, 0, 0), (0, 0, 8, 16))
+        out = io.BytesIO()
+        picture.save(out, "PNG")
+    sent = {"data": {"prompt": "a dog", "steps": "2"}, "files": {"image": ("p.png", out.getvalue())}}
+    answer = marked.call("POST", "/v1/images/edits", "ann", **sent).json()
+    data = base64.b64decode(answer["data"][0]["b64_json"])
+    assert read_claim(data, "png").state == "valid"
+    assert data.count(b"compositeWithTrainedAlgorithmicMedia") == 2  # in the manifest and in XMP
+    assert b"/trainedAlgorithmicMedia" not in data
+
+
 def test_one_changed_byte_makes_the_manifest_invalid(marked: Marked) -> None:
     made = marked.images("ann", output_format="jpeg").json()["data"][0]
     data = bytearray(base64.b64decode(made["b64_json"]))

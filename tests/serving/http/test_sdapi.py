@@ -65,7 +65,6 @@ def test_a_clients_defaults_pass(world: World) -> None:
     ("field", "value"),
     [
         ("mask", picture()),
-        ("enable_hr", True),
         ("alwayson_scripts", {"ControlNet": {"args": [{"image": "x", "module": "canny"}]}}),
         ("script_name", "X/Y/Z plot"),
         ("tiling", True),
@@ -78,7 +77,7 @@ def test_a_clients_defaults_pass(world: World) -> None:
         ("eta", 0.5),
         ("s_churn", 1),
         ("refiner_checkpoint", "another"),
-        ("save_images", True),
+        ("clip_skip", 2),
         ("disable_extra_networks", True),
         ("infotext", "Steps: 4"),
         ("distilled_cfg_scale", 3.5),
@@ -114,6 +113,19 @@ def test_tags_of_every_spelling() -> None:
         assert split_prompt(f"a {tag} dog") == ("a dog", [rusty]), tag
     assert split_prompt("a <lora:rusty> dog")[1] == [WornAdapter(id="rusty", weight=1.0)]
     assert split_prompt("1 < 2 > 0, a <b> c: <3") == ("1 < 2 > 0, a <b> c: <3", [])
+
+
+def test_prompts_are_read_as_there(world: World) -> None:
+    """Brackets are weights on these routes, and on the images call where it says so; else they are drawn."""
+    weighted = txt2img(world, prompt="a (red:3) dog").json()["images"][0]
+    same = world.images(prompt="a (red:3) dog", prompt_syntax="a1111").json()["data"][0]["b64_json"]
+    literal = world.images(prompt="a (red:3) dog").json()["data"][0]["b64_json"]
+    assert (pixels(weighted) == pixels(same)).all() and (pixels(weighted) != pixels(literal)).any()
+    assert txt2img(world, prompt="a dog AND (snow:0.5) BREAK red").status_code == 200
+    for field in ("prompt", "negative_prompt"):
+        error = problem(txt2img(world, **{field: "a [dog:cat:0.5]"}), 400)
+        assert error["param"] == field and "[dog:cat:0.5]" in error["message"]
+    assert problem(world.images(prompt_syntax="compel"), 400)["param"] == "prompt_syntax"
 
 
 @pytest.mark.timeout(30)
@@ -280,6 +292,12 @@ def test_every_list_that_clients_ask_for_is_there(world: World) -> None:
             "memory",
             "samplers",
             "sd-models",
+            "script-info",
+            "extensions",
+            "realesrgan-models",
+            "loras",
+            "options",
+            "progress",
         )  # fmt: skip
     }
     assert {name: answer.status_code for name, answer in found.items()} == dict.fromkeys(found, 200)

@@ -118,7 +118,7 @@ def test_the_base_tells_its_defaults_and_limits(world: World) -> None:
         "size": "16x16", "multiple": 4, "largest_side": 64, "largest_pixels": 64 * 64 * 4, "steps": 30,
         "largest_steps": 50, "guidance_scale": 7.5, "scheduler": "ddim", "negative_prompt": True,
         "largest_n": 4, "largest_adapters": 3,
-        "largest_weight": 5.0,
+        "largest_weight": 5.0, "history": False,
     }  # fmt: skip
     assert "defaults" not in rusty
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy
 import pytest
 from PIL import Image
@@ -57,6 +58,39 @@ def test_a_first_picture_and_the_same_again_from_the_history(page: Page, site: S
     kept = page.evaluate(READ_HISTORY, int(seed))
     first, second = (decoded(bytes(one)) for one in kept)
     assert abs(first - second).max() <= 1  # the very same picture, but for the rounding of another batch
+
+
+def test_the_history_of_a_server_that_keeps_one(
+    browser: Browser, tiny: Base, tiny_folder: Path, tmp_path: Path
+) -> None:
+    """What a program drew is there in a browser that has never been there; deleting it deletes it on the server."""
+    site = Site(World(tiny, tiny_folder, tmp_path, keys=False, history=True, site="https://elsewhere.example"))
+
+    def seeds() -> list[int]:
+        answer = httpx.get(f"{site.url}/v1/images/history", timeout=60, trust_env=False).json()
+        return [one["seed"] for one in answer["data"]]
+
+    try:
+        site.world.upload("default", "rusty", 1)
+        body = {"prompt": "drawn by a program", "model": "rusty", "n": 2, "seed": 41, "steps": 2}
+        httpx.post(f"{site.url}/v1/images/generations", json=body, timeout=60, trust_env=False).raise_for_status()
+        with open_page(browser, site.url) as page:
+            page.goto("/")
+            tiles = page.locator(".batch .tile img[alt*='seed']")
+            expect(tiles).to_have_count(2)
+            page.get_by_role("button", name="Use again").click()
+            expect(page.get_by_label("Seed", exact=True)).to_have_value("41")
+            page.get_by_role("button", name="Draw", exact=True).click()
+            expect(tiles).to_have_count(3)
+            page.get_by_role("button", name="Delete these pictures").first.click()
+            expect(tiles).to_have_count(2)
+            assert sorted(seeds()) == [41, 42]
+            page.get_by_role("button", name="Clear the history").click()
+            page.get_by_role("button", name="Delete them").click()
+            expect(page.get_by_text("Draw your first picture")).to_be_visible()
+        assert seeds() == []
+    finally:
+        site.close()
 
 
 def decoded(data: bytes) -> Any:

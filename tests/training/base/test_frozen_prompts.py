@@ -11,7 +11,7 @@ from tests.families import write_family
 from tests.training.subjects import subject
 from tests.training.trainer.test_pack import TIGHT, distance, run
 from training.base.base import load_base
-from training.base.family import Cond
+from training.base.family import Cond, Wording
 from training.base.frozen_prompts import FrozenPrompts
 from training.trainer.checkpoint import dump_state, load_state
 from training.trainer.member import Subject
@@ -33,12 +33,12 @@ def test_encoders_come_for_unknown_texts_alone_and_always_leave() -> None:
     encoder, asked = Moves(), list[str]()
     prompts = FrozenPrompts({"text_encoder": encoder}, torch.device("cpu"))
 
-    def encode(prompt: str, chunks: int) -> Cond:
+    def encode(prompt: Wording, chunks: int) -> Cond:
         assert encoder.places[-1] == "cpu" and len(encoder.places) % 2 == 1
-        asked.append(prompt)
+        asked.append(str(prompt))
         if prompt == "bad":
             raise RuntimeError("no")
-        return {"states": torch.full((len(prompt),), float(chunks))}
+        return {"states": torch.full((len(str(prompt)),), float(chunks))}
 
     one, two, again = prompts.encode(["dog", "horse", "dog"], 1, encode)
     assert torch.equal(one["states"], again["states"]) and len(two["states"]) == 5
@@ -54,8 +54,8 @@ def test_encoders_come_for_unknown_texts_alone_and_always_leave() -> None:
 def test_records_beyond_the_limit_are_encoded_again() -> None:
     asked: list[str] = []
 
-    def encode(prompt: str, chunks: int) -> Cond:
-        asked.append(prompt)
+    def encode(prompt: Wording, chunks: int) -> Cond:
+        asked.append(str(prompt))
         return {"states": torch.zeros(4)}
 
     prompts = FrozenPrompts({}, torch.device("cpu"), limit=32)

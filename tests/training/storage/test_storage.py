@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from training.storage.networks import NetworkFolders
 from training.storage.storage import (
     NotFound,
     Storage,
@@ -384,3 +385,26 @@ def test_a_server_that_is_down_is_named(tmp_path: Path) -> None:
     uri = "s3://fleet/x?endpoint_override=http://127.0.0.1:9&access_key=id&secret_key=hush&attempts=2&request_timeout=1"
     with pytest.raises(StorageUnavailable, match="Check that the store is up"):
         open_storage(uri).get("k")
+
+
+def test_networks_are_found_and_brought_to_this_machine(storage: Storage, tmp_path: Path) -> None:
+    """A ControlNet and an IP-Adapter; another file is another version; what is half there is not there."""
+    config = {"control": "controls/edges/config.json", "ip-adapter": "ip-adapters/plus/image_encoder/config.json"}
+    folders = NetworkFolders(storage, tmp_path / "embedded")
+    for key in config.values():
+        storage.put(key, b'{"width": 8}')
+    storage.put("controls/edges/weights.safetensors", b"123")
+    storage.put("ip-adapters/plus/ip.safetensors", b"12345")
+    storage.put("controls/torn/config.json", b"{")
+    assert folders.names("control") == ["edges", "torn"] and folders.names("ip-adapter") == ["plus"]
+    found = folders.look("control", "edges")
+    assert found is not None and found.bytes == 3 and found.config == {"width": 8}
+    assert folders.look("control", "torn") is None and folders.look("control", "../edges") is None
+    with folders.folder("ip-adapter", "plus") as folder:
+        assert (folder / "image_encoder" / "config.json").read_bytes() == b'{"width": 8}'
+        assert (folder / "ip.safetensors").read_bytes() == b"12345"
+    storage.put("controls/edges/weights.safetensors", b"1234")
+    after = folders.look("control", "edges")
+    assert after is not None and after.version != found.version
+    with pytest.raises(NotFound), folders.folder("control", "no"):
+        pass

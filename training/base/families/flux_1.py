@@ -9,11 +9,14 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from training.base.controls import Controls
 from training.base.facts import FLOW_SAMPLERS, Facts, check_class, check_files, read_config, with_defaults
 from training.base.families.blocks import DOUBLE_BLOCKS, FLUX_2_GROWTH, inner_growth
-from training.base.family import NOTHING, Cond, Parts, RowFacts, Words
+from training.base.families.flux_control import FluxControls, as_tokens, flux_residuals
+from training.base.family import NOTHING, Cond, Parts, RowFacts, Wording, Words
 from training.base.files.weights import load_model
 from training.base.footprint import PIXEL_BYTES
+from training.base.image_prompts import ImagePrompts
 from training.base.originals import Original, any_like, below, by_rules
 from training.errors import UserError
 
@@ -108,6 +111,8 @@ class Flux1:
             half="bf16",
         )
         self.facts = with_defaults(facts, folder)
+        self.controls: Controls | None = FluxControls(transformer, cell_px)
+        self.image_prompts: ImagePrompts | None = None
 
     @staticmethod
     def owns(shapes: Mapping[str, tuple[int, ...]]) -> bool:
@@ -148,12 +153,12 @@ class Flux1:
 
         return AutoTokenizer.from_pretrained(self.folder / "tokenizer_2")
 
-    def count_chunks(self, parts: Parts, prompt: str, words: Words) -> int:
+    def count_chunks(self, parts: Parts, prompt: Wording, words: Words) -> int:
         """See `Family`."""
-        return -(-len(parts.tokenizers["text_encoder_2"](prompt).input_ids) // PROMPT_TOKENS)
+        return -(-len(parts.tokenizers["text_encoder_2"](str(prompt)).input_ids) // PROMPT_TOKENS)
 
     def encode(
-        self, parts: Parts, prompts: Sequence[str], words: Sequence[Words] | None = None, chunks: int = 1
+        self, parts: Parts, prompts: Sequence[Wording], words: Sequence[Words] | None = None, chunks: int = 1
     ) -> list[Cond]:
         """`states` [512, C]: T5's last hidden states; `pooled` [P]: CLIP's pooled output."""
         import torch
@@ -161,7 +166,9 @@ class Flux1:
         clip, t5 = (parts.tokenizers[name] for name in ("text_encoder", "text_encoder_2"))
         encoder, encoder_2 = (parts.models[name] for name in ("text_encoder", "text_encoder_2"))
         short, long = (
-            tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+            tokenizer(
+                list(map(str, prompts)), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+            )
             for tokenizer, length in ((clip, clip.model_max_length), (t5, PROMPT_TOKENS))
         )
         with torch.no_grad():
@@ -192,19 +199,19 @@ class Flux1:
         transformer: Any = parts.models["transformer"]
         n, c, height, width = x_NCHW.shape
         h, w = height // PATCH, width // PATCH
-        packed_NTC = x_NCHW.view(n, c, h, PATCH, w, PATCH).permute(0, 2, 4, 1, 3, 5).reshape(n, h * w, c * PATCH**2)
         states_NLC = torch.stack([cond["states"] for cond in conds])
         ids = positions((1, h, w), x_NCHW.dtype, x_NCHW.device)
         guidance = tuple(row.guidance for row in rows)
-        velocity_NTC: Tensor = transformer(
-            hidden_states=packed_NTC,
-            timestep=times_N / 1000,
-            guidance=constant(guidance, torch.float32, x_NCHW.device) if self._guided else None,
-            pooled_projections=torch.stack([cond["pooled"] for cond in conds]),
-            encoder_hidden_states=states_NLC,
-            txt_ids=ids.new_zeros(states_NLC.shape[1], 3),
-            img_ids=ids,
-        ).sample
+        inputs = {
+            "hidden_states": as_tokens(x_NCHW),
+            "timestep": times_N / 1000,
+            "guidance": constant(guidance, torch.float32, x_NCHW.device) if self._guided else None,
+            "pooled_projections": torch.stack([cond["pooled"] for cond in conds]),
+            "encoder_hidden_states": states_NLC,
+            "txt_ids": ids.new_zeros(states_NLC.shape[1], 3),
+            "img_ids": ids,
+        }
+        velocity_NTC: Tensor = transformer(**inputs, **flux_residuals(rows, transformer, inputs)).sample
         blocks = velocity_NTC.view(n, h, w, c, PATCH, PATCH).permute(0, 3, 1, 4, 2, 5)
         return blocks.reshape(n, c, height, width)
 

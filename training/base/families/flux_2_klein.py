@@ -9,11 +9,13 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from training.base.controls import Controls
 from training.base.facts import FLOW_SAMPLERS, Facts, check_class, check_files, read_config, with_defaults
 from training.base.families.blocks import DOUBLE_BLOCKS, FLUX_2_GROWTH, inner_growth
-from training.base.family import NOTHING, Cond, Parts, RowFacts, Words
+from training.base.family import NOTHING, REFERENCE, Cond, Parts, RowFacts, Wording, Words
 from training.base.files.weights import load_model
 from training.base.footprint import PIXEL_BYTES
+from training.base.image_prompts import ImagePrompts
 from training.base.originals import Original, any_like, below, by_rules
 from training.errors import UserError
 
@@ -54,6 +56,8 @@ PROMPT_TOKENS = 512  # every prompt is filled up to it, and the transformer atte
 # per token of the picture and width, measured at width 512 in bf16: of each layer in a row that trains, and of one that
 # draws
 TOKEN_TRAINED_BYTES, TOKEN_DRAWN_BYTES = 45.0, 70.0
+MAX_REFERENCES = 10
+TIME_BETWEEN = 10  # positions in time: 0 of the picture, 10 of the first reference, 20 of the second
 DEPTHS = (9, 18, 27)  # of the hidden states that are put side by side
 
 
@@ -100,11 +104,14 @@ class Flux2Klein:
             min_snr=False,
             steps=4 if distilled else 50,
             guidance_scale=1.0 if distilled else 4.0,
+            references=MAX_REFERENCES,
             sampler="euler",
             samplers=FLOW_SAMPLERS,
             half="bf16",
         )
         self.facts = with_defaults(facts, folder)
+        self.controls: Controls | None = None
+        self.image_prompts: ImagePrompts | None = None
 
     @staticmethod
     def owns(shapes: Mapping[str, tuple[int, ...]]) -> bool:
@@ -137,14 +144,14 @@ class Flux2Klein:
 
         return AutoTokenizer.from_pretrained(self.folder / "tokenizer")
 
-    def count_chunks(self, parts: Parts, prompt: str, words: Words) -> int:
+    def count_chunks(self, parts: Parts, prompt: Wording, words: Words) -> int:
         """See `Family`."""
         from training.base.chat import count_chunks
 
         return count_chunks(parts.tokenizers["text_encoder"], prompt, thinking=False, length=PROMPT_TOKENS)
 
     def encode(
-        self, parts: Parts, prompts: Sequence[str], words: Sequence[Words] | None = None, chunks: int = 1
+        self, parts: Parts, prompts: Sequence[Wording], words: Sequence[Words] | None = None, chunks: int = 1
     ) -> list[Cond]:
         """`states` [512, 3 C]: Qwen3's hidden states at three depths, side by side."""
         import torch
@@ -191,20 +198,21 @@ class Flux2Klein:
         transformer: Any = parts.models["transformer"]
         states_NLC = torch.stack([cond["states"] for cond in conds])
         height, width = x_NCHW.shape[-2:]
+        pictures = [x_NCHW, *(found.to(x_NCHW) for found in _references(conds))]
         # positions of tokens: time, row, column, place in the prompt
         velocity_NTC: Tensor = transformer(
-            hidden_states=x_NCHW.flatten(2).transpose(1, 2),
+            hidden_states=torch.cat([one.flatten(2).transpose(1, 2) for one in pictures], dim=1),
             timestep=times_N / 1000,
             guidance=None,
             encoder_hidden_states=states_NLC,
             txt_ids=positions((1, 1, 1, states_NLC.shape[1]), torch.long, x_NCHW.device),
-            img_ids=positions((1, height, width, 1), torch.long, x_NCHW.device),
+            img_ids=torch.cat([_ids(one, TIME_BETWEEN * place) for place, one in enumerate(pictures)]),
         ).sample
-        return velocity_NTC.transpose(1, 2).unflatten(2, (height, width))
+        return velocity_NTC[:, : height * width].transpose(1, 2).unflatten(2, (height, width))
 
     def together(self, size: "Size", cond: Cond) -> Hashable:
-        """Rows of one size: their positions are shared."""
-        return size
+        """Rows of one size, whose references have the same sizes in the same order: their positions are shared."""
+        return size, *(found.shape for found in _references([cond]))
 
     def features(
         self, parts: Parts, x_NCHW: "Tensor", times_N: "Tensor", conds: Sequence[Cond], rows: Sequence[RowFacts]
@@ -217,6 +225,27 @@ class Flux2Klein:
         _, held = output_of(block, lambda: self.predict(parts, x_NCHW, times_N, conds, rows))
         found: Tensor = held.transpose(1, 2).unflatten(2, x_NCHW.shape[-2:])
         return found
+
+
+def _references(conds: Sequence[Cond]) -> list["Tensor"]:
+    """The pictures that the rows' prompts refer to, each [N, C, h, w], in their order; all rows have as many."""
+    import torch
+
+    count = sum(key.startswith(REFERENCE) for key in conds[0])
+    return [torch.stack([cond[f"{REFERENCE}{place}"] for cond in conds]) for place in range(count)]
+
+
+def _ids(picture_NCHW: "Tensor", time: int) -> "Tensor":
+    """Positions [T, 4] of a picture's tokens."""
+    import torch
+
+    from training.base.transfer import positions
+
+    ids = positions((1, *picture_NCHW.shape[2:], 1), torch.long, picture_NCHW.device)
+    if time:
+        ids = ids.clone()
+        ids[:, 0] = time
+    return ids
 
 
 def _statistics(vae: Any) -> tuple["Tensor", "Tensor"]:

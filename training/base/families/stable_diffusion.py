@@ -9,8 +9,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from training.base.controls import Controls
 from training.base.facts import check_files, read_config, with_defaults
-from training.base.families.clip import CLIP_ATTENTION, CLIP_LAYERS, check_clip, load_tokenizer, run_clip
+from training.base.families.clip import CLIP_ATTENTION, CLIP_LAYERS, check_clip, emphasised, load_tokenizer, run_clip
 from training.base.families.unet import (
     SCHEDULER,
     UNET_BLOCKS,
@@ -20,9 +21,13 @@ from training.base.families.unet import (
     load_unet,
     unet_facts,
     unet_features,
+    with_known,
 )
-from training.base.family import NOTHING, Cond, Parts, RowFacts, Words
+from training.base.families.unet_control import UnetControls, unet_residuals
+from training.base.families.unet_image_prompt import UnetImagePrompts, cross_attentions
+from training.base.family import NOTHING, Cond, Parts, RowFacts, Wording, Words
 from training.base.files.weights import load_model
+from training.base.image_prompts import ImagePrompts, prompted
 from training.base.originals import any_like
 
 if TYPE_CHECKING:
@@ -40,13 +45,13 @@ CONDITIONS = ("addition_embed_type", "class_embed_type", "encoder_hid_dim_type",
 class StableDiffusion:
     """See `Family`."""
 
-    pipelines: ClassVar[tuple[str, ...]] = ("StableDiffusionPipeline",)
+    pipelines: ClassVar[tuple[str, ...]] = ("StableDiffusionPipeline", "StableDiffusionInpaintPipeline")
     title: ClassVar[str] = "Stable Diffusion 1.x and 2.x"
 
     def __init__(self, folder: Path, name: str) -> None:
         self.folder = folder
         unet, vae, text = (read_config(folder, part) for part in ("unet", "vae", "text_encoder"))
-        check_unet(name, unet, vae, CONDITIONS, self.title)
+        check_unet(name, folder, unet, vae, CONDITIONS, self.title)
         check_clip(name, folder, "text_encoder", text, "CLIPTextModel")
         check_width(name, unet, text.get("hidden_size", 512))
         check_files(name, folder, ((SCHEDULER,),))
@@ -64,6 +69,8 @@ class StableDiffusion:
             **_label(unet, v=json.loads((folder / SCHEDULER).read_text()).get("prediction_type") == "v_prediction"),
         )
         self.facts = with_defaults(facts, folder)
+        self.controls: Controls | None = UnetControls(unet, self.title, facts.cell_px)
+        self.image_prompts: ImagePrompts | None = UnetImagePrompts(unet)
 
     @staticmethod
     def owns(shapes: Mapping[str, tuple[int, ...]]) -> bool:
@@ -94,14 +101,14 @@ class StableDiffusion:
         """CLIP's."""
         return load_tokenizer(self.folder)
 
-    def count_chunks(self, parts: Parts, prompt: str, words: Words) -> int:
+    def count_chunks(self, parts: Parts, prompt: Wording, words: Words) -> int:
         """See `Family`."""
         from training.base.words import count_chunks
 
         return count_chunks(parts.tokenizers["text_encoder"], prompt, words)
 
     def encode(
-        self, parts: Parts, prompts: Sequence[str], words: Sequence[Words] | None = None, chunks: int = 1
+        self, parts: Parts, prompts: Sequence[Wording], words: Sequence[Words] | None = None, chunks: int = 1
     ) -> list[Cond]:
         """`states` [chunks x L, C]: CLIP's last hidden states, each chunk by itself, as A1111 and Compel do.
 
@@ -111,7 +118,10 @@ class StableDiffusion:
 
         encoder, tokenizer = parts.models["text_encoder"], parts.tokenizers["text_encoder"]
         known = words or [{}] * len(prompts)
-        made = [run_clip(encoder, tokenizer, prompts, known, chunk, parts.device)[0] for chunk in range(chunks)]
+        made = []
+        for chunk in range(chunks):
+            output, weights_NL = run_clip(encoder, tokenizer, prompts, known, chunk, parts.device)
+            made.append(emphasised(output[0], weights_NL))
         return [{"states": states_LC} for states_LC in torch.cat(made, dim=1)]
 
     def to_latents(self, parts: Parts, pixels_N3HW: "Tensor") -> tuple["Tensor", "Tensor"]:
@@ -134,8 +144,18 @@ class StableDiffusion:
 
         unet: Any = parts.models["unet"]
         states_NLC = torch.stack([cond["states"] for cond in conds])
-        output_NCHW: Tensor = unet(x_NCHW, times_N, encoder_hidden_states=states_NLC).sample
+        residuals = unet_residuals(rows, x_NCHW, times_N, states_NLC, {})
+        if self.facts.inpaints:
+            x_NCHW = with_known(x_NCHW, conds, lambda: self._grey(parts, x_NCHW))
+        with prompted(lambda: cross_attentions(unet), rows):
+            output_NCHW: Tensor = unet(x_NCHW, times_N, encoder_hidden_states=states_NLC, **residuals).sample
         return output_NCHW
+
+    def _grey(self, parts: Parts, like_NCHW: "Tensor") -> "Tensor":
+        """The latents [C, h, w] of a grey picture of the size of these."""
+        height, width = (side * self.facts.cell_px for side in like_NCHW.shape[2:])
+        grey_13HW = like_NCHW.new_zeros(1, 3, height, width).to(next(parts.models["vae"].parameters()).dtype)
+        return self.to_latents(parts, grey_13HW)[0][0]
 
     def together(self, size: "Size", cond: Cond) -> Hashable:
         """Rows of one size whose prompts take as many tokens."""

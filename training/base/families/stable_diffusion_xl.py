@@ -10,8 +10,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from training.base.controls import Controls
 from training.base.facts import SamplerName, check_files, read_config, with_defaults
-from training.base.families.clip import CLIP_ATTENTION, CLIP_LAYERS, check_clip, load_tokenizer, run_clip
+from training.base.families.clip import CLIP_ATTENTION, CLIP_LAYERS, check_clip, emphasised, load_tokenizer, run_clip
 from training.base.families.sgm import sgm_originals
 from training.base.families.unet import (
     SCHEDULER,
@@ -22,9 +23,13 @@ from training.base.families.unet import (
     load_unet,
     unet_facts,
     unet_features,
+    with_known,
 )
-from training.base.family import NOTHING, Cond, Parts, RowFacts, Words
+from training.base.families.unet_control import UnetControls, unet_residuals
+from training.base.families.unet_image_prompt import UnetImagePrompts, cross_attentions
+from training.base.family import NOTHING, Cond, Parts, RowFacts, Wording, Words
 from training.base.files.weights import load_model
+from training.base.image_prompts import ImagePrompts, prompted
 from training.base.originals import any_like
 from training.errors import UserError
 
@@ -53,7 +58,7 @@ SAMPLERS: dict[str, SamplerName] = {  # of the scheduler class that a base names
 class StableDiffusionXL:
     """See `Family`."""
 
-    pipelines: ClassVar[tuple[str, ...]] = ("StableDiffusionXLPipeline",)
+    pipelines: ClassVar[tuple[str, ...]] = ("StableDiffusionXLPipeline", "StableDiffusionXLInpaintPipeline")
     title: ClassVar[str] = "Stable Diffusion XL"
 
     def __init__(self, folder: Path, name: str) -> None:
@@ -86,6 +91,8 @@ class StableDiffusionXL:
             sampler=SAMPLERS.get(str(self._scheduler.get("_class_name")), "euler"),
         )
         self.facts = with_defaults(facts, folder)
+        self.controls: Controls | None = UnetControls(unet, self.title, facts.cell_px)
+        self.image_prompts: ImagePrompts | None = UnetImagePrompts(unet)
 
     @staticmethod
     def owns(shapes: Mapping[str, tuple[int, ...]]) -> bool:
@@ -120,14 +127,14 @@ class StableDiffusionXL:
         """CLIP's; both encoders' have the same tokens."""
         return load_tokenizer(self.folder)
 
-    def count_chunks(self, parts: Parts, prompt: str, words: Words) -> int:
+    def count_chunks(self, parts: Parts, prompt: Wording, words: Words) -> int:
         """See `Family`."""
         from training.base.words import count_chunks
 
         return count_chunks(parts.tokenizers["text_encoder"], prompt, words)
 
     def encode(
-        self, parts: Parts, prompts: Sequence[str], words: Sequence[Words] | None = None, chunks: int = 1
+        self, parts: Parts, prompts: Sequence[Wording], words: Sequence[Words] | None = None, chunks: int = 1
     ) -> list[Cond]:
         """`states` [chunks x L, C]: both encoders' last hidden states but one; `pooled` [P] of the first chunk.
 
@@ -146,14 +153,15 @@ class StableDiffusionXL:
                 )
                 for index, name in enumerate(ENCODERS)
             ]
-            made.append(torch.cat([output.hidden_states[-2] for output in outputs], dim=-1))
+            states = [emphasised(output.hidden_states[-2], weights_NL) for output, weights_NL in outputs]
+            made.append(torch.cat(states, dim=-1))
             if chunk == 0:
-                pooled_NP = outputs[-1].text_embeds
+                pooled_NP = outputs[-1][0].text_embeds
         conds = zip(prompts, torch.cat(made, dim=1), pooled_NP, strict=True)
         return [self._cond(prompt, states_LC, pooled_P) for prompt, states_LC, pooled_P in conds]
 
-    def _cond(self, prompt: str, states_LC: "Tensor", pooled_P: "Tensor") -> Cond:
-        if self._zeros and not prompt.strip():
+    def _cond(self, prompt: Wording, states_LC: "Tensor", pooled_P: "Tensor") -> Cond:
+        if self._zeros and not str(prompt).strip():
             states_LC, pooled_P = states_LC.new_zeros(states_LC.shape), pooled_P.new_zeros(pooled_P.shape)
         return {"states": states_LC, "pooled": pooled_P}
 
@@ -201,8 +209,20 @@ class StableDiffusionXL:
             "time_ids": constant(ids, torch.float32, x_NCHW.device).view(len(rows), -1),
         }
         states_NLC = torch.stack([cond["states"] for cond in conds])
-        output_NCHW: Tensor = unet(x_NCHW, times_N, encoder_hidden_states=states_NLC, added_cond_kwargs=added).sample
+        residuals = unet_residuals(rows, x_NCHW, times_N, states_NLC, added)
+        if self.facts.inpaints:
+            x_NCHW = with_known(x_NCHW, conds, lambda: self._grey(parts, x_NCHW))
+        with prompted(lambda: cross_attentions(unet), rows):
+            output_NCHW: Tensor = unet(
+                x_NCHW, times_N, encoder_hidden_states=states_NLC, added_cond_kwargs=added, **residuals
+            ).sample
         return output_NCHW
+
+    def _grey(self, parts: Parts, like_NCHW: "Tensor") -> "Tensor":
+        """The latents [C, h, w] of a grey picture of the size of these."""
+        height, width = (side * self.facts.cell_px for side in like_NCHW.shape[2:])
+        grey_13HW = like_NCHW.new_zeros(1, 3, height, width).to(next(parts.models["vae"].parameters()).dtype)
+        return self.to_latents(parts, grey_13HW)[0][0]
 
     def together(self, size: "Size", cond: Cond) -> Hashable:
         """Rows of one size whose prompts take as many tokens."""
@@ -222,7 +242,7 @@ def _read(file: Path) -> dict[str, Any]:
 
 def _check(name: str, folder: Path, unet: dict[str, Any], vae: dict[str, Any], texts: Sequence[dict[str, Any]]) -> None:
     """Raises UserError for configs of what is not trained or served here."""
-    check_unet(name, unet, vae, CONDITIONS, StableDiffusionXL.title)
+    check_unet(name, folder, unet, vae, CONDITIONS, StableDiffusionXL.title)
     kinds = ("CLIPTextModel", "CLIPTextModelWithProjection")
     for component, config, kind in zip(ENCODERS, texts, kinds, strict=True):
         check_clip(name, folder, component, config, kind, TOKENIZERS[component])

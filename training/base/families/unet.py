@@ -1,10 +1,12 @@
 """What the families with a UNet and an AutoencoderKL share: facts from their configs, checks, loading, features."""
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from training.base.facts import Facts, check_class
+from training.base.family import KNOWN, Cond
 from training.base.files.weights import check_channels, load_model
 from training.base.footprint import DRAWN_BYTES, PIXEL_BYTES, TRAINED_BYTES
 from training.errors import UserError
@@ -32,12 +34,16 @@ def unet_facts(unet: dict[str, Any], vae: dict[str, Any], **others: Any) -> Fact
     """The facts that follow from the configs of UNet and VAE, completed or replaced by `others`."""
     cell_px = 2 ** (len(vae["block_out_channels"]) - 1)
     width = unet["block_out_channels"][0]
+    latents = vae.get("latent_channels", 4)
+    inpaints = unet.get("in_channels", 4) == 2 * latents + 1
     found: dict[str, Any] = {
         "denoiser": "unet",
-        "channels": unet.get("in_channels", 4),
+        "channels": latents,
+        "inpaints": inpaints,
         "cell_px": cell_px,
         "multiple_px": cell_px * 2 ** (len(unet["block_out_channels"]) - 1),
         "resolution": unet["sample_size"] * cell_px,
+        "emphasis": True,
         "targets": ATTENTION,
         "layers": UNET_LAYERS,
         "trained_bytes": TRAINED_BYTES * width,
@@ -47,14 +53,20 @@ def unet_facts(unet: dict[str, Any], vae: dict[str, Any], **others: Any) -> Fact
     return Facts(**(found | others))
 
 
-def check_unet(name: str, unet: dict[str, Any], vae: dict[str, Any], conditions: Sequence[str], title: str) -> None:
+def check_unet(
+    name: str, folder: Path, unet: dict[str, Any], vae: dict[str, Any], conditions: Sequence[str], title: str
+) -> None:
     """Raises UserError for configs of other classes, without sizes, or with one of the settings `conditions`.
 
-    `conditions` are settings by which a UNet asks for inputs that the family `title` does not have.
+    `conditions` are settings by which a UNet asks for inputs that the family `title` does not have. Whether it may ask
+    for a mask and a picture is told by the pipeline that `folder` names.
     """
     check_class(name, "unet", unet, "UNet2DConditionModel")
     check_class(name, "vae", vae, "AutoencoderKL")
-    check_channels(name, unet.get("in_channels", 4), vae.get("latent_channels", 4))
+    channels, latents = unet.get("in_channels", 4), vae.get("latent_channels", 4)
+    pipeline = json.loads((folder / "model_index.json").read_text(encoding="utf-8")).get("_class_name", "")
+    if not (str(pipeline).endswith("InpaintPipeline") and channels == 2 * latents + 1):
+        check_channels(name, channels, latents)
     asked = next((key for key in conditions if unet.get(key) is not None), None)
     if asked is not None:
         raise UserError(
@@ -91,6 +103,21 @@ def load_unet(folder: Path, device: "torch.device", dtype: "torch.dtype", quanti
         # fused attention's backward is slow on a CPU in bf16: plain attention makes a pack 1.6 times as fast
         unet.set_attn_processor(AttnProcessor())
     return unet
+
+
+def with_known(x_NCHW: "Tensor", conds: Sequence[Cond], grey: Callable[[], "Tensor"]) -> "Tensor":
+    """The input [N, 2 C + 1, h, w] of an inpainting UNet: what the rows' records know, else that all is to be drawn.
+
+    `grey` gives the latents [C, h, w] of a grey picture of this size.
+    """
+    import torch
+
+    known = [cond.get(KNOWN) for cond in conds]
+    if any(one is None for one in known):
+        grey_CHW = grey().to(x_NCHW)
+        nothing = torch.cat([torch.ones_like(grey_CHW[:1]), grey_CHW])
+        known = [nothing if one is None else one for one in known]
+    return torch.cat([x_NCHW, torch.stack([one.to(x_NCHW) for one in known if one is not None])], dim=1)
 
 
 def unet_features(unet: Any, predict: Callable[[], object]) -> "Tensor":

@@ -9,10 +9,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from training.base.controls import Controls
 from training.base.facts import FLOW_SAMPLERS, Facts, check_class, check_files, read_config, with_defaults
-from training.base.family import NOTHING, Cond, Parts, RowFacts, Words
+from training.base.family import NOTHING, Cond, Parts, RowFacts, Wording, Words
 from training.base.files.weights import load_model
 from training.base.footprint import PIXEL_BYTES
+from training.base.image_prompts import ImagePrompts
 from training.base.originals import Original, any_like, below, by_rules
 from training.errors import UserError
 
@@ -88,6 +90,7 @@ class ZImage:
             drawn_bytes=TOKEN_DRAWN_BYTES * width / PATCH**2,
             pixel_bytes=PIXEL_BYTES * vae["block_out_channels"][0],
             prompt_tokens=self._prompt_tokens,
+            max_side_px=min(transformer.get("axes_lens", [1024, 512, 512])[1:]) * cell_px * PATCH,
             chunked=False,
             min_snr=False,
             guidance_scale=5.0,
@@ -96,6 +99,8 @@ class ZImage:
             half="bf16",
         )
         self.facts = with_defaults(facts, folder)
+        self.controls: Controls | None = None
+        self.image_prompts: ImagePrompts | None = None
 
     @staticmethod
     def owns(shapes: Mapping[str, tuple[int, ...]]) -> bool:
@@ -127,14 +132,14 @@ class ZImage:
 
         return AutoTokenizer.from_pretrained(self.folder / "tokenizer")
 
-    def count_chunks(self, parts: Parts, prompt: str, words: Words) -> int:
+    def count_chunks(self, parts: Parts, prompt: Wording, words: Words) -> int:
         """See `Family`."""
         from training.base.chat import count_chunks
 
         return count_chunks(parts.tokenizers["text_encoder"], prompt, thinking=True, length=self._prompt_tokens)
 
     def encode(
-        self, parts: Parts, prompts: Sequence[str], words: Sequence[Words] | None = None, chunks: int = 1
+        self, parts: Parts, prompts: Sequence[Wording], words: Sequence[Words] | None = None, chunks: int = 1
     ) -> list[Cond]:
         """`states` [L, C]: Qwen3's hidden states before its last layer, of as many tokens as the prompt has."""
         import torch

@@ -120,7 +120,8 @@ class Ddpm:
                 + f" on this base, whose noise schedule has {scheduler.config.num_train_timesteps}. Use other numbers."
             )
         signal, noise = _first_mix(kind, scheduler, start, from_image=strength is not None)
-        return Schedule(table, signal, noise, kind == "euler_a")
+        after = [_first_mix(kind, scheduler, step, from_image=True) for step in range(start + 1, start + len(table))]
+        return Schedule(table, signal, noise, kind == "euler_a", torch.tensor([*after, (1.0, 0.0)]))
 
 
 def _make(kind: Solver, config: dict[str, Any], *, karras: bool) -> Any:

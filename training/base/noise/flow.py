@@ -150,9 +150,10 @@ class Flow:
         sigmas_T = scheduler.sigmas.double()
         table_TK = _TABLES[sampler](sigmas_T[start:]).to(torch.float32)
         sigma = float(sigmas_T[start])
-        if strength is None:
-            return Schedule(table_TK, 0.0, 1.0, sampler == "euler_a")
-        return Schedule(table_TK, 1 - sigma, sigma, sampler == "euler_a")
+        signal, noise = (0.0, 1.0) if strength is None else (1 - sigma, sigma)
+        then_T = sigmas_T[start + 1 :]
+        after_T2 = torch.stack([1 - then_T, then_T], dim=1).to(torch.float32)
+        return Schedule(table_TK, signal, noise, sampler == "euler_a", after_T2)
 
 
 def _begin(sigmas_T: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -7,7 +7,7 @@ Shape suffixes: N rows, C, H, W a latent's; T steps, K coefficients.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
@@ -67,13 +67,15 @@ class Levels(NamedTuple):
 class Schedule:
     """One request's run: `table_TK` float32, and how its first latents are mixed.
 
-    The latents before the first step are `signal` x the image's latents (image-to-image) + `noise` x unit noise.
+    The latents before the first step are `signal` x the image's latents (image-to-image) + `noise` x unit noise;
+    `after_T2` has these two numbers of the latents after each step: 1 and 0 after the last.
     """
 
     table_TK: Tensor
     signal: float
     noise: float
     draws: bool  # whether a step takes fresh noise
+    after_T2: Tensor = field(default_factory=lambda: torch.zeros(0, 2))
 
     @property
     def steps(self) -> int:

@@ -7,7 +7,7 @@ const PREVIEWS = 3;
 
 /**
  * Draws. Yields {kind: "preview", index, step, steps, picture} while it draws, then {kind: "done", index, picture,
- * seed, adapters, size} for each picture; pictures are Blobs.
+ * seed, adapters, size, id} for each picture; pictures are Blobs, `id` is the history's where the server keeps one.
  */
 export async function* draw(body, { signal, previews = PREVIEWS } = {}) {
   const json = { ...body, stream: true, partial_images: previews };
@@ -15,8 +15,8 @@ export async function* draw(body, { signal, previews = PREVIEWS } = {}) {
   for await (const { data } of eventsOf(response)) {
     const picture = blobOf(data.b64_json, data.output_format);
     if (data.type === "image_generation.completed") {
-      const { seed, adapters, size } = data;
-      yield { kind: "done", index: data.image_index, picture, seed, adapters, size };
+      const { seed, adapters, size, id } = data;
+      yield { kind: "done", index: data.image_index, picture, seed, adapters, size, id };
     } else {
       yield { kind: "preview", index: data.image_index, step: data.step, steps: data.steps, picture };
     }

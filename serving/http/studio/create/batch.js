@@ -5,11 +5,11 @@ import { h, icon, ICONS, put } from "../frame/dom.js";
 import { decimal, when } from "../frame/format.js";
 import { problemBox, tell } from "../frame/notice.js";
 import { blobPicture, showBlob } from "../pictures/picture.js";
-import { forget, keep, newBatch } from "../pictures/past.js";
+import { newBatch } from "../pictures/past.js";
 import { bodyOf, factsOf, fileName, nameOf, withStart } from "../pictures/recipe.js";
 import { view } from "../pictures/viewer.js";
 
-/** A batch as the feed shows it. `desk`: {defaults, base, load(record), start(blob)} are what its buttons do. */
+/** A batch as the feed shows it. `desk`: {defaults, base, history, load(record), start(blob)}, for its buttons. */
 export class Batch {
   constructor(desk, body, count) {
     this.desk = desk;
@@ -70,6 +70,7 @@ export class Batch {
         } else {
           const { picture, seed, adapters, size } = event;
           const record = {
+            ...(event.id && { id: event.id }),
             batch: name,
             index: event.index,
             body,
@@ -80,7 +81,7 @@ export class Batch {
             size,
             base: this.desk.base,
           };
-          this.finish(event.index, await keep(record).catch(() => ({ ...record, time: Date.now() })));
+          this.finish(event.index, await this.desk.history.keep(record).catch(() => ({ ...record, time: Date.now() })));
           done += 1;
           this.state.textContent = `${done} of ${draft.n} done`;
         }
@@ -170,7 +171,7 @@ export class Batch {
 
   async remove() {
     try {
-      for (const record of this.records.filter((one) => one?.id)) await forget(record.id);
+      for (const record of this.records.filter((one) => one?.id)) await this.desk.history.forget(record.id);
       this.node.remove();
     } catch (error) {
       tell(error);

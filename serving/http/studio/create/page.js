@@ -6,7 +6,8 @@ import { h, put } from "../frame/dom.js";
 import { confirmed } from "../frame/dialog.js";
 import { link, settle } from "../frame/router.js";
 import { tell } from "../frame/notice.js";
-import { batches, forgetAll } from "../pictures/past.js";
+import * as past from "../pictures/past.js";
+import * as served from "../pictures/served.js";
 import { draftOf, emptyDraft, saveDraft, savedDraft } from "../pictures/recipe.js";
 import { Batch } from "./batch.js";
 import { composer } from "./composer.js";
@@ -30,8 +31,10 @@ export async function createPage({ query, signal }) {
     feed.prepend(batch.node);
     if (matchMedia("(max-width: 900px)").matches) batch.node.scrollIntoView({ behavior: "smooth", block: "start" });
   });
+  const history = defaults.history ? served : past;
   const desk = {
     base,
+    history,
     defaults,
     signal,
     load: (record) => form.load(draftOf(record)),
@@ -40,7 +43,7 @@ export async function createPage({ query, signal }) {
 
   let last = null;
   async function older() {
-    const found = await batches(PAGE, last);
+    const found = await history.batches(PAGE, last);
     feed.append(...found.map((records) => Batch.of(desk, records).node));
     last = found.at(-1)?.[0].batch ?? last;
     put(
@@ -55,11 +58,11 @@ export async function createPage({ query, signal }) {
   async function clear() {
     const sure = await confirmed(
       "Clear the history?",
-      "All pictures that this browser keeps of you are deleted. Adapters are not touched.",
+      `All pictures that ${history.WHERE} are deleted. Adapters are not touched.`,
       "Delete them",
     );
     if (!sure) return;
-    await forgetAll();
+    await history.forgetAll();
     put(feed);
     put(more);
     put(blank, await firstSteps(form));

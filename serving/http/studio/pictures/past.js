@@ -7,6 +7,7 @@
 
 import { heldKey } from "../frame/key.js";
 
+export const WHERE = "this browser keeps of you";
 const KEPT = 600;
 let opened = null;
 const fallback = []; // where the browser has no database, as in some private windows
