@@ -12,9 +12,12 @@ _QUIET = (
     "accelerate",
     "peft",
     "torch",
+    "torch.utils._pytree",
+    "torchao",
     "ray",
     "PIL",
     "matplotlib",
+    "optuna",
 )
 
 

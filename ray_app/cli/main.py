@@ -22,6 +22,7 @@ from ray_app.cli.server import generate, serve
 from ray_app.cli.shape import fuse, merge, resize, sweep
 from ray_app.cli.storage import gc
 from ray_app.cli.train import drive, train, validate
+from ray_app.cli.tune import tune
 from ray_app.cli.up import up
 from ray_app.silence import silence
 from training.errors import UserError
@@ -87,7 +88,7 @@ def base(name: str, hashed: bool, as_json: bool) -> None:
 
 for command in (validate, train, drive, status, logs, cancel, retry, serve, generate, adapters, gc, evaluate, keys, up):
     main.add_command(command)
-for command in (caption, detect, consent, subject, audit):
+for command in (caption, detect, consent, subject, audit, tune):
     main.add_command(command)
 for command in (merge, resize, fuse, sweep):
     adapters.add_command(command)

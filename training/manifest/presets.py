@@ -12,7 +12,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     "fast": {
         "lora": {"rank": 16},
         "prior": _KEPT,
-        "train": {"max_steps": 350, "checkpoint_every": 50, "learning_rate": 2e-4, "lr_scheduler": "cosine"},
+        "train": {"max_steps": 350, "checkpoint_every": 50},
     },
     "balanced": {
         "lora": {"rank": 16},

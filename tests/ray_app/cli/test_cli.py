@@ -15,6 +15,7 @@ COMMANDS = [
     "demo",
     "validate",
     "train",
+    "tune",
     "status",
     "logs",
     "cancel",

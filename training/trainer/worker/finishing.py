@@ -100,8 +100,8 @@ class Finishing:
         side = spec.train.resolution or self._base.facts.resolution
         return Exam(
             spec=spec,
-            photos=[_middle(photo.image, side) for photo in finished.photos.good],
-            held_out=[_middle(photo.image, side) for photo in finished.held_out],
+            photos=[middle(photo.image, side) for photo in finished.photos.good],
+            held_out=[middle(photo.image, side) for photo in finished.held_out],
             checkpoints=dict(sorted(checkpoints.items())),
         )
 
@@ -134,6 +134,6 @@ def gate_failure(spec: SubjectSpec, evaluation: Evaluation | None) -> str | None
     return gate_reason(found) if found else None
 
 
-def _middle(image: Image.Image, side: int) -> Image.Image:
+def middle(image: Image.Image, side: int) -> Image.Image:
     """The middle of a photo at the size that is drawn, so that both have the same detail."""
     return Image.fromarray(variants(image, side)[0])
