@@ -38,7 +38,7 @@ def test_it_ends_with_a_table_a_plot_and_a_manifest(desk: Desk) -> None:
     assert subject.lora.rank == best["settings"]["lora.rank"]
     assert subject.train.learning_rate == best["settings"]["train.learning_rate"]
     for shown in (
-        "learning rate",
+        "learning",
         "likeness",
         "variant 0: the manifest's own settings",
         "tuned.yaml has these settings",
