@@ -69,6 +69,8 @@ def tune(
     for note in tuned.notes:
         console.print(note)
     console.print(_table(tuned))
+    for remark in _remarks(tuned.variants):
+        console.print(remark)
     if as_json:
         options.print_json(_json(tuned, out, written))
     if written is None:
@@ -114,26 +116,32 @@ _ENDS = ("dropped", "finished", "failed")
 
 
 def _table(tuned: "Tuned") -> Table:
-    """Every variant, the best first."""
-    lines = Table(box=None, pad_edge=False, header_style="bold")
-    lines.add_column("variant", justify="right")
+    """Every variant, the best first. It fits into 80 columns with all settings that are searched."""
+    lines = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
+    lines.add_column("#", justify="right", no_wrap=True)
     for name in tuned.space.axes:
-        lines.add_column(name.split(".")[1], justify="right", overflow="fold")
-    for name in ("step", "score", "likeness", "fidelity", "class drift"):
-        lines.add_column(name, justify="right")
-    lines.add_column("", overflow="fold")
+        lines.add_column(name.split(".")[1].replace("_", "\n"), justify="right")
+    lines.add_column("step", justify="right")
+    lines.add_column("score", justify="right", no_wrap=True)
+    lines.add_column("likeness,\nfidelity, drift", justify="right")
     for one in tuned.variants:
         settings = [f"{value:.3g}" if isinstance(value, float) else str(value) for value in one.settings.values()]
         last = one.rungs[-1] if one.rungs else None
-        scores = [f"{value:.2f}" for value in (last.score, last.likeness, last.fidelity, last.drift)] if last else []
-        about = "; ".join(filter(None, (_name(one), one.reason, *(last.alarms if last else ()))))
-        lines.add_row(str(one.number), *settings, str(last.step) if last else "-", *(scores or ["-"] * 4), about)
+        step = "failed" if one.state == "failed" else str(last.step if last else "-")
+        score = f"{last.score:.2f}" if last else "-"
+        parts = f"{last.likeness:.2f} {last.fidelity:.2f} {last.drift:.2f}" if last else "-"
+        lines.add_row(str(one.number), *settings, step, score, parts)
     return lines
 
 
-def _name(variant: "Variant") -> str:
-    """How a variant ended; the first one has the manifest's own settings."""
-    return f"{variant.state}, the manifest's own" if variant.number == 0 else variant.state
+def _remarks(variants: Sequence["Variant"]) -> Iterator[str]:
+    """What is to be said of variants beside their numbers: whose settings, why it failed, what speaks against it."""
+    for one in variants:
+        alarms = one.rungs[-1].alarms if one.rungs else ()
+        own = "the manifest's own settings" if one.number == 0 else ""
+        said = [text for text in (own, one.reason, *alarms) if text]
+        if said:
+            yield f"variant {one.number}: {'; '.join(said)}"
 
 
 def _outcome(tuned: "Tuned") -> str:

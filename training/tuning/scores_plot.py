@@ -2,7 +2,7 @@
 
 import io
 from collections.abc import Sequence
-from math import ceil
+from math import ceil, sqrt
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -46,7 +46,8 @@ def _over_steps(axes: Axes, variants: Sequence[Variant], colours: dict[int, str]
         axes.plot([rung.step for rung in one.rungs], [rung.score for rung in one.rungs], color=colour, marker="o")
         alarmed = [rung for rung in one.rungs if rung.alarms]
         axes.scatter([r.step for r in alarmed], [r.score for r in alarmed], marker="x", s=70, color=colour)
-        axes.annotate(str(one.number), (last.step, last.score), xytext=(6, -3), textcoords="offset points", fontsize=8)
+        if one.state == "finished":
+            axes.annotate(str(one.number), (last.step, last.score), (6, -3), textcoords="offset points", fontsize=8)
     axes.set(title=title, xlabel="step", ylabel="score")
     axes.grid(alpha=0.3)
 
@@ -63,6 +64,9 @@ def _against(
     axes.scatter(places, [one.rungs[-1].score for one in scored], s=sizes, c=[colours[one.number] for one in scored])
     if isinstance(axis, Between):
         axes.set_xscale("log")
+        shown = (axis.low, sqrt(axis.low * axis.high), axis.high)
+        axes.set_xticks(shown, [f"{value:.2g}" for value in shown])
+        axes.minorticks_off()
     else:
         axes.set_xticks(range(len(axis.values)), [str(value) for value in axis.values])
     axes.set(xlabel=name)

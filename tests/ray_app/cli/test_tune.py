@@ -37,7 +37,12 @@ def test_it_ends_with_a_table_a_plot_and_a_manifest(desk: Desk) -> None:
     (subject,) = load_manifest(said["manifest"]).subjects
     assert subject.lora.rank == best["settings"]["lora.rank"]
     assert subject.train.learning_rate == best["settings"]["train.learning_rate"]
-    for shown in ("learning_rate", "class drift", "the manifest's own", "tuned.yaml has these settings"):
+    for shown in (
+        "learning",
+        "likeness",
+        "variant 0: the manifest's own settings",
+        "tuned.yaml has these settings",
+    ):
         assert shown in made.stderr
     assert Path(said["plot"]).read_bytes().startswith(b"\x89PNG")
     kept = json.loads((desk.folder / "out/variants.json").read_text())["variants"]
