@@ -30,11 +30,11 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
 def with_preset(settings: Mapping[str, Any]) -> dict[str, Any]:
     """A subject's settings, as a manifest names them, over those of the preset that they name, if any.
 
-    A preset's `prior` is one choice: it is left out where the settings name a source or a target of their own.
+    A preset's `prior` is one choice: it is left out where the settings name a source of their own.
     """
     preset = dict(PRESETS.get(str(settings.get("preset")), {}))
     prior = settings.get("prior")
-    if isinstance(prior, Mapping) and prior.keys() & {"source", "target", "folder", "enabled"}:
+    if isinstance(prior, Mapping) and prior.keys() & {"source", "folder", "enabled"}:
         preset.pop("prior", None)
     return merge(preset, settings)
 

@@ -45,7 +45,7 @@ def test_the_run_backwards_finds_the_message_of_its_run(family: str, tiny: Base,
     side = 16 * base.facts.cell_px
     request = ask(prompt="", seed=3, steps=25, guidance_scale=1.0, scheduler=sampler, width=side, height=side)
     found = walked_back(base, made(base, MARK, request), steps=25)
-    reading = MARK.read(found.numpy())
+    reading = MARK.read(found.detach().numpy())
     assert reading.log10 < FOUND
     assert reading.serial == MARK.serial(request.tenant, 3) & 0xFFFF
     assert MARK.read(walked_back(base, made(base, None, request), steps=25).numpy()).log10 > FOUND

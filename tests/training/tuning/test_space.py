@@ -131,6 +131,6 @@ def test_the_tuned_manifest_says_the_same_from_another_folder(tmp_path: Path) ->
     write_tuned(path, out, ["a"], {"train.learning_rate": 1e-05, "lora.rank": 4, "prior.target": "image"})
     a, b = load_manifest(out).subjects
     assert (a.train.learning_rate, a.lora.rank, a.prior.target, a.train.batch_size) == (1e-05, 4, "image", 2)
-    assert (a.train.max_steps, b.train.learning_rate, b.prior.target) == (350, 0.01, "prediction")
+    assert (a.train.max_steps, b.train.learning_rate, b.prior.source) == (350, 0.01, "prediction")
     assert (out.parent / a.images).resolve() == tmp_path / "from/photos/a"
     assert not Path(a.images).is_absolute() and b.images == "s3://bucket/b"
