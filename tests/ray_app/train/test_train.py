@@ -99,9 +99,9 @@ def test_a_killed_driver_then_a_stopped_one_then_to_the_end(desk: Desk) -> None:
     assert set(done.states().values()) == {"published"}
     assert only_run(desk).run == done.json["run"]  # it was one run all along
     for id in ("rusty", "tabby"):
-        steps = began_at(desk, done.json["run"], id)
-        assert len(steps) == 3 and steps[0] == 0
-        assert steps[1] >= saved[id] - 20 and steps[2] >= stopped[id] > 40
+        *first, second, third = began_at(desk, done.json["run"], id)
+        assert first in ([0], [])  # what a driver logged in the seconds before it was killed may be lost
+        assert second >= saved[id] - 20 and third >= stopped[id] > 40
     assert not leftovers()
 
 
