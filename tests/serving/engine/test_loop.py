@@ -105,7 +105,7 @@ def test_a_full_queue_is_said_at_once(loop: EngineLoop) -> None:
         tasks = [asyncio.create_task(loop.generate(ask(steps=300, count=8))) for _ in range(1)]
         await until(lambda: loop.engine.scheduler.running_rows > 0 or loop.engine.scheduler.waiting > 0)
         tasks.append(asyncio.create_task(loop.generate(ask(steps=300, count=8))))
-        await asyncio.sleep(0.05)
+        await until(lambda: len(loop.engine.jobs) == 2)
         with pytest.raises(QueueFull):
             await loop.generate(ask(count=8))
         for task in tasks:
